@@ -1,0 +1,250 @@
+"""Adapters: the LoRA weights of one task model, read from and written to PEFT folders.
+
+A projection with an adapter gives `x @ W + x @ A @ B`. PEFT's scaling (alpha / r, or alpha / sqrt(r)) is folded into B.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import pathlib
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from icarus_jax.config import KV_KINDS, LORA_TARGETS, ModelConfig
+
+CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
+MARK = "icarus"  # our key in adapter_config.json (PEFT skips it with a warning): {"kv": "shared", "trunk": identity}
+KV_TARGETS = ("k_proj", "v_proj")
+TARGETS = (*KV_TARGETS, *LORA_TARGETS)
+RANDOM_RANK = 16
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_KEY = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+# What PEFT can do to a model beyond A and B, by its setting in adapter_config.json.
+_UNSUPPORTED = (
+    ("use_dora", "DoRA"),
+    ("modules_to_save", "fully trained modules"),
+    ("trainable_token_indices", "trained embeddings"),
+    ("target_parameters", "adapters on bare parameters"),
+    ("lora_bias", "a bias on B"),
+    ("alora_invocation_tokens", "activation by an invocation sequence"),
+    ("layer_replication", "repeated layers"),
+    ("fan_in_fan_out", "transposed weights"),
+    ("use_qalora", "QA-LoRA"),
+    ("use_bdlora", "block-diagonal LoRA"),
+    ("arrow_config", "Arrow routing"),
+    ("kasa_config", "KaSA"),
+    ("monteclora_config", "MonteCLoRA"),
+)
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those that leave the trunk as it is
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adapter:
+    """One task model's weights: by target, (A float32[L, din, r], B float32[L, r, dout]); an absent layer is zeros.
+
+    q_proj's outputs are in the order of query heads n = k * G + g. kv_trained: 'shared' if it was trained to read the
+    trunk's K/V, None if nothing says so. trunk_identity: the trunk that it was trained on, if known.
+    """
+
+    name: str
+    rank: int  # r
+    weights: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    kv_trained: str | None = None
+    trunk_identity: str | None = None
+
+    def check(self, kv: str, trunk_identity: str | None = None) -> None:
+        """Says whether the adapter can be served as `kv` on a trunk. Raises ValueError with the reason if it cannot.
+
+        Logs a warning where it can, but its outputs will not be those that it was trained for.
+        """
+        if kv not in KV_KINDS[1:]:
+            raise ValueError(f"adapter {self.name}: kv={kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
+        if trunk_identity and self.trunk_identity and trunk_identity != self.trunk_identity:
+            raise ValueError(
+                f"adapter {self.name} was trained on the trunk {self.trunk_identity[:12]}, not on the one loaded, "
+                f"{trunk_identity[:12]}: serve it with its own trunk, or train it again on this one"
+            )
+        if kv != "shared":
+            return
+        if own_kv := [target for target in KV_TARGETS if target in self.weights]:
+            raise ValueError(
+                f"adapter {self.name} has {' and '.join(own_kv)} weights and cannot be kv='shared': its K/V would "
+                f"differ from the trunk's, so that nothing could be shared; serve it as kv='isolated', or train an "
+                f"adapter on {', '.join(LORA_TARGETS)} alone"
+            )
+        if self.kv_trained != "shared":
+            log.warning(
+                "adapter %s is not marked as trained for a shared trunk: it will attend to the trunk's K/V, whereas it "
+                "was probably trained on K/V of its own, so its outputs will differ from those of its training and may "
+                "be worse; serve it as kv='isolated' for its exact outputs, or train it with kv='shared'",
+                self.name,
+            )
+
+
+def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """(din, dout) of every projection that an adapter may change."""
+    d, f = config.hidden_size, config.intermediate_size
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+    return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+
+
+def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
+    """Loads a PEFT LoRA folder, or makes 'random:SEED[:RANK]'. Raises ValueError, in one line, if it cannot."""
+    if source.startswith("random:"):
+        if not (match := re.fullmatch(r"random:(\d+)(?::([1-9]\d*))?", source)):
+            raise ValueError(f"adapter {source!r}: a random adapter is written 'random:SEED' or 'random:SEED:RANK'")
+        return random_adapter(int(match[1]), int(match[2] or RANDOM_RANK), model_config)
+    folder = pathlib.Path(source).expanduser()
+    config = _read_config(folder)
+    pieces = _read_weights(folder, model_config)
+    for (layer, target), (a, b) in pieces.items():
+        b *= _scaling(config, layer, target, rank=a.shape[1], folder=folder)
+    mark = config.get(MARK) or {}
+    rank = max(a.shape[1] for a, _ in pieces.values())
+    return Adapter(str(folder), rank, _stack(pieces, rank, model_config), mark.get("kv"), mark.get("trunk"))
+
+
+def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
+    """An untrained adapter on LORA_TARGETS, for load tests: its text differs from the trunk's and from other seeds'."""
+    rng = np.random.default_rng(seed)
+    weights = {}
+    for target in LORA_TARGETS:
+        din, dout = target_shapes(model_config)[target]
+        a = rng.standard_normal((model_config.num_layers, din, rank), np.float32) / math.sqrt(din)
+        b = rng.standard_normal((model_config.num_layers, rank, dout), np.float32) * (0.2 / math.sqrt(rank))
+        weights[target] = (a, b)
+    # No training, so no K/V that it was trained on: either kind of cache is as good.
+    return Adapter(f"random:{seed}:{rank}", rank, weights, kv_trained="shared")
+
+
+def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: float) -> None:
+    """Writes an adapter as a PEFT folder (which PEFT loads too), marked with its kv_trained and trunk_identity.
+
+    alpha: the lora_alpha to write; B is stored divided by alpha / rank.
+    """
+    path = pathlib.Path(folder).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    config = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model_name,
+        "inference_mode": True,
+        "r": adapter.rank,
+        "lora_alpha": alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "target_modules": sorted(adapter.weights),
+        MARK: {"kv": adapter.kv_trained, "trunk": adapter.trunk_identity},
+    }
+    tensors = {}
+    for target, (a, b) in adapter.weights.items():
+        for layer in range(len(a)):
+            stem = f"base_model.model.{_module(layer, target)}"
+            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
+            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b[layer].T * (adapter.rank / alpha))
+    safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def _module(layer: int, target: str) -> str:
+    """The projection's name in a transformers causal language model: what PEFT's patterns are matched with."""
+    return f"model.layers.{layer}.{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
+
+
+def _read_config(folder: pathlib.Path) -> dict[str, Any]:
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise ValueError(f"{folder} is no adapter: it has no {file} (a PEFT folder holds it)")
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{folder / CONFIG_FILE} is no JSON: {error}") from None
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
+    for key, words in _UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"adapter {folder}: {key} ({words}) is not supported; A and B weights alone are")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"adapter {folder}: bias={config['bias']!r} is not supported; only 'none' is")
+    if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
+        raise ValueError(
+            f"adapter {folder}: init_lora_weights={init!r} changes the trunk itself; save it with PEFT's "
+            f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
+        )
+    return config
+
+
+def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """A float32[din, r] and B float32[r, dout] of each (layer, target) in the file."""
+    try:
+        tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from None
+    shapes = target_shapes(config)
+    sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if not match or match[2] not in shapes:
+            raise ValueError(f"adapter {folder}: cannot use the tensor {key}; targets are {', '.join(TARGETS)}")
+        if int(match[1]) >= config.num_layers:
+            raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
+        sides.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.T.astype(np.float32)
+    if not sides:
+        raise ValueError(f"adapter {folder}: {WEIGHTS_FILE} is empty")
+    for (layer, target), pair in sides.items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"adapter {folder}: {_module(layer, target)} has lora_{min(pair)} only")
+        din, dout = shapes[target]
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != din or b.shape[1] != dout or a.shape[1] != b.shape[0]:
+            raise ValueError(
+                f"adapter {folder}: {_module(layer, target)} maps {a.shape[0]} to {b.shape[-1]}, the trunk's {din} to "
+                f"{dout}: it was made for another model"
+            )
+    return {where: (pair["A"], pair["B"]) for where, pair in sides.items()}
+
+
+def _scaling(config: dict[str, Any], layer: int, target: str, rank: int, folder: pathlib.Path) -> float:
+    module = _module(layer, target)
+    if (expected := _pattern(config.get("rank_pattern"), module, config.get("r", 8))) != rank:
+        raise ValueError(f"adapter {folder}: {module} has the rank {rank}, but {CONFIG_FILE} says {expected}")
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    """The value of the first pattern that matches the module name, or its end after a dot, as PEFT has it."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def _stack(
+    pieces: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]], rank: int, config: ModelConfig
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Stacks over all layers and pads to one rank; the zeros add nothing to A @ B."""
+    weights = {}
+    for target in sorted({target for _, target in pieces}):
+        din, dout = target_shapes(config)[target]
+        a = np.zeros((config.num_layers, din, rank), np.float32)
+        b = np.zeros((config.num_layers, rank, dout), np.float32)
+        for (layer, name), (piece_a, piece_b) in pieces.items():
+            if name == target:
+                a[layer, :, : piece_a.shape[1]] = piece_a
+                b[layer, : piece_b.shape[0]] = piece_b
+        weights[target] = (a, b)
+    return weights

@@ -1,0 +1,124 @@
+"""Reading Hugging Face model folders: config.json and safetensors (one file, or shards under an index)."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
+import numpy as np
+import safetensors
+from etils import epath
+
+from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
+
+INDEX = "model.safetensors.index.json"
+FLOATS = ("float32", "float16", "bfloat16")
+
+
+class HfTrunk:
+    """A folder's weights. See checkpoint.TensorSource."""
+
+    def __init__(self, folder: epath.Path):
+        self._folder = folder
+        self.config = config_from_hf(json.loads((folder / "config.json").read_text()), str(folder))
+        files = [_open(file) for file in self._shards()]
+        self._where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        self.names = frozenset(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
+
+    def _shards(self) -> list[epath.Path]:
+        if (self._folder / INDEX).exists():
+            index = json.loads((self._folder / INDEX).read_text())
+            files = [self._folder / file for file in sorted(set(index["weight_map"].values()))]
+        else:
+            files = [self._folder / "model.safetensors"]
+        for file in files:
+            if not file.exists():
+                raise ValueError(f"{self._folder} has no {file.name}; weights are read from safetensors files only")
+        return files
+
+    def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        values = self._where[name].get_tensor(name)
+        if values.dtype.name not in FLOATS:
+            raise ValueError(f"{self._folder}: {name} is {values.dtype}; weights are {', '.join(FLOATS)}")
+        return values, values
+
+
+def _open(file: epath.Path) -> Any:
+    try:
+        return safetensors.safe_open(file, "np")
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}): was its download cut off?") from None
+
+
+def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
+    """Reads config.json's content. Raises ValueError naming what the model has and we do not support."""
+    family = config.get("model_type", "")
+    if family not in FAMILIES:
+        raise ValueError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
+    _refuse_unsupported(config, where)
+    try:
+        heads = config["num_attention_heads"]
+        rope = _rope(config)
+        return ModelConfig(
+            family=family,
+            vocab_size=config["vocab_size"],
+            hidden_size=config["hidden_size"],
+            intermediate_size=config["intermediate_size"],
+            num_layers=config["num_hidden_layers"],
+            num_heads=heads,
+            num_kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+            rope_theta=float(rope.get("rope_theta", 10000.0)),
+            rope_scaling=_rope_scaling(rope, where),
+            rms_norm_eps=config.get("rms_norm_eps", 1e-6),
+            max_position_embeddings=config["max_position_embeddings"],
+            tie_word_embeddings=config.get("tie_word_embeddings", False),
+            qkv_bias=family == "qwen2",
+            qk_norm=family == "qwen3",
+        )
+    except KeyError as error:
+        raise ValueError(f"{where}: config.json lacks {error}") from None
+
+
+def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    sliding = config.get("use_sliding_window", True) and config.get("sliding_window")
+    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
+    for name, value, unsupported in (
+        ("sliding_window", config.get("sliding_window"), sliding),
+        ("layer_types", sorted(layer_types), layer_types),
+        ("attention_bias", True, config.get("attention_bias")),
+        ("mlp_bias", True, config.get("mlp_bias")),
+        ("hidden_act", config.get("hidden_act"), config.get("hidden_act", "silu") != "silu"),
+        ("quantization_config", "{...}", config.get("quantization_config")),
+        ("partial_rotary_factor", _rope(config).get("partial_rotary_factor"), _partial_rotary(config)),
+    ):
+        if unsupported:
+            raise ValueError(f"{where}: config.json says {name}={value}, which is not supported")
+
+
+def _partial_rotary(config: dict[str, Any]) -> bool:
+    return _rope(config).get("partial_rotary_factor", 1.0) != 1.0
+
+
+def _rope(config: dict[str, Any]) -> dict[str, Any]:
+    """Rope's settings in one dict: rope_parameters (transformers 5), or rope_theta and rope_scaling (older)."""
+    older = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
+    return {**older, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+
+
+def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
+    kind = rope.get("rope_type") or rope.get("type") or "default"
+    if kind == "default":
+        return None
+    if kind == "linear":
+        return RopeScaling("linear", float(rope["factor"]))
+    if kind == "llama3":
+        return RopeScaling(
+            "llama3",
+            float(rope["factor"]),
+            float(rope["low_freq_factor"]),
+            float(rope["high_freq_factor"]),
+            int(rope["original_max_position_embeddings"]),
+        )
+    raise ValueError(f"{where}: rope scaling {kind!r} is not supported; 'linear' and 'llama3' are")

@@ -1,0 +1,140 @@
+"""The trunk over rows: embed, blocks, logits.
+
+A block runs T writer rows and R reader rows together (B = T + R). Writers store K/V; readers only attend, with their
+head's adapters on q, o and the MLP. The fused projection also computes k and v of reader rows: one matrix product
+over all rows costs less than two, and those k, v are dropped, never stored.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from icarus_jax.config import ModelConfig
+from icarus_jax.heads import HeadBank
+from icarus_jax.layers import rms_norm, rope, rope_tables
+from pallas_kernels.kv_append import kv_append
+from pallas_kernels.paged_attention import WorkList, paged_attention
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Rows:
+    """One step's rows, writers first. Padding rows write nowhere and attend to nothing.
+
+    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); slot_mapping i32[T] (where each writer row stores its K/V,
+    -1 = nowhere); sample_rows i32[S] (the rows whose logits are wanted); work: the attention work list, which holds
+    the positions i32[B].
+    """
+
+    tokens: np.ndarray
+    slots: np.ndarray
+    slot_mapping: np.ndarray
+    sample_rows: np.ndarray
+    work: WorkList
+
+
+BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
+
+
+class Block(nnx.Module):
+    """One layer's weights, or all layers' with a leading L axis (shapes: checkpoint.py)."""
+
+    def __init__(self, params: dict[str, jax.Array]):
+        for name in BLOCK_PARAMS:
+            setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
+
+    def attention_inputs(self, config: ModelConfig, bank: HeadBank | None, x, slots, first: int, tables):
+        """x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
+        b = x.shape[0]
+        h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
+        d = config.hidden_size
+        qkv = jnp.dot(x, self.qkv[...].reshape(d, -1)).reshape(b, k, config.group_size + 2, h)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...]
+        query, key, value = (qkv[:, :, :-2].reshape(b, n * h), qkv[:, :, -2].reshape(b, -1), qkv[:, :, -1].reshape(b, -1))
+        if bank is not None:
+            query = bank.add("q_proj", query, x, slots, first)
+            if first == 0:  # only rows that store K/V of their own head's making
+                key, value = (bank.add(t, y, x, slots, 0) for t, y in (("k_proj", key), ("v_proj", value)))
+        query, key, value = query.reshape(b, n, h), key.reshape(b, k, h), value.reshape(b, k, h)
+        if self.q_norm is not None:
+            query = rms_norm(query, self.q_norm[...], config.rms_norm_eps)
+            key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
+        return rope(query, tables), rope(key, tables), value
+
+    def mlp(self, bank: HeadBank | None, x, slots, first: int) -> jax.Array:
+        """SwiGLU. x [B, D] -> [B, D]."""
+        d, _, f = self.gate_up.shape
+        gate_up = jnp.dot(x, self.gate_up[...].reshape(d, 2 * f))
+        gate, up = gate_up[:, :f], gate_up[:, f:]
+        if bank is not None:
+            gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
+        hidden = jax.nn.silu(gate) * up
+        out = jnp.dot(hidden, self.down[...])
+        return bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
+
+
+class Trunk(nnx.Module):
+    """The frozen base model. `params` is the canonical dict of checkpoint.py."""
+
+    def __init__(self, config: ModelConfig, params: dict[str, jax.Array]):
+        self.config = config
+        self.embed = nnx.Param(params["embed"])
+        self.blocks = Block({name: params[name] for name in BLOCK_PARAMS if name in params})
+        self.final_norm = nnx.Param(params["final_norm"])
+        self.lm_head = nnx.data(None if config.tie_word_embeddings else nnx.Param(params["lm_head"]))
+
+    def logits(self, x: jax.Array) -> jax.Array:
+        """Hidden states [S, D] -> logits f32[S, V]."""
+        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        weight = (self.embed if self.lm_head is None else self.lm_head)[...]
+        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+
+    def __call__(
+        self,
+        bank: HeadBank | None,
+        kv_pages: jax.Array,
+        rows: Rows,
+        *,
+        adapt_writers: bool = False,
+        attention: str = "auto",
+    ) -> tuple[jax.Array, jax.Array]:
+        """One step. kv_pages [L, num_pages, K, page_size, 2H] -> (logits f32[S, V], kv_pages).
+
+        adapt_writers: writer rows have adapters too (an `isolated` head is loaded); else only reader rows do.
+        """
+        config = self.config
+        num_writers = rows.slot_mapping.shape[0]
+        first = 0 if adapt_writers else num_writers
+        positions = jnp.maximum(rows.work.positions, 0)
+        tables = rope_tables(config, positions)
+        block_def, block_state = nnx.split(self.blocks)
+        bank_def, bank_state = nnx.split(bank)
+
+        def layer(carry, inputs):
+            x, kv = carry
+            index, block_state, bank_state = inputs
+            block: Block = nnx.merge(block_def, block_state)
+            bank = nnx.merge(bank_def, bank_state)
+            normed = rms_norm(x, block.attn_norm[...], config.rms_norm_eps)
+            q, k, v = block.attention_inputs(config, bank, normed, rows.slots, first, tables)
+            kv = kv_append(kv, index, k[:num_writers], v[:num_writers], rows.slot_mapping)
+            scale = config.head_dim**-0.5
+            attended = paged_attention(q, kv, index, rows.work, scale=scale, implementation=attention)
+            attended = attended.reshape(x.shape[0], -1)
+            out = jnp.dot(attended, block.o[...])
+            if bank is not None:
+                out = bank.add("o_proj", out, attended, rows.slots, first)
+            x = x + out
+            x = x + block.mlp(bank, rms_norm(x, block.mlp_norm[...], config.rms_norm_eps), rows.slots, first)
+            return (x, kv), None
+
+        x = self.embed[...][rows.tokens]
+        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
+        return self.logits(x[rows.sample_rows]), kv_pages

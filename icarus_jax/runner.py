@@ -1,0 +1,200 @@
+"""From a step's plan to its results: prepare (NumPy), execute (one compiled program a bucket), warm up."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from icarus_jax.buckets import Bucket, Need, items_needed, make_buckets
+from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.heads import HeadBank
+from icarus_jax.model import Rows, Trunk
+from icarus_jax.sampler import SampleInputs, Samples, sample
+from icarus_jax.scheduler import SampleRow
+from icarus_jax.sequence import Sequence, StepPlan, TokenLogprob, Work
+from pallas_kernels.paged_attention import SequenceRows, build_work
+
+COPY_ROWS = 8  # page copies of one call
+BAN = -1e30
+VARIANTS = ("greedy", "sample", "logprobs")
+
+
+@dataclasses.dataclass
+class StepBatch:
+    """A plan, padded to its bucket. `counts` are the logits rows of each piece of work, in the plan's order."""
+
+    bucket: Bucket
+    rows: Rows
+    sampling: SampleInputs | None
+    variant: str
+    counts: list[int]
+
+
+class Runner:
+    """Holds the weights and the KV pages on the device, and the compiled programs."""
+
+    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool):
+        model: ModelConfig = trunk.config
+        self.config, self.model = config, model
+        self.buckets = make_buckets(config, bank is not None)
+        shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
+        self.kv_pages = jnp.zeros(shape, config.kv_dtype)
+        graphdef, self._weights = nnx.split((trunk, bank))
+
+        def forward(weights, kv_pages, rows: Rows):
+            trunk, bank = nnx.merge(graphdef, weights)
+            return trunk(bank, kv_pages, rows, adapt_writers=adapt_writers, attention=config.attention_impl)
+
+        def copy_pages(kv_pages, src, dst):
+            return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
+
+        self._forward = jax.jit(forward, donate_argnums=1)
+        self._copy_pages = jax.jit(copy_pages, donate_argnums=0)
+        self._samplers = {v: jax.jit(functools.partial(sample, logprobs=v == "logprobs")) for v in VARIANTS}
+        self._programs: dict[Bucket, Callable] = {}
+
+    # ---- prepare
+
+    def prepare(self, plan: StepPlan) -> StepBatch:
+        """NumPy arrays for a non-empty plan, padded to the cheapest bucket that holds it."""
+        bucket = self._choose(plan)
+        t = bucket.writers
+        b = t + bucket.readers
+        tokens, slots = np.zeros(b, np.int32), np.zeros(b, np.int32)
+        slot_mapping, sample_rows = np.full(t, -1, np.int32), np.zeros(bucket.logits, np.int32)
+        sequences, counts = [], []
+        writer, reader, logit = 0, t, 0
+        page_size = self.config.page_size
+        for work in plan.work:
+            seq, n, m = work.seq, work.num_write, work.num_read
+            tokens[writer : writer + n] = seq.tokens[work.start : work.start + n]
+            tokens[reader : reader + m] = seq.tokens[work.read_start : work.read_start + m]
+            slots[writer : writer + n] = seq.model.writer_slot
+            slots[reader : reader + m] = seq.model.slot
+            written = np.arange(work.start, work.start + n)
+            pages = np.asarray(seq.page_table, np.int32)
+            slot_mapping[writer : writer + n] = pages[written // page_size] * page_size + written % page_size
+            for position in range(work.logit_start, work.logit_start + work.num_logits):
+                read = position - work.read_start
+                sample_rows[logit] = reader + read if 0 <= read < m else writer + position - work.start
+                logit += 1
+            sequences.append(_sequence_rows(work, writer, reader, pages))
+            counts.append(work.num_logits)
+            writer, reader = writer + n, reader + m
+        rows = Rows(tokens, slots, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
+        sampling, variant = self._sampling(plan, bucket)
+        return StepBatch(bucket, rows, sampling, variant, counts)
+
+    def _choose(self, plan: StepPlan) -> Bucket:
+        sequences = [_sequence_rows(work, 0, 0, ()) for work in plan.work]
+        logits = sum(w.num_logits for w in plan.work)
+        for bucket in self.buckets:
+            items = items_needed(sequences, bucket.work.item_rows, self.config.page_size, not bucket.work.max_tiles)
+            if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items)):
+                return bucket
+        raise AssertionError(f"no bucket holds {plan.num_writers} writers, {plan.num_readers} readers, {logits} logits")
+
+    def _sampling(self, plan: StepPlan, bucket: Bucket) -> tuple[SampleInputs | None, str]:
+        params = [w.seq.params for w in plan.work]
+        wants_logprobs = any(p.logprobs is not None or w.seq.wants_score for p, w in zip(params, plan.work, strict=True))
+        plain = all(p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) for p in params)
+        if plain and not wants_logprobs:
+            return None, "greedy"
+        x = SampleInputs.neutral(bucket.logits, self.config.max_model_len, self.model.vocab_size)
+        row = 0
+        for work in plan.work:
+            for position in range(work.logit_start, work.logit_start + work.num_logits):
+                _fill(x, row, work.seq, position)
+                row += 1
+        return x, "logprobs" if wants_logprobs else "sample"
+
+    # ---- execute
+
+    def copy_pages(self, copies: list[tuple[int, int]]) -> None:
+        """Copies whole pages (src, dst) in every layer, in place."""
+        for first in range(0, len(copies), COPY_ROWS):
+            src, dst = np.zeros(COPY_ROWS, np.int32), np.full(COPY_ROWS, self.config.num_pages, np.int32)
+            part = np.array(copies[first : first + COPY_ROWS], np.int32)
+            src[: len(part)], dst[: len(part)] = part.T
+            self.kv_pages = self._copy_pages(self.kv_pages, src, dst)
+
+    def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
+        """Runs a step; returns the logits rows of each piece of work."""
+        program = self._programs.get(batch.bucket, self._forward)
+        logits, self.kv_pages = program(self._weights, self.kv_pages, batch.rows)
+        samples = jax.device_get(self._samplers[batch.variant](logits, batch.sampling))
+        rows, first = [], 0
+        for count in batch.counts:
+            rows.append([_sample_row(samples, batch.sampling, i) for i in range(first, first + count)])
+            first += count
+        return rows
+
+    # ---- warm up
+
+    def warmup(self, progress: Callable[[Iterable[Bucket]], Iterable[Bucket]] = lambda x: x) -> None:
+        """Compiles every program before the first request, two at a time; afterwards nothing compiles any more."""
+
+        def compile_bucket(bucket: Bucket):
+            return self._forward.lower(self._weights, self.kv_pages, self._empty(bucket)).compile()
+
+        with ThreadPoolExecutor(2) as pool:
+            for bucket, program in zip(progress(self.buckets), pool.map(compile_bucket, self.buckets), strict=True):
+                self._programs[bucket] = program
+        self.copy_pages([(0, 0)])
+        for size in sorted({b.logits for b in self.buckets}):
+            logits = jnp.zeros((size, self.model.vocab_size), jnp.float32)
+            x = SampleInputs.neutral(size, self.config.max_model_len, self.model.vocab_size)
+            for variant, sampler in self._samplers.items():
+                sampler(logits, None if variant == "greedy" else x)
+
+    def _empty(self, bucket: Bucket) -> Rows:
+        b = bucket.writers + bucket.readers
+        work = build_work([], bucket.work, self.config.page_size)
+        zeros = functools.partial(np.zeros, dtype=np.int32)
+        return Rows(zeros(b), zeros(b), np.full(bucket.writers, -1, np.int32), zeros(bucket.logits), work)
+
+
+def _sequence_rows(work: Work, writer: int, reader: int, pages) -> SequenceRows:
+    """The rows of one piece of work, ordered by position; its writers start at `writer`, its readers at `reader`."""
+    written = np.arange(work.start, work.start + work.num_write, dtype=np.int32)
+    if not work.num_read:
+        return SequenceRows(written - work.start + writer, written, pages)
+    read = np.arange(work.read_start, work.read_start + work.num_read, dtype=np.int32)
+    positions = np.concatenate([written, read])
+    rows = np.concatenate([written - work.start + writer, read - work.read_start + reader])
+    order = np.argsort(positions, kind="stable")
+    return SequenceRows(rows[order], positions[order], pages)
+
+
+def _fill(x: SampleInputs, row: int, seq: Sequence, position: int) -> None:
+    """The sampling inputs of one row: its logits are those of `position`."""
+    p = seq.params
+    if position + 1 < seq.prompt_len:  # scores the prompt's own next token; nothing is drawn
+        x.target[row] = seq.tokens[position + 1]
+        return
+    x.temperature[row], x.top_p[row], x.min_p[row], x.top_k[row] = p.temperature, p.top_p, p.min_p, max(p.top_k, 0)
+    x.repetition[row], x.presence[row], x.frequency[row] = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
+    x.seed[row], x.position[row], x.prompt_len[row] = seq.seed & 0xFFFFFFFF, position + 1, seq.prompt_len
+    if p.has_penalties:
+        x.history[row, : len(seq.tokens)] = seq.tokens
+    bias = list(p.logit_bias)
+    if seq.num_output < p.min_tokens:
+        bias += [(t, BAN) for t in {*p.stop_token_ids, *(() if p.ignore_eos else seq.eos_ids)}]
+    for i, (token, value) in enumerate(bias):
+        x.bias_ids[row, i], x.bias[row, i] = token, value
+
+
+def _sample_row(samples: Samples, x: SampleInputs | None, i: int) -> SampleRow:
+    token = int(samples.tokens[i])
+    if samples.logprob is None or x is None:
+        return SampleRow(token)
+    top = tuple(zip(samples.top_ids[i].tolist(), samples.top_logprobs[i].tolist(), strict=True))
+    target = TokenLogprob(int(x.target[i]), float(samples.target_logprob[i]), top)
+    return SampleRow(token, TokenLogprob(token, float(samples.logprob[i]), top), target)

