@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import difflib
+import functools
 import importlib.util
 import logging
 import re
@@ -17,8 +18,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import ConfigDict, config_flags
+from tqdm import tqdm
 
 from icarus_jax.config import EngineConfig, HeadConfig
 from icarus_jax.sequence import RequestError
@@ -57,6 +58,11 @@ class App:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
+
+    def start(self) -> None:
+        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run."""
+        bar = functools.partial(tqdm, desc="compiling", unit="program", file=sys.stderr, disable=None, leave=False)
+        self.engine.start(bar)
 
 
 def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
@@ -152,9 +158,10 @@ def build(config: ConfigDict) -> App:
         with usage_errors(f"head {head.name!r}"):
             adapter = adapters.load_adapter(head.path, trunk.config)
             adapter.check(head.kv, trunk.identity)
-        heads[head.name] = (head, adapter)
+        heads[head.name] = (head, adapter.weights)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
-    return App(Engine.create(trunk, heads, engine_config, eos_ids, config.trunk.name), text, eos_ids)
+    engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+    return App(engine, text, eos_ids)
 
 
 def enable_compilation_cache() -> None:
@@ -178,7 +185,8 @@ def _parse_flags(argv: list[str], default_config: str) -> ConfigDict:
     # The whole-file flag of config_flags knows the working directory only, so the file is read here.
     config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
     try:
-        rest = FLAGS(argv)[1:]
+        # Warnings and above, unless the user says otherwise: at absl's own default Orbax tells of its every step.
+        rest = FLAGS([argv[0], "--verbosity=-1", *argv[1:]])[1:]
     except flags.UnrecognizedFlagError as error:
         own = ", ".join(f"--{flag.name}" for flag in FLAGS.get_key_flags_for_module(sys.argv[0]))
         raise UsageError(f"{error}; the flags are --config, {own}") from error
@@ -188,8 +196,6 @@ def _parse_flags(argv: list[str], default_config: str) -> ConfigDict:
         raise UsageError(
             f"unexpected argument {rest[0]!r}; flags look like --NAME=VALUE, a config like --config={spec}"
         )
-    if FLAGS["verbosity"].using_default_value:
-        FLAGS.verbosity = absl_logging.WARNING  # absl would make it INFO, at which Orbax tells of its every step
     logging.getLogger("icarus_jax").setLevel(logging.INFO)
     return FLAGS.config
 

@@ -205,17 +205,22 @@ class Engine:
                     self._wake.wait()
                 if self._stopping or (self._closing and not self._inbox and not self.scheduler.has_work):
                     return self._end_all("abort")
-                commands = list(self._inbox)
-                self._inbox.clear()
             try:
-                for command in commands:
-                    command()
+                self.run_inbox()
                 if self.scheduler.has_work:
                     self.step()
             except Exception:
                 log.exception("a step failed; every running request is ended and the engine takes no more")
                 self.failed = True
                 return self._end_all("error")
+
+    def run_inbox(self) -> None:
+        """Takes in what other threads asked for since the last step."""
+        with self._wake:
+            commands = list(self._inbox)
+            self._inbox.clear()
+        for command in commands:
+            command()
 
     def _enter(self, live: _Live) -> None:
         self._live[live.seq.seq_id] = live
@@ -229,11 +234,7 @@ class Engine:
         self._update_stats()
 
     def _end_all(self, reason: str) -> None:
-        with self._wake:
-            waiting = list(self._inbox)
-            self._inbox.clear()
-        for command in waiting:
-            command()
+        self.run_inbox()
         for live in list(self._live.values()):
             live.on_output(live.index, TokenOutput(live.seq.seq_id, [], finish_reason=reason))
         self._live.clear()

@@ -1,6 +1,6 @@
 """The request bodies of the HTTP API: OpenAI's fields, and vLLM's extra ones under vLLM's names.
 
-A null is an absent field, numbers must be finite and of the right type, and unknown fields are ignored.
+A null is an absent field, types must be right (ranges are SamplingParams' business), unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _note_unknown(name: str) -> None:
 
 
 class Body(BaseModel):
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True)
 
     @model_validator(mode="before")
     @classmethod
@@ -178,7 +178,7 @@ class ContentPart(Body):
 class Message(Body):
     """A chat message. Fields that only the chat template reads (name, tool_calls, ...) are kept as they are."""
 
-    model_config = ConfigDict(strict=True, allow_inf_nan=False, extra="allow")
+    model_config = ConfigDict(strict=True, extra="allow")
 
     role: str
     content: str | list[ContentPart] | None = None

@@ -102,7 +102,7 @@ class _Stop:
         self.matched = 0
         self._border = [0]  # of each prefix: its longest proper suffix that is a prefix too
         for char in text[1:]:
-            self._border.append(0)
+            self._border.append(self._next(char, self._border[-1]))
 
     def _next(self, char: str, matched: int) -> int:
         while matched and self.text[matched] != char:

@@ -70,7 +70,7 @@ def main(config: ConfigDict) -> None:
 
     vocabulary = text.Vocabulary(app.tokenizer)
     prompt_ids = encode_prompt(vocabulary, _PROMPT.value or "") if given_ids is None else given_ids
-    app.engine.start()
+    app.start()
     try:
         answers = ask(app.engine, models, prompt_ids, params)
     finally:

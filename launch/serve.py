@@ -23,7 +23,7 @@ def main(config: ConfigDict) -> None:
     from icarus_jax import server
 
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, head in config.heads.items()}
-    app.engine.start()
+    app.start()
     api = server.create_app(app.engine, app.tokenizer, app.eos_ids, config.trunk.name, sources)
     server.run(api, app.engine, config.server.host, config.server.port)
 

@@ -72,9 +72,11 @@ class _Stream:
 class FakeEngine:
     """The engine's interface. Output token i of the models, for a prompt p of length n and a vocabulary of V ids:
 
-    'trunk' counts: (p[n-1] + 1 + i) mod V. 'parrot' repeats its prompt: p[i mod n]. 'broken' ends with an error at
-    its second token. A chosen token's log-probability is -0.5 and its k alternatives are the token and its
-    successors, at -0.5, -1.5, ...; prompt token j has -j. A prompt given before is cached but for its last token.
+    'trunk' counts: (p[n-1] + 1 + i) mod V. 'parrot' repeats its prompt: p[i mod n]. 'broken' counts too, and ends
+    with an error in place of output token p[0]. A chosen token's log-probability is -0.5, and its k alternatives
+    are itself and its successors, at -0.5, -1.5, ...; prompt token j has -j. A prompt given before is cached but for
+    its last token.
+    As in the engine, an abort takes effect between two steps: an output on its way still comes.
     """
 
     def __init__(
@@ -87,7 +89,8 @@ class FakeEngine:
         self.stats = EngineStats(pages_total=self.config.num_pages)
         self.eos_ids = frozenset(eos_ids)
         self.step_seconds = step_seconds
-        self.aborted: list[int] = []
+        self.aborted: list[int] = []  # of sequences that were running
+        self._to_abort: list[int] = []
         self.requests: list[Request] = []
         self.failed = False
         self.fail: Exception | None = None  # raised by submit
@@ -133,9 +136,7 @@ class FakeEngine:
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         with self._lock:
-            for seq_id in seq_ids:
-                if self._streams.pop(seq_id, None):
-                    self.aborted.append(seq_id)
+            self._to_abort += seq_ids
 
     def _loop(self) -> None:
         while True:
@@ -150,6 +151,8 @@ class FakeEngine:
                     if output.finish_reason:
                         del self._streams[seq_id]
                     stream.on_output(stream.index, output)
+                self.aborted += [seq_id for seq_id in self._to_abort if self._streams.pop(seq_id, None)]
+                self._to_abort.clear()
 
     def _scored(self, token_id: int, logprob: float, count: int) -> TokenLogprob:
         top = tuple(((token_id + k) % self.model_config.vocab_size, logprob - k) for k in range(count))
@@ -162,7 +165,7 @@ class FakeEngine:
         if params.prompt_logprobs is not None and i == 0:
             scores = [self._scored(token, -float(j), params.prompt_logprobs) for j, token in enumerate(prompt)]
             output.prompt_logprobs = [None, *scores[1:]]
-        if request.model == "broken" and i == 1:
+        if request.model == "broken" and i == prompt[0]:
             output.finish_reason = "error"
         elif params.max_tokens > 0:
             token = prompt[i % len(prompt)] if request.model == "parrot" else prompt[-1] + 1 + i

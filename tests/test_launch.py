@@ -191,7 +191,9 @@ def test_columns_fit_the_terminal(width):
 def test_generate_end_to_end(elsewhere):
     """One prompt, three models: each as when it is alone, and the later ones start from the first one's cache."""
     prompt = "The Eiffel Tower stands in the city of Paris, and the Colosseum stands in the city of"
-    args = ["--config=multi.py:2", "--max_tokens=5", "--json"]
+    sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128, "num_pages": 64}  # few programs
+    engine = [f"--config.engine.{key}={value}" for key, value in sizes.items()]
+    args = ["--config=multi.py:2", *engine, "--max_tokens=5", "--json"]
     done = launch("generate.py", *args, f"--prompt={prompt}", cwd=elsewhere, timeout=280)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
@@ -200,8 +202,8 @@ def test_generate_end_to_end(elsewhere):
     assert [model["model"] for model in answer["models"]] == ["smollm2-135m-instruct", "h0", "h1"]
     assert "Rome" in trunk["text"]
     assert trunk["cached_tokens"] == 0
-    page = 16
-    assert all(head["cached_tokens"] == (len(answer["prompt_ids"]) - 1) // page * page > 0 for head in heads)
+    full_pages = (len(answer["prompt_ids"]) - 1) // 16 * 16
+    assert all(head["cached_tokens"] >= full_pages > 0 for head in heads)
     assert all(len(model["token_ids"]) == 5 and model["finish_reason"] == "length" for model in answer["models"])
 
     ids = ",".join(map(str, answer["prompt_ids"]))

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import openai
 import pytest
 
-from tests.served import EOS, LIMIT, TOKENIZER, Served, ids_of, serving
+from tests.served import EOS, LIMIT, TOKENIZER, Served, ids_of, serving, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -189,8 +189,16 @@ def test_stop_string_over_token_borders_frees_the_sequence():
         chunks = list(served.openai.completions.create(**request, stream=True))
         assert "".join(c.choices[0].text for c in chunks) == "The quick br"
         assert chunks[-1].choices[0].finish_reason == "stop"
-        assert len(served.engine.aborted) == 2
-        assert served.engine.running == 0
+        wait_for(lambda: served.engine.running == 0)
+        assert served.engine.aborted == [0, 1]
+
+
+def test_a_stopped_choice_leaves_the_others_running():
+    with serving(step_seconds=0.005) as served:
+        first, second = served.complete(prompt=[[40], [60]], max_tokens=20, stop=TOKENIZER.decode([42, 43]))["choices"]
+        assert (first["text"], first["finish_reason"]) == (TOKENIZER.decode([41]), "stop")
+        assert (second["text"], second["finish_reason"]) == (TOKENIZER.decode(list(range(61, 81))), "length")
+        assert served.engine.aborted == [0]
 
 
 def test_stop_tokens_are_counted_but_not_shown():

@@ -136,6 +136,11 @@ def test_wrong_paths_and_methods(served):
     check_error(served.http.post("/tokenize", json={"prompt": "x", "model": "nobody"}), 404, "model", "model_not_found")
 
 
+def test_a_hopeless_prompt_is_refused_unread(served):
+    answer = served.http.post("/v1/completions", json=GOOD | {"prompt": "Hello world " * 100_000})
+    assert "1200000 characters" in check_error(answer, 400, "prompt", "context_length_exceeded")["message"]
+
+
 def test_a_body_too_large(served):
     answer = served.http.post("/tokenize", content=b" " * (33 << 20))
     check_error(answer, 413, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import pathlib
@@ -10,13 +11,20 @@ import socket
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Iterator
 
 import httpx
 import openai
 import pytest
 
-from tests.served import GOOD, Served, check_error, serving, wait_for
+from icarus_jax.metrics import Metrics
+from icarus_jax.prompts import Prompt
+from icarus_jax.sequence import SamplingParams
+from icarus_jax.streams import Choice, ClientGone, Generation
+from icarus_jax.text import Vocabulary
+from tests import doubles
+from tests.served import GOOD, TOKENIZER, Served, V, check_error, serving, wait_for
 
 
 @pytest.fixture(scope="module")
@@ -26,10 +34,10 @@ def served() -> Iterator[Served]:
 
 
 def test_an_engine_failure_is_a_500(served):
-    answer = served.http.post("/v1/completions", json=GOOD | {"model": "broken", "max_tokens": 3})
-    check_error(answer, 500, None, "engine_error")
+    request = {"model": "broken", "prompt": [1], "max_tokens": 3}
+    check_error(served.http.post("/v1/completions", json=request), 500, None, "engine_error")
     with pytest.raises(openai.APIError, match="engine failed"):
-        list(served.openai.completions.create(**GOOD | {"model": "broken", "max_tokens": 3}, stream=True))
+        list(served.openai.completions.create(**request, stream=True))
     assert served.complete(prompt=[5])["choices"]
 
 
@@ -50,13 +58,36 @@ def test_a_dead_engine_is_a_503():
 
 
 def test_one_bad_stream_ends_its_mates():
-    """Two prompts of one request: when one fails the other is not left running."""
-    with serving(step_seconds=0.01) as served:
-        answer = served.http.post(
-            "/v1/completions", json=GOOD | {"model": "broken", "max_tokens": 90, "prompt": [[5], [6]]}
-        )
-        assert answer.status_code == 500
-        wait_for(lambda: served.engine.running == 0)
+    with serving(step_seconds=0.02) as served:
+        request = {"model": "broken", "prompt": [[1], [90]], "max_tokens": 90}
+        assert served.http.post("/v1/completions", json=request).status_code == 500
+        wait_for(lambda: served.engine.running == 0, seconds=1)  # it would run for 1.8 s
+        assert served.engine.aborted == [1]
+
+
+def test_a_client_that_left_before_the_answer_began():
+    """No response has started that would notice: the generation does."""
+
+    async def leave(engine: doubles.FakeEngine) -> None:
+        async def receive() -> dict:
+            await asyncio.sleep(0.05)
+            return {"type": "http.disconnect"}
+
+        http = types.SimpleNamespace(receive=receive)
+        generation = Generation(engine, Metrics(engine), "trunk", http)
+        prompt, params = Prompt((5,), None, "prompt"), SamplingParams(max_tokens=100)
+        choices = [Choice(0, prompt, params, Vocabulary(TOKENIZER), frozenset(), True)]
+        generation.submit(prompt, params, choices)
+        await asyncio.sleep(0.2)
+        assert engine.aborted == [0]
+        with pytest.raises(ClientGone):
+            async for _ in generation:
+                pass
+
+    engine = doubles.FakeEngine(V, step_seconds=0.02)
+    engine.start()
+    asyncio.run(leave(engine))
+    engine.shutdown()
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -109,6 +109,7 @@ def test_min_tokens_puts_the_stop_off():
     include=st.booleans(),
     sizes=st.lists(st.integers(1, 4), min_size=40, max_size=40),
 )
+@hypothesis.example(chars="cab", stops=["b", "ab"], include=False, sizes=[1] * 40)
 @hypothesis.settings(max_examples=300, deadline=None)
 def test_stops_do_not_depend_on_how_the_text_is_cut(chars, stops, include, sizes):
     """Against a plain search of the whole text, whatever runs of tokens come at once; no text is ever taken back."""

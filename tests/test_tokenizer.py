@@ -22,6 +22,7 @@ TEXTS = [
     "a<think>b",
 ]
 CORPUS = ["the cat sat on the mat, it's 2024 and the 1999 cats don't sit", "hello world hello there  what  is", *TEXTS]
+UNREACHED = "zqxj"  # a word of the vocabulary that no merges make
 CONTROL = ["<unk>", "<|im_start|>", "<|im_end|>"]
 TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
 
@@ -61,7 +62,7 @@ def byte_level_gguf(path, pre, **special):
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS * 2, trainer)
-    vocab = [*sorted(backend.get_vocab(), key=backend.get_vocab().get), "<think>"]
+    vocab = [*sorted(backend.get_vocab(), key=backend.get_vocab().get), UNREACHED, "<think>"]
     types = [3 if token in CONTROL else 4 if token == "<think>" else 1 for token in vocab]
     merges = [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     return write_vocabulary(path, "gpt2", vocab, types, merges=merges, pre=pre, **special)
@@ -83,6 +84,13 @@ def test_byte_level_is_transformers_reading(pre, tmp_path):
     assert (mine.bos_token, mine.eos_token, mine.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert mine.chat_template == TEMPLATE
     assert mine.decode([1, *mine("x").input_ids, 2], skip_special_tokens=True) == "x"
+
+
+def test_llama3_takes_whole_words_from_the_vocabulary(tmp_path):
+    llama3 = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "llama-bpe"))
+    assert llama3(UNREACHED).input_ids == [llama3.convert_tokens_to_ids(UNREACHED)]
+    gpt2 = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
+    assert len(gpt2(UNREACHED).input_ids) == 4
 
 
 def test_composed_accents_in_qwens_vocabularies(tmp_path):
@@ -108,9 +116,9 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
 
 
 def test_sentencepiece_is_transformers_reading(tmp_path):
-    pieces = ["▁", "t", "h", "e", "▁t", "he", "▁the", "c", "a", "▁c", "at", "▁cat", "s", "▁▁", "<", ">"]
+    pieces = ["th", "▁", "t", "h", "e", "▁t", "he", "▁the", "c", "a", "▁c", "at", "▁cat", "s", "▁▁", "<", ">"]
     tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
-    scores = [0.0] * 259 + [-float(rank) for rank in (9, 9, 9, 9, 1, 2, 3, 9, 9, 5, 4, 6, 9, 7, 9, 9)]
+    scores = [0.0] * 259 + [-float(rank) for rank in (8, 9, 9, 9, 9, 1, 2, 3, 9, 9, 5, 4, 6, 9, 7, 9, 9)]
     types = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
     path = write_vocabulary(tmp_path / "v.gguf", "llama", tokens, types, scores=scores)
     mine, theirs = load_tokenizer(path), transformers_reading(path)
@@ -119,7 +127,7 @@ def test_sentencepiece_is_transformers_reading(tmp_path):
         assert mine(text).input_ids[0] == 1
         assert mine.decode(mine(text, add_special_tokens=False).input_ids) == text
     # llama.cpp (and Llama 2's own tokenizer.json) begins a word after a special token too.
-    assert mine("the<s>the", add_special_tokens=False).input_ids == [265, 1, 265]
+    assert mine("the<s>the", add_special_tokens=False).input_ids == [266, 1, 266]
 
 
 def test_eos_ids(tmp_path):

@@ -67,17 +67,20 @@ def _items(q, kv_pages, layer, work: WorkList, out):
         mask = (kv_positions[:, None, :] <= positions[:, :, None]).repeat(group, axis=1)  # [X, r * G, C]
         queries = q.at[rows].get(mode="clip").transpose(0, 2, 1, 3, 4).reshape(ITEM_GROUP, kv_heads, r * group, h)
         result = _attend(queries, tokens, mask)
-        return tuple(lax.dynamic_update_slice_in_dim(a, b, i * ITEM_GROUP, 0) for a, b in zip(partial, result))
+        put = lambda a, b: lax.dynamic_update_slice_in_dim(a, b, i * ITEM_GROUP, 0)  # noqa: E731
+        return tuple(map(put, partial, result))
 
     widths = (h, 1, 1)
     partial = tuple(jnp.zeros((num_items, kv_heads, r * group, w), jnp.float32) for w in widths)
     groups = (work.num_items + ITEM_GROUP - 1) // ITEM_GROUP
     acc, m, l = lax.fori_loop(0, groups, body, partial)
-    by_row = lambda a: (  # noqa: E731
-        a.reshape(num_items, kv_heads, r, group, -1).transpose(0, 2, 1, 3, 4).reshape(num_items * r, kv_heads, group, -1)
-    )
+
+    def by_row(a):  # [I, K, r * G, .] -> [U, M, K, G, .]
+        a = a.reshape(num_items, kv_heads, r, group, -1).transpose(0, 2, 1, 3, 4)
+        return a.reshape(num_items * r, kv_heads, group, -1)[work.parts]
+
     none = (work.parts < 0)[:, :, None, None, None]
-    acc, m, l = (by_row(a)[work.parts] for a in (acc, m, l))  # [U, M, K, G, .]
+    acc, m, l = map(by_row, (acc, m, l))
     merged = _merge(acc, jnp.where(none, NEG, m), jnp.where(none, 0.0, l), axis=1)
     return out.at[work.split_rows].set(merged, mode="drop")
 
@@ -116,6 +119,7 @@ def _tiles(q, kv_pages, layer, work: WorkList, out):
 
 def paged_attention(q: jax.Array, kv_pages: jax.Array, layer: jax.Array, work: WorkList, *, scale: float) -> jax.Array:
     """See api.py."""
+    q, kv_pages, layer, work = jax.tree.map(jnp.asarray, (q, kv_pages, layer, work))
     b, n, h = q.shape
     kv_heads = kv_pages.shape[2]
     grouped = (q.astype(jnp.float32) * scale).reshape(b, kv_heads, n // kv_heads, h)
