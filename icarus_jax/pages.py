@@ -166,6 +166,13 @@ class PagePool:
                 else:
                     self._free.append(page)
 
+    def clear(self) -> None:
+        """Forgets every cached page that nobody holds."""
+        for page in list(self._idle):
+            self._forget(page)
+            self._free.append(page)
+        self._idle.clear()
+
     def _hold(self, page: int) -> None:
         self.refs[page] += 1
         self._idle.pop(page, None)

@@ -46,7 +46,7 @@ class Runner:
         self.buckets = make_buckets(config, bank is not None)
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
         self.kv_pages = jnp.zeros(shape, config.kv_dtype)
-        graphdef, self._weights = nnx.split((trunk, bank))
+        graphdef, self.weights = nnx.split((trunk, bank))
 
         def forward(weights, kv_pages, rows: Rows):
             trunk, bank = nnx.merge(graphdef, weights)
@@ -128,7 +128,7 @@ class Runner:
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
         """Runs a step; returns the logits rows of each piece of work."""
         program = self._programs.get(batch.bucket, self._forward)
-        logits, self.kv_pages = program(self._weights, self.kv_pages, batch.rows)
+        logits, self.kv_pages = program(self.weights, self.kv_pages, batch.rows)
         samples = jax.device_get(self._samplers[batch.variant](logits, batch.sampling))
         rows, first = [], 0
         for count in batch.counts:
@@ -142,7 +142,7 @@ class Runner:
         """Compiles every program before the first request, two at a time; afterwards nothing compiles any more."""
 
         def compile_bucket(bucket: Bucket):
-            return self._forward.lower(self._weights, self.kv_pages, self._empty(bucket)).compile()
+            return self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
 
         with ThreadPoolExecutor(2) as pool:
             for bucket, program in zip(progress(self.buckets), pool.map(compile_bucket, self.buckets), strict=True):
@@ -153,6 +153,12 @@ class Runner:
             x = SampleInputs.neutral(size, self.config.max_model_len, self.model.vocab_size)
             for variant, sampler in self._samplers.items():
                 sampler(logits, None if variant == "greedy" else x)
+
+    def temporary_bytes(self) -> tuple[int, int]:
+        """(Temporary bytes of the largest decode program, bytes of the KV pages): in place means few of the former."""
+        bucket = [b for b in self.buckets if not b.work.max_tiles][-1]
+        compiled = self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
+        return compiled.memory_analysis().temp_size_in_bytes, self.kv_pages.nbytes
 
     def _empty(self, bucket: Bucket) -> Rows:
         b = bucket.writers + bucket.readers

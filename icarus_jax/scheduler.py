@@ -191,17 +191,15 @@ class Scheduler:
         return outputs
 
     def _accept(self, seq: Sequence, work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
-        scored = None
-        if seq.wants_score and work.num_logits:
-            wanted = seq.prompt_len - 1 - work.logit_start
-            seq.prompt_logprobs.extend(row.target for row in results[:wanted])
-            seq.num_scored += min(wanted, work.num_logits)
-            scored = None if seq.wants_score else [None, *seq.prompt_logprobs]
-        elif seq.params.prompt_logprobs is not None and seq.prompt_len == 1 and work.samples and not seq.num_output:
-            scored = [None]
+        if seq.wants_score:
+            owed = seq.prompt_len - 1 - work.logit_start
+            seq.prompt_logprobs.extend(row.target for row in results[:owed])
+            seq.num_scored = len(seq.prompt_logprobs)
         if not work.samples:
             return None
-        output = TokenOutput(seq.seq_id, [], prompt_logprobs=scored, cached_tokens=seq.cached_tokens or 0)
+        output = TokenOutput(seq.seq_id, [], cached_tokens=seq.cached_tokens or 0)
+        if seq.params.prompt_logprobs is not None and not seq.num_output:
+            output.prompt_logprobs = [None, *seq.prompt_logprobs]
         if seq.params.max_tokens:
             row = results[-1]
             seq.tokens.append(row.token)
