@@ -1,14 +1,15 @@
 """The engine: one thread that schedules, prepares, executes and commits steps.
 
-    plan    = scheduler.schedule()        # host only: which rows, which pages
-    batch   = runner.prepare(plan)        # NumPy, padded to a bucket
-    rows    = runner.execute(batch)       # forward and sampler; only the KV pages are donated
-    outputs = scheduler.commit(plan, rows)
+plan    = scheduler.schedule()        # host only: which rows, which pages
+batch   = runner.prepare(plan)        # NumPy, padded to a bucket
+rows    = runner.execute(batch)       # forward and sampler; only the KV pages are donated
+outputs = scheduler.commit(plan, rows)
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import secrets
 import threading
@@ -143,7 +144,7 @@ class Engine:
                     eos_ids=self.eos_ids,
                     arrival=time.monotonic(),
                 )
-                self._inbox.append(lambda seq=seq, i=i: self._enter(_Live(seq, i, on_output)))
+                self._inbox.append(functools.partial(self._enter, _Live(seq, i, on_output)))
             self._wake.notify()
         return list(range(first, first + request.n))
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.typing import DTypeLike
 
 from icarus_jax.config import ModelConfig
 
@@ -51,14 +52,14 @@ class Lora(nnx.Module):
 class HeadBank(nnx.Module):
     """The adapters of all heads, stacked over layers; a projection that no head changes is None."""
 
-    def __init__(self, adapters: list[Factors], config: ModelConfig, dtype):
+    def __init__(self, adapters: list[Factors], config: ModelConfig, dtype: str):
         weights, rank = stack_heads(config, adapters, dtype)
         for target in target_shapes(config):
             factors = weights.get(target)
             setattr(self, target, nnx.data(factors and Lora(jnp.asarray(factors[0]), jnp.asarray(factors[1]), rank)))
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
-        """`out` [B, dout] plus the adapters' share of x [B, din], for rows from `first` on (the ones before have none)."""
+        """`out` [B, dout] plus the adapters' share of x [B, din], for the rows from `first` on."""
         lora = getattr(self, target)
         if lora is None or first == out.shape[0]:
             return out
@@ -66,7 +67,7 @@ class HeadBank(nnx.Module):
         return adapted if first == 0 else jnp.concatenate([out[:first], adapted])
 
 
-def stack_heads(config: ModelConfig, adapters: list[Factors], dtype=np.float32) -> tuple[dict[str, tuple], int]:
+def stack_heads(config: ModelConfig, adapters: list[Factors], dtype: DTypeLike) -> tuple[dict[str, tuple], int]:
     """Puts adapters side by side: {target: (a [L, din, A * r], b [L, A * r, dout])} and the common rank r.
 
     Slot i + 1 is `adapters[i]`; smaller ranks are padded with zeros. Targets that no adapter has are left out.

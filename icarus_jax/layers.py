@@ -21,7 +21,9 @@ def _llama3(freq: np.ndarray, s: RopeScaling) -> np.ndarray:
     """Llama 3.1: long wavelengths are stretched by `factor`, short ones kept, those between interpolated."""
     wavelength = 2 * math.pi / freq
     low, high = (s.original_max_position_embeddings / f for f in (s.low_freq_factor, s.high_freq_factor))
-    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor)
+    smooth = (s.original_max_position_embeddings / wavelength - s.low_freq_factor) / (
+        s.high_freq_factor - s.low_freq_factor
+    )
     between = (1 - smooth) * freq / s.factor + smooth * freq
     return np.where(wavelength > low, freq / s.factor, np.where(wavelength < high, freq, between))
 
@@ -35,13 +37,16 @@ def rope_frequencies(config: ModelConfig) -> np.ndarray:
     return freq.astype(np.float32)
 
 
-def rope_tables(config: ModelConfig, positions: jax.Array) -> tuple[jax.Array, jax.Array]:
+Tables = tuple[jax.Array, jax.Array]  # cos, sin
+
+
+def rope_tables(config: ModelConfig, positions: jax.Array) -> Tables:
     """cos and sin, f32[B, 1, H / 2], for positions i32[B]."""
     angles = positions[:, None].astype(jnp.float32) * rope_frequencies(config)
     return jnp.cos(angles)[:, None], jnp.sin(angles)[:, None]
 
 
-def rope(x: jax.Array, tables: tuple[jax.Array, jax.Array]) -> jax.Array:
+def rope(x: jax.Array, tables: Tables) -> jax.Array:
     """Rotary embedding, the halves convention. x [B, n, H]."""
     cos, sin = tables
     a, b = jnp.split(x.astype(jnp.float32), 2, axis=-1)

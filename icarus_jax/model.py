@@ -8,18 +8,19 @@ over all rows costs less than two, and those k, v are dropped, never stored.
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
 from icarus_jax.config import ModelConfig
 from icarus_jax.heads import HeadBank
-from icarus_jax.layers import rms_norm, rope, rope_tables
+from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
 from pallas_kernels.kv_append import kv_append
 from pallas_kernels.paged_attention import WorkList, paged_attention
+from pallas_kernels.paged_attention.work import Array
 
 
 @jax.tree_util.register_dataclass
@@ -32,10 +33,10 @@ class Rows:
     the positions i32[B].
     """
 
-    tokens: np.ndarray
-    slots: np.ndarray
-    slot_mapping: np.ndarray
-    sample_rows: np.ndarray
+    tokens: Array
+    slots: Array
+    slot_mapping: Array
+    sample_rows: Array
     work: WorkList
 
 
@@ -45,11 +46,23 @@ BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_no
 class Block(nnx.Module):
     """One layer's weights, or all layers' with a leading L axis (shapes: checkpoint.py)."""
 
+    attn_norm: nnx.Param
+    qkv: nnx.Param
+    qkv_bias: nnx.Param | None
+    q_norm: nnx.Param | None
+    k_norm: nnx.Param | None
+    o: nnx.Param
+    mlp_norm: nnx.Param
+    gate_up: nnx.Param
+    down: nnx.Param
+
     def __init__(self, params: dict[str, jax.Array]):
         for name in BLOCK_PARAMS:
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
-    def attention_inputs(self, config: ModelConfig, bank: HeadBank | None, x, slots, first: int, tables):
+    def attention_inputs(
+        self, config: ModelConfig, bank: HeadBank | None, x: Array, slots: Array, first: int, tables: Tables
+    ) -> tuple[Array, Array, Array]:
         """x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
@@ -57,18 +70,22 @@ class Block(nnx.Module):
         qkv = jnp.dot(x, self.qkv[...].reshape(d, -1)).reshape(b, k, config.group_size + 2, h)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
-        query, key, value = (qkv[:, :, :-2].reshape(b, n * h), qkv[:, :, -2].reshape(b, -1), qkv[:, :, -1].reshape(b, -1))
+        query, key, value = (
+            qkv[:, :, :-2].reshape(b, n * h),
+            qkv[:, :, -2].reshape(b, -1),
+            qkv[:, :, -1].reshape(b, -1),
+        )
         if bank is not None:
             query = bank.add("q_proj", query, x, slots, first)
             if first == 0:  # only rows that store K/V of their own head's making
                 key, value = (bank.add(t, y, x, slots, 0) for t, y in (("k_proj", key), ("v_proj", value)))
         query, key, value = query.reshape(b, n, h), key.reshape(b, k, h), value.reshape(b, k, h)
-        if self.q_norm is not None:
+        if self.q_norm is not None and self.k_norm is not None:
             query = rms_norm(query, self.q_norm[...], config.rms_norm_eps)
             key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
         return rope(query, tables), rope(key, tables), value
 
-    def mlp(self, bank: HeadBank | None, x, slots, first: int) -> jax.Array:
+    def mlp(self, bank: HeadBank | None, x: Array, slots: Array, first: int) -> jax.Array:
         """SwiGLU. x [B, D] -> [B, D]."""
         d, _, f = self.gate_up.shape
         gate_up = jnp.dot(x, self.gate_up[...].reshape(d, 2 * f))
@@ -117,7 +134,7 @@ class Trunk(nnx.Module):
         block_def, block_state = nnx.split(self.blocks)
         bank_def, bank_state = nnx.split(bank)
 
-        def layer(carry, inputs):
+        def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
             index, block_state, bank_state = inputs
             block: Block = nnx.merge(block_def, block_state)

@@ -102,7 +102,9 @@ class PagePool:
         rest = tuple(tokens[len(pages) * self.page_size : (len(pages) + 1) * self.page_size])
         best, best_len = None, 0
         for page, held in self._children.get((parent, rest[0]), {}).items() if rest else ():
-            length = next((i for i, (a, b) in enumerate(zip(held, rest)) if a != b), min(len(held), len(rest)))
+            length = next(
+                (i for i, (a, b) in enumerate(zip(held, rest, strict=False)) if a != b), min(len(held), len(rest))
+            )
             if length > best_len:
                 best, best_len = page, length
         return Match(pages, best, best_len)

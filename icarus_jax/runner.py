@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from pallas_kernels.paged_attention import SequenceRows, build_work
 
 COPY_ROWS = 8  # page copies of one call
 BAN = -1e30
+NO_PAGES = np.zeros(0, np.int32)
 VARIANTS = ("greedy", "sample", "logprobs")
 
 
@@ -48,11 +50,11 @@ class Runner:
         self.kv_pages = jnp.zeros(shape, config.kv_dtype)
         graphdef, self.weights = nnx.split((trunk, bank))
 
-        def forward(weights, kv_pages, rows: Rows):
+        def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
             trunk, bank = nnx.merge(graphdef, weights)
             return trunk(bank, kv_pages, rows, adapt_writers=adapt_writers, attention=config.attention_impl)
 
-        def copy_pages(kv_pages, src, dst):
+        def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
             return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
 
         self._forward = jax.jit(forward, donate_argnums=1)
@@ -93,7 +95,7 @@ class Runner:
         return StepBatch(bucket, rows, sampling, variant, counts)
 
     def _choose(self, plan: StepPlan) -> Bucket:
-        sequences = [_sequence_rows(work, 0, 0, ()) for work in plan.work]
+        sequences = [_sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
         logits = sum(w.num_logits for w in plan.work)
         for bucket in self.buckets:
             items = items_needed(sequences, bucket.work.item_rows, self.config.page_size, not bucket.work.max_tiles)
@@ -103,7 +105,9 @@ class Runner:
 
     def _sampling(self, plan: StepPlan, bucket: Bucket) -> tuple[SampleInputs | None, str]:
         params = [w.seq.params for w in plan.work]
-        wants_logprobs = any(p.logprobs is not None or w.seq.wants_score for p, w in zip(params, plan.work, strict=True))
+        wants_logprobs = any(
+            p.logprobs is not None or w.seq.wants_score for p, w in zip(params, plan.work, strict=True)
+        )
         plain = all(p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) for p in params)
         if plain and not wants_logprobs:
             return None, "greedy"
@@ -141,7 +145,7 @@ class Runner:
     def warmup(self, progress: Callable[[Iterable[Bucket]], Iterable[Bucket]] = lambda x: x) -> None:
         """Compiles every program before the first request, two at a time; afterwards nothing compiles any more."""
 
-        def compile_bucket(bucket: Bucket):
+        def compile_bucket(bucket: Bucket) -> Callable:
             return self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
 
         with ThreadPoolExecutor(2) as pool:
@@ -158,7 +162,9 @@ class Runner:
         """(Temporary bytes of the largest decode program, bytes of the KV pages): in place means few of the former."""
         bucket = [b for b in self.buckets if not b.work.max_tiles][-1]
         compiled = self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
-        return compiled.memory_analysis().temp_size_in_bytes, self.kv_pages.nbytes
+        analysis = compiled.memory_analysis()
+        assert analysis is not None
+        return analysis.temp_size_in_bytes, self.kv_pages.nbytes
 
     def _empty(self, bucket: Bucket) -> Rows:
         b = bucket.writers + bucket.readers
@@ -167,7 +173,7 @@ class Runner:
         return Rows(zeros(b), zeros(b), np.full(bucket.writers, -1, np.int32), zeros(bucket.logits), work)
 
 
-def _sequence_rows(work: Work, writer: int, reader: int, pages) -> SequenceRows:
+def _sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:
     """The rows of one piece of work, ordered by position; its writers start at `writer`, its readers at `reader`."""
     written = np.arange(work.start, work.start + work.num_write, dtype=np.int32)
     if not work.num_read:

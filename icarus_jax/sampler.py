@@ -7,6 +7,8 @@ by bisection on the bits of a float32, exactly. Tokens that tie with the last on
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,11 +74,11 @@ class Samples:
     """tokens i32[S]. With log-probabilities of the raw logits: of `tokens` and of `target` f32[S], and the best
     MAX_LOGPROBS alternatives, ids i32[S, 20] and values f32[S, 20]; else None."""
 
-    tokens: jax.Array
-    logprob: jax.Array | None = None
-    target_logprob: jax.Array | None = None
-    top_ids: jax.Array | None = None
-    top_logprobs: jax.Array | None = None
+    tokens: Any
+    logprob: Any = None
+    target_logprob: Any = None
+    top_ids: Any = None
+    top_logprobs: Any = None
 
 
 def _row_sum(x: jax.Array) -> jax.Array:
@@ -84,7 +86,7 @@ def _row_sum(x: jax.Array) -> jax.Array:
     return jnp.dot(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
 
 
-def _threshold(probs: jax.Array, enough) -> jax.Array:
+def _threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """The largest t f32[S] for which `enough(probs >= t)`, by bisection on the bits of t. probs f32[S, V] in [0, 1]."""
 
     def halve(_, bounds):

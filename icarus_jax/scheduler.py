@@ -214,9 +214,9 @@ class Scheduler:
 
     def _finish_reason(self, seq: Sequence) -> str | None:
         params, last = seq.params, seq.tokens[-1]
-        if seq.num_output and seq.num_output >= params.min_tokens:
-            if last in params.stop_token_ids or (last in seq.eos_ids and not params.ignore_eos):
-                return "stop"
+        stops = last in params.stop_token_ids or (last in seq.eos_ids and not params.ignore_eos)
+        if stops and seq.num_output and seq.num_output >= params.min_tokens:
+            return "stop"
         full = len(seq.tokens) >= self.config.max_model_len
         return "length" if full or seq.num_output >= params.max_tokens else None
 

@@ -67,11 +67,15 @@ class SamplingParams:
         if not 0 < self.top_p <= 1:
             raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
         if not 0 < self.repetition_penalty < inf:
-            raise RequestError(f"repetition_penalty is {self.repetition_penalty}; it must be above 0", "repetition_penalty")
+            raise RequestError(
+                f"repetition_penalty is {self.repetition_penalty}; it must be above 0", "repetition_penalty"
+            )
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}", "min_tokens")
         if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise RequestError(f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias")
+            raise RequestError(
+                f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias"
+            )
         for _, bias in self.logit_bias:
             if not -100 <= bias <= 100:
                 raise RequestError(f"a logit_bias is {bias}; it must lie between -100 and 100", "logit_bias")

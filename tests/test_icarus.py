@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+import oracle
 import pytest
 import tiny
 from harness import SMALL, drain, generate, make_engine, score, submit
 
-import oracle
 from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import load_trunk
 from icarus_jax.scheduler import SCORE_ROWS
@@ -90,7 +90,10 @@ def test_3_one_heads_prefix_is_anothers_hit(model, length):
     assert stats.cached_tokens_cross_model == length + len(continued) - 1
     assert stats.prefill_tokens == length + 1 + 5
     fresh = engine_for(model, b=(1, "shared"))
-    assert generate(fresh, "b", continued, max_tokens=6).token_ids == generate(engine, "b", continued, max_tokens=6).token_ids
+    assert (
+        generate(fresh, "b", continued, max_tokens=6).token_ids
+        == generate(engine, "b", continued, max_tokens=6).token_ids
+    )
 
 
 def test_4_isolated_never_shares(model):

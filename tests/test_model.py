@@ -6,12 +6,12 @@ import json
 import pathlib
 
 import numpy as np
+import oracle
 import pytest
 import tiny
 import torch
 from harness import SMALL, drain, generate, make_engine, submit
 
-import oracle
 from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import load_trunk
 from icarus_jax.config import EngineConfig
@@ -44,7 +44,10 @@ def test_logits_match_transformers(name, tmp_path):
     tokens = np.random.default_rng(0).integers(0, 256, 90)
     with torch.no_grad():
         want = tiny.hf_model(folder)(torch.tensor(tokens)[None]).logits[0].numpy()
-    engine = make_engine(folder, config=EngineConfig(page_size=4, num_pages=64, max_num_seqs=2, max_num_batched_tokens=128, max_model_len=128))
+    engine = make_engine(
+        folder,
+        config=EngineConfig(page_size=4, num_pages=64, max_num_seqs=2, max_num_batched_tokens=128, max_model_len=128),
+    )
     got = engine_logits(engine, "trunk", tokens.tolist())
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
@@ -89,7 +92,9 @@ def test_bfloat16_runs_close_to_float32(tmp_path):
     import dataclasses
 
     exact = engine_logits(make_engine(folder), "trunk", tokens)
-    low = engine_logits(make_engine(folder, config=dataclasses.replace(SMALL, dtype="bfloat16", kv_dtype="bfloat16")), "trunk", tokens)
+    low = engine_logits(
+        make_engine(folder, config=dataclasses.replace(SMALL, dtype="bfloat16", kv_dtype="bfloat16")), "trunk", tokens
+    )
     assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact).max()
 
 

@@ -62,7 +62,9 @@ def test_matches_oracle(implementation, name, shape):
     n, k, h, page_size = shape
     q, kv, work, _, _ = make(CASES[name], n, k, h, page_size)
     want = op.paged_attention(q, kv, 1, work, scale=h**-0.5, implementation="reference")
-    run = jax.jit(lambda q, kv, layer, work: op.paged_attention(q, kv, layer, work, scale=h**-0.5, implementation=implementation))
+    run = jax.jit(
+        lambda q, kv, layer, work: op.paged_attention(q, kv, layer, work, scale=h**-0.5, implementation=implementation)
+    )
     got = run(q, kv, jnp.int32(1), work)
     np.testing.assert_allclose(got, want, atol=2e-5)
 

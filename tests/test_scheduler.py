@@ -69,7 +69,9 @@ requests = st.tuples(
     st.booleans(),  # prompt_logprobs
 )
 events = st.one_of(
-    st.tuples(st.just("add"), requests), st.tuples(st.just("step"), st.integers(1, 6)), st.tuples(st.just("abort"), st.integers(0, 30))
+    st.tuples(st.just("add"), requests),
+    st.tuples(st.just("step"), st.integers(1, 6)),
+    st.tuples(st.just("abort"), st.integers(0, 30)),
 )
 
 
@@ -96,7 +98,7 @@ def test_any_traffic_leaves_every_page_free(script, num_pages, caching):
                 seqs.append(add(scheduler, len(seqs), MODELS[model], prompt, max_tokens=limit, **extra))
         elif kind == "abort" and value < len(seqs) and seqs[value].status is not Status.FINISHED:
             scheduler.abort(seqs[value])
-            seqs[value].tokens = seqs[value].tokens[: seqs[value].prompt_len] + [-1]  # marks it as aborted
+            seqs[value].tokens = [*seqs[value].tokens[: seqs[value].prompt_len], -1]  # marks it as aborted
         elif kind == "step":
             for _ in range(value):
                 if scheduler.has_work:
@@ -129,7 +131,10 @@ def run_all(scheduler: Scheduler, device: Device | None = None) -> None:
 
 def test_first_come_first_served_and_chunked():
     scheduler = Scheduler(CONFIG)
-    long, short = add(scheduler, 0, MODELS[0], range(30), max_tokens=2), add(scheduler, 1, MODELS[0], [9, 9], max_tokens=2)
+    long, short = (
+        add(scheduler, 0, MODELS[0], range(30), max_tokens=2),
+        add(scheduler, 1, MODELS[0], [9, 9], max_tokens=2),
+    )
     plan = scheduler.schedule()
     assert [(w.seq, w.num_write, w.num_logits) for w in plan.work] == [(long, 12, 0)] and short.status is Status.WAITING
 

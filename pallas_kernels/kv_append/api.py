@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from pallas_kernels.kv_append import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference.kv_append, "xla": xla.kv_append}
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {"reference": reference.kv_append, "xla": xla.kv_append}
 
 
-def kv_append(kv_pages, layer, k, v, slot_mapping, *, implementation: str = "auto"):
+def kv_append(kv_pages: Any, layer: Any, k: Any, v: Any, slot_mapping: Any, *, implementation: str = "auto") -> Any:
     """Writes row t of k, v [T, K, H] to slot `slot_mapping[t]` (page * page_size + offset; -1: nowhere) of `layer`.
 
     kv_pages [L, num_pages, K, page_size, 2H] is returned updated, in place when it is donated. Two rows never share a

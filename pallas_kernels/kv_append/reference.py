@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 
-def kv_append(kv_pages, layer, k, v, slot_mapping):
+def kv_append(kv_pages: Any, layer: Any, k: Any, v: Any, slot_mapping: Any) -> np.ndarray:
     """Same signature as the public op (api.py)."""
     out = np.array(kv_pages)
     page_size, h = out.shape[3], k.shape[-1]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 
-def kv_append(kv_pages, layer, k, v, slot_mapping):
+def kv_append(kv_pages: Any, layer: Any, k: Any, v: Any, slot_mapping: Any) -> Any:
     """Same signature as the public op (api.py)."""
     num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
     page = jnp.where(slot_mapping < 0, num_pages, slot_mapping // page_size)  # out of range: dropped

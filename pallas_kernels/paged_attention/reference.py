@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pallas_kernels.paged_attention.work import ITEM_PAGES, WorkList
+from pallas_kernels.paged_attention.work import ITEM_PAGES, Array, WorkList
 
 
 def row_pages(work: WorkList, page_size: int) -> dict[int, dict[int, int]]:
@@ -15,7 +15,9 @@ def row_pages(work: WorkList, page_size: int) -> dict[int, dict[int, int]]:
         first = int(work.item_start[i]) // page_size
         for row in work.item_rows[i]:
             if row < none:
-                pages.setdefault(int(row), {}).update({first + j: int(work.item_pages[i, j]) for j in range(ITEM_PAGES)})
+                pages.setdefault(int(row), {}).update(
+                    {first + j: int(work.item_pages[i, j]) for j in range(ITEM_PAGES)}
+                )
     for i in range(int(work.num_tiles)):
         for row in work.tile_rows[i]:
             if row < none:
@@ -23,7 +25,7 @@ def row_pages(work: WorkList, page_size: int) -> dict[int, dict[int, int]]:
     return pages
 
 
-def paged_attention(q, kv_pages, layer, work: WorkList, *, scale: float) -> np.ndarray:
+def paged_attention(q: Array, kv_pages: Array, layer: Array, work: WorkList, *, scale: float) -> np.ndarray:
     """Same signature as the public op (api.py); rows that no item or tile names come out as zeros."""
     q = np.asarray(q, np.float64)
     kv = np.asarray(kv_pages[int(layer)]).astype(np.float64)

@@ -13,8 +13,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+
+Array = Any  # np.ndarray on the host, jax.Array in a traced program
 
 ITEM_GROUP = 4  # items computed together; measured on CPU, see docs/benchmarks.md
 ITEM_PAGES = 16
@@ -54,17 +57,17 @@ class WorkList:
     that the tile's last row sees), num_tiles i32[].
     """
 
-    positions: np.ndarray
-    item_rows: np.ndarray
-    item_pages: np.ndarray
-    item_start: np.ndarray
-    num_items: np.ndarray
-    split_rows: np.ndarray
-    parts: np.ndarray
-    tile_rows: np.ndarray
-    tile_pages: np.ndarray
-    tile_len: np.ndarray
-    num_tiles: np.ndarray
+    positions: Array
+    item_rows: Array
+    item_pages: Array
+    item_start: Array
+    num_items: Array
+    split_rows: Array
+    parts: Array
+    tile_rows: Array
+    tile_pages: Array
+    tile_len: Array
+    num_tiles: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +76,7 @@ class SequenceRows:
 
     rows: np.ndarray  # i32[n]: indices into the batch's B rows
     positions: np.ndarray  # i32[n]
-    page_table: Sequence[int]
+    page_table: Sequence[int] | np.ndarray
 
 
 def _empty(shape: WorkShape) -> WorkList:

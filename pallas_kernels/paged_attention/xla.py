@@ -10,12 +10,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.paged_attention.work import ITEM_GROUP, ITEM_PAGES, TILE_PAGES, WorkList
+from pallas_kernels.paged_attention.work import ITEM_GROUP, ITEM_PAGES, TILE_PAGES, Array, WorkList
 
 NEG = -1e30  # finite: a row with nothing to attend to must not become NaN
 
 
-def _blocks(kv_pages, layer, pages, valid):
+def _blocks(kv_pages: Array, layer: Array, pages: Array, valid: Array) -> jax.Array:
     """Pages i32[X, p] of one layer as tokens f32[X, K, p * page, 2H]; zeros from `valid` i32[X] tokens on.
 
     Pages that nobody owns may hold anything, NaN included, and 0 * NaN would poison the sums: hence the zeros.
@@ -29,7 +29,7 @@ def _blocks(kv_pages, layer, pages, valid):
     return jnp.where(live[:, None, :, None], tokens, 0).astype(jnp.float32)
 
 
-def _attend(q, tokens, mask):
+def _attend(q: Array, tokens: Array, mask: Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Unnormalised attention. q f32[X, K, Q, H], tokens f32[X, K, C, 2H], mask bool[X, Q, C].
 
     Returns (acc f32[X, K, Q, H], m f32[X, K, Q, 1], l f32[X, K, Q, 1]): values, running maximum, sum of weights.
@@ -44,14 +44,14 @@ def _attend(q, tokens, mask):
     return acc, m, p.sum(-1, keepdims=True)
 
 
-def _merge(acc, m, l, axis):
+def _merge(acc: Array, m: Array, l: Array, axis: int) -> jax.Array:
     """Joins partial results along `axis` by their maxima and sums; where nothing was attended to, zeros."""
     weight = jnp.exp(m - m.max(axis, keepdims=True))
     total = (l * weight).sum(axis)
     return (acc * weight).sum(axis) / jnp.where(total > 0, total, 1.0)
 
 
-def _items(q, kv_pages, layer, work: WorkList, out):
+def _items(q: Array, kv_pages: Array, layer: Array, work: WorkList, out: Array) -> Array:
     """Split-KV decode: fixed-size items, then one merge a row. q f32[B, K, G, H] scaled."""
     _, kv_heads, group, h = q.shape
     num_items, r = work.item_rows.shape
@@ -85,7 +85,7 @@ def _items(q, kv_pages, layer, work: WorkList, out):
     return out.at[work.split_rows].set(merged, mode="drop")
 
 
-def _tiles(q, kv_pages, layer, work: WorkList, out):
+def _tiles(q: Array, kv_pages: Array, layer: Array, work: WorkList, out: Array) -> Array:
     """Chunked prefill: a tile of rows walks its sequence's pages with an online softmax. q f32[B, K, G, H] scaled."""
     _, kv_heads, group, h = q.shape
     tile = work.tile_rows.shape[1]
@@ -117,7 +117,7 @@ def _tiles(q, kv_pages, layer, work: WorkList, out):
     return lax.fori_loop(0, work.num_tiles, one, out)
 
 
-def paged_attention(q: jax.Array, kv_pages: jax.Array, layer: jax.Array, work: WorkList, *, scale: float) -> jax.Array:
+def paged_attention(q: Array, kv_pages: Array, layer: Array, work: WorkList, *, scale: float) -> jax.Array:
     """See api.py."""
     q, kv_pages, layer, work = jax.tree.map(jnp.asarray, (q, kv_pages, layer, work))
     b, n, h = q.shape
