@@ -24,10 +24,10 @@ LIMIT = 128  # the double's max_model_len
 class Served:
     """An app on a real socket, in a thread."""
 
-    def __init__(self, step_seconds: float = 0.0, eos_ids: tuple[int, ...] = ()):
-        self.engine = doubles.FakeEngine(V, eos_ids, step_seconds, LIMIT)
-        self.engine.start()
-        app = create_app(self.engine, TOKENIZER, eos_ids, "trunk", {"parrot": "heads/parrot"})
+    def __init__(self, engine, tokenizer, eos_ids: tuple[int, ...] = (), sources: dict[str, str] | None = None):
+        self.engine = engine
+        engine.start()
+        app = create_app(engine, tokenizer, eos_ids, next(iter(engine.models)), sources)
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -62,8 +62,10 @@ def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def serving(**options) -> Iterator[Served]:
-    served = Served(**options)
+def serving(step_seconds: float = 0.0, eos_ids: tuple[int, ...] = ()) -> Iterator[Served]:
+    """The double, served."""
+    engine = doubles.FakeEngine(V, eos_ids, step_seconds, LIMIT)
+    served = Served(engine, TOKENIZER, eos_ids, {"parrot": "heads/parrot"})
     try:
         yield served
     finally:
