@@ -84,10 +84,16 @@ class EngineConfig:
     max_model_len: int = 2048  # prompt plus output
     dtype: str = "float32"  # weights, activations
     kv_dtype: str = "float32"
-    attention_impl: str = "auto"  # 'auto' | 'reference' | 'xla'
+    attention_impl: str = "auto"  # 'auto' | 'xla'
     enable_prefix_caching: bool = True
 
     def __post_init__(self):
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.type == "int" and value < 1:
+                raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
+        if self.attention_impl not in ("auto", "xla"):
+            raise ValueError(f"engine.attention_impl={self.attention_impl!r}; it is one of auto, xla")
         need = -(-self.max_model_len // self.page_size)
         if self.num_pages < need:
             raise ValueError(

@@ -93,10 +93,8 @@ def test_a_disconnect_frees_its_pages(served):
 
 def test_echo_scores_a_prompt_for_another_head(served):
     prompt = list(b"to be scored by two models")
-    lists = [
-        served.openai.completions.create(model=m, prompt=prompt, max_tokens=0, echo=True, logprobs=1).choices[0].logprobs
-        for m in ("trunk", "a")
-    ]
+    ask = lambda m: served.openai.completions.create(model=m, prompt=prompt, max_tokens=0, echo=True, logprobs=1)  # noqa: E731
+    lists = [ask(model).choices[0].logprobs for model in ("trunk", "a")]
     assert all(len(x.token_logprobs) == len(prompt) and x.token_logprobs[0] is None for x in lists)
     assert not np.allclose(lists[0].token_logprobs[1:], lists[1].token_logprobs[1:])
 
