@@ -19,12 +19,10 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from icarus_jax.config import KV_KINDS, LORA_TARGETS, ModelConfig
+from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MARK = "icarus"  # our key in adapter_config.json (PEFT skips it with a warning): {"kv": "shared", "trunk": identity}
-KV_TARGETS = ("k_proj", "v_proj")
-TARGETS = (*KV_TARGETS, *LORA_TARGETS)
 RANDOM_RANK = 16
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -93,14 +91,6 @@ class Adapter:
             )
 
 
-def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(din, dout) of every projection that an adapter may change."""
-    d, f = config.hidden_size, config.intermediate_size
-    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
-    return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
-
-
 def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
     """Loads a PEFT LoRA folder, or makes 'random:SEED[:RANK]'. Raises ValueError, in one line, if it cannot."""
     if source.startswith("random:"):
@@ -122,7 +112,7 @@ def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
     rng = np.random.default_rng(seed)
     weights = {}
     for target in LORA_TARGETS:
-        din, dout = target_shapes(model_config)[target]
+        din, dout = model_config.target_shapes[target]
         a = rng.standard_normal((model_config.num_layers, din, rank), np.float32) / math.sqrt(din)
         b = rng.standard_normal((model_config.num_layers, rank, dout), np.float32) * (0.2 / math.sqrt(rank))
         weights[target] = (a, b)
@@ -193,7 +183,7 @@ def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, 
         tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
     except safetensors.SafetensorError as error:
         raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from None
-    shapes = target_shapes(config)
+    shapes = config.target_shapes
     sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -239,7 +229,7 @@ def _stack(
     """Stacks over all layers and pads to one rank; the zeros add nothing to A @ B."""
     weights = {}
     for target in sorted({target for _, target in pieces}):
-        din, dout = target_shapes(config)[target]
+        din, dout = config.target_shapes[target]
         a = np.zeros((config.num_layers, din, rank), np.float32)
         b = np.zeros((config.num_layers, rank, dout), np.float32)
         for (layer, name), (piece_a, piece_b) in pieces.items():

@@ -11,7 +11,9 @@ import dataclasses
 
 KV_KINDS = ("base", "shared", "isolated")
 FAMILIES = ("llama", "qwen2", "qwen3")
-LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what a `shared` head may change
+KV_TARGETS = ("k_proj", "v_proj")
+TARGETS = (*KV_TARGETS, *LORA_TARGETS)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +60,14 @@ class ModelConfig:
     def group_size(self) -> int:
         """G: query heads per KV head."""
         return self.num_heads // self.num_kv_heads
+
+    @property
+    def target_shapes(self) -> dict[str, tuple[int, int]]:
+        """(din, dout) of every projection that an adapter may change."""
+        d, f = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
+        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,21 +20,6 @@ from icarus_jax.config import ModelConfig
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]  # target -> (A f32[L, din, r], B f32[L, r, dout])
 
 
-def target_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """(din, dout) of every projection that an adapter may change."""
-    d, f, h = config.hidden_size, config.intermediate_size, config.head_dim
-    q, kv = config.num_heads * h, config.num_kv_heads * h
-    return {
-        "q_proj": (d, q),
-        "k_proj": (d, kv),
-        "v_proj": (d, kv),
-        "o_proj": (q, d),
-        "gate_proj": (d, f),
-        "up_proj": (d, f),
-        "down_proj": (f, d),
-    }
-
-
 class Lora(nnx.Module):
     """One projection's low-rank factors of every slot: a [.., din, A * r], b [.., A * r, dout]."""
 
@@ -54,7 +39,7 @@ class HeadBank(nnx.Module):
 
     def __init__(self, adapters: list[Factors], config: ModelConfig, dtype: str):
         weights, rank = stack_heads(config, adapters, dtype)
-        for target in target_shapes(config):
+        for target in config.target_shapes:
             factors = weights.get(target)
             setattr(self, target, nnx.data(factors and Lora(jnp.asarray(factors[0]), jnp.asarray(factors[1]), rank)))
 
@@ -72,7 +57,7 @@ def stack_heads(config: ModelConfig, adapters: list[Factors], dtype: DTypeLike) 
 
     Slot i + 1 is `adapters[i]`; smaller ranks are padded with zeros. Targets that no adapter has are left out.
     """
-    shapes = target_shapes(config)
+    shapes = config.target_shapes
     rank = max((a.shape[-1] for factors in adapters for a, _ in factors.values()), default=0)
     lanes = rank * len(adapters)
     bank = {}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from icarus_jax.adapters import load_adapter, random_adapter, save_adapter, target_shapes
+from icarus_jax.adapters import load_adapter, random_adapter, save_adapter
 from icarus_jax.checkpoint import load_trunk
 from tests.tiny import ALL_TARGETS, hf_model, tiny_adapter, tiny_model
 
@@ -61,7 +61,7 @@ def test_weights_mean_what_peft_computes(targets, options, folder, config, tmp_p
     adapter = load_adapter(saved, config)
     assert adapter.weights.keys() == set(targets)
     for target, (a, b) in adapter.weights.items():
-        din, dout = target_shapes(config)[target]
+        din, dout = config.target_shapes[target]
         assert (a.shape, b.shape) == ((3, din, adapter.rank), (3, adapter.rank, dout))
         assert a.dtype == b.dtype == np.float32
     want = logits(hf_model(folder, saved))
