@@ -114,7 +114,7 @@ def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
     for target in LORA_TARGETS:
         din, dout = model_config.target_shapes[target]
         a = rng.standard_normal((model_config.num_layers, din, rank), np.float32) / math.sqrt(din)
-        b = rng.standard_normal((model_config.num_layers, rank, dout), np.float32) * (0.2 / math.sqrt(rank))
+        b = rng.standard_normal((model_config.num_layers, rank, dout), np.float32) * (0.45 / math.sqrt(rank))
         weights[target] = (a, b)
     # No training, so no K/V that it was trained on: either kind of cache is as good.
     return Adapter(f"random:{seed}:{rank}", rank, weights, kv_trained="shared")
