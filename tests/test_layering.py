@@ -23,6 +23,13 @@ LAYERS = (
     ("text", "protocol", "metrics"),
     ("prompts", "streams", "responses", "lifecycle"),
     ("server",),
+    ("task_formats", "sandbox"),
+    ("scoring",),
+    ("result_file", "batch_eval", "task_sets"),
+    ("train_data", "train_log"),
+    ("train_model",),
+    ("train",),
+    ("train_loop",),
     ("cli",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

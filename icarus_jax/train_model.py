@@ -1,0 +1,216 @@
+"""The forward pass of training: two streams over packed rows, and the loss.
+
+The trunk runs over all tokens and yields K/V; no gradient enters it. The head makes no K/V, so that its stream runs at
+the completion's positions alone (the readers), where its predictions count: a head's rows elsewhere influence nothing.
+A conventional LoRA model (kv='isolated') is one stream over all tokens that makes K/V of its own, with gradients.
+
+Both are built of the blocks that serve (model.Block, heads.HeadBank): what is trained is what is served. Letters:
+config.py; here B packed rows, T tokens in each, R readers in each, P tokens of the common prefix, A heads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from icarus_jax.config import TARGETS, ModelConfig
+from icarus_jax.heads import HeadBank, Lora
+from icarus_jax.layers import rms_norm, rope_tables
+from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
+from icarus_jax.train_data import Array, Batch
+
+Params = Mapping[str, jax.Array]  # a trunk's, by checkpoint.py's names
+HeadParams = dict[str, Any]  # LoRA: target -> (A, B); full: name -> weight. Every leaf has a leading A axis
+Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # side_by_side's; empty: no adapters
+KeyValues = tuple[jax.Array, jax.Array]  # K and V of every layer, [L, B, T, K, H]
+
+FULL_PARAMS = (*BLOCK_PARAMS, "final_norm")  # what full fine-tuning gives a head of its own
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a head is trained. full: all weights of its decoder, else LoRA of `rank` on `targets`."""
+
+    kv: str = "shared"  # 'shared' | 'isolated'
+    full: bool = False
+    targets: tuple[str, ...] = ()
+    rank: int = 8
+    scale: float = 2.0  # what A @ B is multiplied by
+    dropout: float = 0.0
+    remat: bool = False  # recompute a layer's activations in the backward pass
+
+
+def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Sequence[int]) -> HeadParams:
+    """Untrained heads, one a seed, in float32: A random and B zero as in PEFT, or copies of the trunk's weights."""
+    if method.full:
+        copies = {name: np.asarray(params[name], np.float32)[None] for name in FULL_PARAMS if name in params}
+        return {name: jnp.asarray(np.repeat(copy, len(seeds), 0)) for name, copy in copies.items()}
+    heads: HeadParams = {}
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    for target in method.targets:
+        din, dout = config.target_shapes[target]
+        bound = 1 / math.sqrt(din)
+        shape = (config.num_layers, din, method.rank)
+        a = np.stack([rng.uniform(-bound, bound, shape).astype(np.float32) for rng in rngs])
+        heads[target] = (jnp.asarray(a), jnp.zeros((len(seeds), config.num_layers, method.rank, dout)))
+    return heads
+
+
+class TrainingBank(HeadBank):
+    """One layer's adapters while they are trained: a HeadBank with dropout on what enters A."""
+
+    def __init__(self, factors: Mapping[str, tuple[jax.Array, jax.Array]], method: Method, key: jax.Array | None):
+        self.rate, self.key = method.dropout, nnx.data(key)
+        for target in TARGETS:
+            pair = factors.get(target)
+            setattr(self, target, nnx.data(pair and Lora(pair[0], pair[1], method.rank)))
+
+    def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
+        if self.key is not None and getattr(self, target) is not None:
+            key = jax.random.fold_in(self.key, TARGETS.index(target))
+            x = jnp.where(jax.random.bernoulli(key, 1 - self.rate, x.shape), x / (1 - self.rate), 0).astype(x.dtype)
+        return super().add(target, out, x, slots, first)
+
+
+def side_by_side(heads: HeadParams, method: Method, dtype: Any) -> Bank:
+    """The heads' factors as a HeadBank has them: a [L, din, A * r], b [L, A * r, dout], the scale in b."""
+
+    def lanes(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        a, b = pair
+        (num, layers, din, rank), dout = a.shape, b.shape[-1]
+        a = jnp.moveaxis(a, 0, 2).reshape(layers, din, num * rank)
+        b = jnp.moveaxis(b, 0, 1).reshape(layers, num * rank, dout) * method.scale
+        return a.astype(dtype), b.astype(dtype)
+
+    return {target: lanes(pair) for target, pair in heads.items()}
+
+
+class Stream(NamedTuple):
+    """Rows of the packed batch that run through the layers together, Q of each packed row.
+
+    x [B, Q, D]; positions, slots i32[B, Q]; mask bool[B, Q, P + T]: what each attends to, the common prefix first.
+    """
+
+    x: jax.Array
+    positions: Array
+    slots: Array
+    mask: jax.Array
+
+
+def run_layers(
+    config: ModelConfig,
+    method: Method,
+    model: Trunk,
+    bank: Bank,
+    stream: Stream,
+    prefix: KeyValues,
+    given: KeyValues | None = None,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, KeyValues | None]:
+    """Runs a stream: (x [B, Q, D], the K/V that it made). With `given` K/V it attends to those and makes none.
+
+    prefix: K/V [L, P, K, H] that come before each row's own; key: for dropout.
+    """
+    b, q_len, d = stream.x.shape
+    n, h = config.num_heads, config.head_dim
+    tables = rope_tables(config, jnp.ravel(stream.positions))
+    slots = jnp.ravel(stream.slots)
+    block_def, block_state = nnx.split(model.blocks)
+
+    def layer(rows, inputs):
+        block_state, factors, prefix, given, key = inputs
+        block: Block = nnx.merge(block_def, block_state)
+        adapters = TrainingBank(factors, method, key) if factors else None
+        normed = rms_norm(rows, block.attn_norm[...], config.rms_norm_eps)
+        q, *made = block.attention_inputs(config, adapters, normed, slots, 0, tables)
+        own = given or tuple(y.reshape(b, q_len, config.num_kv_heads, h) for y in made)
+        k, v = (
+            jnp.concatenate([jnp.broadcast_to(before, (b, *before.shape)), after], axis=1)
+            for before, after in zip(prefix, own, strict=True)
+        )
+        attended = jax.nn.dot_product_attention(q.reshape(b, q_len, n, h), k, v, mask=stream.mask[:, None])
+        attended = attended.reshape(b * q_len, n * h)
+        out = jnp.dot(attended, block.o[...])
+        if adapters is not None:
+            out = adapters.add("o_proj", out, attended, slots, 0)
+        rows = rows + out
+        rows = rows + block.mlp(adapters, rms_norm(rows, block.mlp_norm[...], config.rms_norm_eps), slots, 0)
+        return rows, own if given is None else None
+
+    keys = None if key is None else jax.random.split(key, config.num_layers)
+    inputs = (block_state, dict(bank), prefix, given, keys)
+    rows, made = lax.scan(jax.checkpoint(layer) if method.remat else layer, stream.x.reshape(b * q_len, d), inputs)
+    return rows.reshape(b, q_len, d), made
+
+
+def prefix_kv(
+    config: ModelConfig, method: Method, model: Trunk, bank: Bank, tokens: jax.Array, key: jax.Array | None = None
+) -> KeyValues:
+    """K/V [L, P, K, H] of the tokens i32[P] that all examples begin with: run once, not once an example."""
+    length = tokens.shape[0]
+    x = model.embed[...][tokens][None]
+    empty = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), x.dtype)
+    if not length:
+        return empty, empty
+    stream = Stream(x, jnp.arange(length)[None], jnp.ones((1, length), jnp.int32), jnp.tri(length, dtype=bool)[None])
+    _, made = run_layers(config, method, model, bank, stream, (empty, empty), key=key)
+    assert made is not None
+    return made[0][:, 0], made[1][:, 0]
+
+
+def token_logprobs(
+    config: ModelConfig,
+    method: Method,
+    heads: HeadParams,
+    params: Params,
+    prefix: jax.Array,
+    batch: Batch,
+    key: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Log-probability f32[B, R] of every target, and whether it was the likeliest bool[B, R].
+
+    prefix i32[P]; key: for dropout, None for none.
+    """
+    frozen: dict[str, jax.Array] = lax.stop_gradient(dict(params))
+    trunk = Trunk(config, frozen)
+    decoder = trunk
+    bank: Bank = {}
+    if method.full:
+        own = {name: jnp.squeeze(leaf, 0).astype(frozen[name].dtype) for name, leaf in heads.items()}
+        decoder = Trunk(config, frozen | own)
+    else:
+        bank = side_by_side(heads, method, frozen["embed"].dtype)
+    key = None if method.dropout == 0 else key
+    readers = batch.readers
+    at = lambda rows: jnp.take_along_axis(rows, readers, axis=1)  # noqa: E731  [B, T] -> [B, R]
+    embed = lambda tokens: frozen["embed"][tokens]  # noqa: E731
+    columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    mask = _mask(batch, batch.segments, columns, len(prefix))
+    everything = Stream(embed(batch.tokens), batch.positions, batch.slots, mask)
+    if method.kv == "shared":
+        before = prefix_kv(config, method, trunk, {}, prefix)
+        _, kv = run_layers(config, method, trunk, {}, everything, before)
+        reader_mask = _mask(batch, at(batch.segments), readers, len(prefix))
+        stream = Stream(embed(at(batch.tokens)), at(batch.positions), at(batch.slots), reader_mask)
+        x, _ = run_layers(config, method, decoder, bank, stream, before, kv, key)
+    else:
+        before = prefix_kv(config, method, decoder, bank, prefix, key)
+        x, _ = run_layers(config, method, decoder, bank, everything, before, key=key)
+        x = jnp.take_along_axis(x, readers[..., None], axis=1)
+    logits = decoder.logits(x.reshape(-1, config.hidden_size)).reshape(*readers.shape, -1)
+    picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
+    return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == batch.targets
+
+
+def _mask(batch: Batch, segments: Array, columns: Array, prefix_len: int) -> jax.Array:
+    """bool[B, Q, P + T]: a row sees the prefix, and of its own segment the columns up to its own."""
+    own = (segments[:, :, None] == batch.segments[:, None]) & (jnp.arange(batch.tokens.shape[1]) <= columns[:, :, None])
+    return jnp.concatenate([jnp.ones((*own.shape[:2], prefix_len), bool), own], axis=-1)
