@@ -1,0 +1,115 @@
+"""Scores models on a task set, or answers a batch file: all models in one batch, on one cache.
+
+    python launch/evaluate.py --config=evaluate.py:intent
+    python launch/evaluate.py --config=evaluate.py:sql --config.models=sql --config.limit=20
+    python launch/evaluate.py --config=evaluate.py:batch --config.data.path=requests.jsonl --config.out=answers.jsonl
+
+One line a sample goes to --config.out (results/TASK.jsonl). Killed at any moment, the next run of the same command
+finishes the rest and repeats nothing. The last line on stdout is one JSON object with each model's scores:
+{"task": "intent", "rows": 1540, "models": {"intent": {"accuracy": 0.87}, ...}}.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import logging
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from icarus_jax import batch_eval, cli, sandbox, task_sets
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+_HEADS = cli.define_heads()
+
+
+def main(config: ConfigDict) -> None:
+    cli.add_heads(config, _HEADS.value or ())
+    models = keep_models(config)
+    if config.task == "humaneval" and not sandbox.is_isolated():
+        logging.warning("no namespaces to be had: only Python's audit hook keeps generated code off the network")
+    with cli.usage_errors():
+        evaluation = make_evaluation(config, models)
+        report = batch_eval.run(evaluation, Path(config.out).expanduser(), lambda: serve(config), progress_bar)
+    print(json.dumps(report))
+
+
+def keep_models(config: ConfigDict) -> list[str]:
+    """The models to ask; heads that are not among them are not loaded."""
+    served = cli.served_names(config)
+    models = [name for name in config.models.split(",") if name] or served
+    for name in models:
+        if name not in served:
+            raise cli.UsageError(f"--config.models: no model {name!r}; served are {', '.join(served)}")
+    with config.unlocked():
+        for name in set(config.heads) - set(models):
+            del config.heads[name]
+    return list(dict.fromkeys(models))
+
+
+def make_evaluation(config: ConfigDict, models: list[str]) -> batch_eval.Evaluation:
+    if not config.data.path:
+        raise cli.UsageError("--config.data.path=FILE is missing")
+    if config.limit < 0:
+        raise cli.UsageError(f"--config.limit={config.limit}: it must be 0 (all rows) or more")
+    path = Path(config.data.path).expanduser()
+    served = fingerprints(config)
+    if config.task == "batch":
+        return batch_eval.batch_evaluation(path, served, config.limit)
+    database = Path(config.data.database).expanduser() if "database" in config.data else None
+    return task_sets.task_evaluation(config.task, path, models, served, config.limit, database)
+
+
+def fingerprints(config: ConfigDict) -> dict[str, Any]:
+    """What answers: the number formats, the trunk, and each head, local ones by their files' contents."""
+    heads = {
+        name: f"{head.kv} {_contents(head.path, cli.REPOSITORY / head.path)}" for name, head in config.heads.items()
+    }
+    formats = f"{config.engine.dtype}, KV {config.engine.kv_dtype}"
+    trunk = _contents(config.trunk.source, Path(config.trunk.source).expanduser())
+    return {"formats": formats, config.trunk.name: trunk, **heads}
+
+
+def _contents(name: str, path: Path) -> str:
+    """The hash of a file, or of a folder's files and their names; the name of what does not lie here."""
+    if not path.exists():
+        return name
+    whole = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as stream:
+                part = hashlib.file_digest(stream, "sha256").hexdigest()
+            whole.update(f"{file.relative_to(path)} {part}\n".encode())
+    return whole.hexdigest()[:24]
+
+
+@contextlib.contextmanager
+def serve(config: ConfigDict) -> Iterator[tuple[ASGIApp, int]]:
+    """The HTTP API on a running engine, and how many requests to keep in flight."""
+    app = cli.build(config)
+    from icarus_jax.server import create_app
+
+    app.start()
+    try:
+        api = create_app(app.engine, app.tokenizer, app.eos_ids, config.trunk.name)
+        yield api, 2 * app.engine.config.max_num_seqs  # the next ones wait in the engine
+    finally:
+        app.engine.shutdown(drain=False)
+
+
+def progress_bar(total: int, done: int) -> Callable[[], object]:
+    return tqdm(total=total, initial=done, unit="answer", file=sys.stderr, disable=None).update
+
+
+if __name__ == "__main__":
+    cli.run(main, default_config="evaluate.py:intent")
