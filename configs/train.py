@@ -27,7 +27,7 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # steps; then what a packed batch holds: rows, tokens a row, whether longer examples may be left out
 SIZES = {
     "intent": (600, 6, 144, False),
-    "slots": (600, 6, 144, False),
+    "slots": (600, 5, 168, False),
     "sql": (300, 3, 352, False),
     "math": (400, 3, 512, True),
 }
