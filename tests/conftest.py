@@ -4,7 +4,11 @@ import os
 
 # Before anything imports jax: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+# Eight devices on two busy cores meet late: XLA's own limit of 40 s would abort the whole run.
+os.environ["XLA_FLAGS"] = (
+    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8 "
+    "--xla_cpu_collective_call_terminate_timeout_seconds=240"
+)
 
 import jax
 import pytest
