@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 
-KV_KINDS = ("base", "shared", "isolated")
+KV_KINDS = ("base", "shared", "activated", "isolated")
 FAMILIES = ("llama", "qwen2", "qwen3")
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
@@ -76,11 +76,15 @@ class HeadConfig:
 
     name: str
     path: str  # a PEFT folder, or 'random:SEED' (an untrained adapter, for load tests)
-    kv: str = "shared"  # 'shared' | 'isolated'
+    kv: str = "shared"  # 'shared' | 'activated' | 'isolated'
+    invocation_tokens: tuple[int, ...] = ()  # of an `activated` head (aLoRA): where its adapter comes on
+    pinned: bool = False  # never leaves its adapter slot
 
     def __post_init__(self):
         if self.kv not in KV_KINDS[1:]:
             raise ValueError(f"head {self.name!r}: kv={self.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
+        if (self.kv == "activated") != bool(self.invocation_tokens):
+            raise ValueError(f"head {self.name!r}: kv='activated' and invocation tokens go together")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from icarus_jax.heads import Factors, HeadBank
 from icarus_jax.model import Trunk
 from icarus_jax.runner import Runner
 from icarus_jax.scheduler import Scheduler
-from icarus_jax.sequence import MAX_STOPS, Model, RequestError, SamplingParams, Sequence, TokenOutput
+from icarus_jax.sequence import MAX_STOPS, Model, RequestError, SamplingParams, Sequence, SessionHint, TokenOutput
 
 log = logging.getLogger(__name__)
 
@@ -33,12 +33,19 @@ OnOutput = Callable[[int, TokenOutput], None]
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """A prompt for one model. `n` streams are made of it; stream i draws with seed + i."""
+    """A prompt for some models; `n` streams of each. Choice i is models[i // n]'s and draws with seed + i.
 
-    model: str
+    handoff: called once a choice on the submitting thread; what it returns is told each new token on the engine's
+    thread, and may name the model that goes on. reference_logprobs: the trunk's log-probabilities are wanted too.
+    """
+
+    models: tuple[str, ...]
     prompt_ids: tuple[int, ...]
     params: SamplingParams
     n: int = 1
+    handoff: Callable[[], Callable[[int], str | None]] | None = None
+    reference_logprobs: bool = False
+    session: SessionHint | None = None
 
 
 @dataclasses.dataclass
@@ -121,7 +128,7 @@ class Engine:
         """
         self._check(request)
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(32)
-        model = self.models[request.model]
+        model = self.models[request.models[0]]  # STUB: until the engine's side is merged
         # the context may end before max_tokens does
         room = self.config.max_model_len - len(request.prompt_ids)
         params = dataclasses.replace(
@@ -155,10 +162,19 @@ class Engine:
             self._inbox.append(lambda: self._abort(ids))
             self._wake.notify()
 
+    def load_head(self, head: HeadConfig, factors: Factors) -> None:
+        raise NotImplementedError  # STUB: until the engine's side is merged
+
+    def unload_head(self, name: str) -> None:
+        raise NotImplementedError  # STUB: until the engine's side is merged
+
+    def release_session(self, session_id: str) -> None:
+        raise NotImplementedError  # STUB: until the engine's side is merged
+
     def _check(self, request: Request) -> None:
         limit, vocab = self.config.max_model_len, self.model_config.vocab_size
-        if request.model not in self.models:
-            raise RequestError(f"the model {request.model!r} does not exist; served: {', '.join(self.models)}", "model")
+        if request.models[0] not in self.models:
+            raise RequestError(f"the model {request.models[0]!r} does not exist; served: {', '.join(self.models)}", "model")
         if not request.prompt_ids:
             raise RequestError("the prompt is empty", "prompt")
         need = len(request.prompt_ids) + min(1, request.params.max_tokens)

@@ -111,6 +111,19 @@ class Model:
         return self.slot if self.kind == "isolated" else 0
 
 
+@dataclasses.dataclass(frozen=True)
+class SessionHint:
+    """What a client says of the conversation that a request belongs to.
+
+    retain_s: seconds for which its pages are kept after the answer (inf: until released); None: as long as there is
+    room. next_model: the model that will most likely continue.
+    """
+
+    id: str
+    retain_s: float | None = None
+    next_model: str | None = None
+
+
 class Status(enum.Enum):
     WAITING = "waiting"
     RUNNING = "running"
@@ -132,7 +145,9 @@ class TokenOutput:
 
     seq_id: int
     token_ids: list[int]
+    model: str = ""  # that wrote them
     logprobs: list[TokenLogprob] | None = None
+    reference_logprobs: list[float] | None = None  # the trunk's log-probabilities of `token_ids`
     prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt, once; its first entry is None
     finish_reason: str | None = None  # 'stop' | 'length' | 'abort' | 'error'
     cached_tokens: int = 0  # prompt tokens taken from the cache

@@ -98,7 +98,7 @@ class Decoding:
         engine.scheduler.pool.clear()
         for name in names:
             prompt = tuple(rng.integers(0, engine.model_config.vocab_size, context).tolist())
-            self.ids += engine.submit(Request(name, prompt, params), lambda *_: None)
+            self.ids += engine.submit(Request((name,), prompt, params), lambda *_: None)
         engine.run_inbox()
         begin = time.perf_counter()
         scheduler = engine.scheduler

@@ -124,7 +124,7 @@ def ask(engine: Engine, models: list[str], prompt_ids: list[int], params: Sampli
     answers = [Answer(model) for model in models]
 
     def submit(answer: Answer) -> None:
-        request = Request(answer.model, tuple(prompt_ids), params)
+        request = Request((answer.model,), tuple(prompt_ids), params)
         engine.submit(request, lambda _, output: outputs.put((answer, output)))
 
     submit(answers[0])

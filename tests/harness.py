@@ -56,7 +56,7 @@ def submit(engine: Engine, model: str, prompt: Iterable[int], n: int = 1, **para
         result.cached_tokens = output.cached_tokens
 
     params = SamplingParams(**{"temperature": 0.0, **params})
-    engine.submit(Request(model, tuple(prompt), params, n), on_output)
+    engine.submit(Request((model,), tuple(prompt), params, n), on_output)
     return results
 
 
