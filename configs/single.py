@@ -24,4 +24,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.heads = ConfigDict(sort_keys=False)
     config.engine = ConfigDict(dataclasses.asdict(EngineConfig()))
     config.server = ConfigDict({"host": "127.0.0.1", "port": 8000})
+    # What may be loaded while the server runs: over HTTP, from these folders (DIR,DIR); by itself, from this one.
+    config.server.update(head_folders="", watch_heads="")
     return config.lock()

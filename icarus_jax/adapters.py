@@ -19,10 +19,11 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
+from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, HeadConfig, ModelConfig
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MARK = "icarus"  # our key in adapter_config.json (PEFT skips it with a warning): {"kv": "shared", "trunk": identity}
+INVOCATION = "alora_invocation_tokens"  # PEFT's
 RANDOM_RANK = 16
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,7 +35,6 @@ _UNSUPPORTED = (
     ("trainable_token_indices", "trained embeddings"),
     ("target_parameters", "adapters on bare parameters"),
     ("lora_bias", "a bias on B"),
-    ("alora_invocation_tokens", "activation by an invocation sequence"),
     ("layer_replication", "repeated layers"),
     ("fan_in_fan_out", "transposed weights"),
     ("use_qalora", "QA-LoRA"),
@@ -53,7 +53,8 @@ class Adapter:
     """One task model's weights: by target, (A float32[L, din, r], B float32[L, r, dout]); an absent layer is zeros.
 
     q_proj's outputs are in the order of query heads n = k * G + g. kv_trained: 'shared' if it was trained to read the
-    trunk's K/V, None if nothing says so. trunk_identity: the trunk that it was trained on, if known.
+    trunk's K/V, 'activated' if it comes on at its invocation_tokens (aLoRA), None if nothing says so. trunk_identity:
+    the trunk that it was trained on, if known.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Adapter:
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]]
     kv_trained: str | None = None
     trunk_identity: str | None = None
+    invocation_tokens: tuple[int, ...] = ()
 
     def check(self, kv: str, trunk_identity: str | None = None) -> None:
         """Says whether the adapter can be served as `kv` on a trunk. Raises ValueError with the reason if it cannot.
@@ -74,6 +76,17 @@ class Adapter:
                 f"adapter {self.name} was trained on the trunk {self.trunk_identity[:12]}, not on the one loaded, "
                 f"{trunk_identity[:12]}: serve it with its own trunk, or train it again on this one"
             )
+        if kv == "activated" and not self.invocation_tokens:
+            raise ValueError(
+                f"adapter {self.name} names no alora_invocation_tokens and cannot be kv='activated': nothing says "
+                f"where it comes on; serve it as kv='shared' or kv='isolated'"
+            )
+        if kv != "activated" and self.invocation_tokens:
+            log.warning(
+                "adapter %s was trained to come on at its invocation tokens; as kv='%s' it is on from the first token, "
+                "and its outputs will differ from those of its training: serve it as kv='activated'",
+                *(self.name, kv),
+            )
         if kv != "shared":
             return
         if own_kv := [target for target in KV_TARGETS if target in self.weights]:
@@ -82,7 +95,7 @@ class Adapter:
                 f"differ from the trunk's, so that nothing could be shared; serve it as kv='isolated', or train an "
                 f"adapter on {', '.join(LORA_TARGETS)} alone"
             )
-        if self.kv_trained != "shared":
+        if self.kv_trained is None:
             log.warning(
                 "adapter %s is not marked as trained for a shared trunk: it will attend to the trunk's K/V, whereas it "
                 "was probably trained on K/V of its own, so its outputs will differ from those of its training and may "
@@ -104,7 +117,29 @@ def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
         b *= _scaling(config, layer, target, rank=a.shape[1], folder=folder)
     mark = config.get(MARK) or {}
     rank = max(a.shape[1] for a, _ in pieces.values())
-    return Adapter(str(folder), rank, _stack(pieces, rank, model_config), mark.get("kv"), mark.get("trunk"))
+    invocation = _invocation(config, folder, model_config)
+    kv = "activated" if invocation else mark.get("kv")
+    return Adapter(str(folder), rank, _stack(pieces, rank, model_config), kv, mark.get("trunk"), invocation)
+
+
+def read_head(
+    name: str,
+    source: str,
+    kv: str | None,
+    model_config: ModelConfig,
+    *,
+    trunk_identity: str | None = None,
+    pinned: bool = False,
+) -> tuple[HeadConfig, Mapping[str, tuple[np.ndarray, np.ndarray]]]:
+    """An adapter as a head for the engine: its configuration, and its weights by target. Raises ValueError.
+
+    kv None: what the adapter was trained for; if nothing says so 'isolated', which is right for any ordinary LoRA.
+    """
+    adapter = load_adapter(source, model_config)
+    kv = kv or adapter.kv_trained or "isolated"
+    adapter.check(kv, trunk_identity)
+    tokens = adapter.invocation_tokens if kv == "activated" else ()
+    return HeadConfig(name, source, kv, tokens, pinned), adapter.weights
 
 
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
@@ -139,6 +174,8 @@ def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: 
         "target_modules": sorted(adapter.weights),
         MARK: {"kv": adapter.kv_trained, "trunk": adapter.trunk_identity},
     }
+    if adapter.invocation_tokens:
+        config[INVOCATION] = list(adapter.invocation_tokens)
     tensors = {}
     for target, (a, b) in adapter.weights.items():
         for layer in range(len(a)):
@@ -175,6 +212,17 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
         )
     return config
+
+
+def _invocation(config: dict[str, Any], folder: pathlib.Path, model_config: ModelConfig) -> tuple[int, ...]:
+    """The token ids at whose last occurrence an aLoRA comes on; empty for any other adapter."""
+    ids = config.get(INVOCATION)
+    if ids is None:
+        return ()
+    vocab = model_config.vocab_size
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab for i in ids):
+        raise ValueError(f"adapter {folder}: {INVOCATION}={ids!r}; it is a list of token ids in 0..{vocab - 1}")
+    return tuple(ids)
 
 
 def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:

@@ -174,7 +174,9 @@ class Engine:
     def _check(self, request: Request) -> None:
         limit, vocab = self.config.max_model_len, self.model_config.vocab_size
         if request.models[0] not in self.models:
-            raise RequestError(f"the model {request.models[0]!r} does not exist; served: {', '.join(self.models)}", "model")
+            raise RequestError(
+                f"the model {request.models[0]!r} does not exist; served: {', '.join(self.models)}", "model"
+            )
         if not request.prompt_ids:
             raise RequestError("the prompt is empty", "prompt")
         need = len(request.prompt_ids) + min(1, request.params.max_tokens)

@@ -18,6 +18,7 @@ import httpx
 import openai
 import pytest
 
+from icarus_jax.engine import Request
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt
 from icarus_jax.sequence import SamplingParams
@@ -74,10 +75,10 @@ def test_a_client_that_left_before_the_answer_began():
             return {"type": "http.disconnect"}
 
         http = types.SimpleNamespace(receive=receive)
-        generation = Generation(engine, Metrics(engine), "trunk", http)
+        generation = Generation(engine, Metrics(engine), http)
         prompt, params = Prompt((5,), None, "prompt"), SamplingParams(max_tokens=100)
-        choices = [Choice(0, prompt, params, Vocabulary(TOKENIZER), frozenset(), True)]
-        generation.submit(prompt, params, choices)
+        choices = [Choice(0, "trunk", prompt, params, Vocabulary(TOKENIZER), frozenset(), True)]
+        generation.submit(Request(("trunk",), prompt.ids, params), choices)
         await asyncio.sleep(0.2)
         assert engine.aborted == [0]
         with pytest.raises(ClientGone):
