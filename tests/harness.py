@@ -10,7 +10,8 @@ import numpy as np
 from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk
 from icarus_jax.config import EngineConfig, HeadConfig
-from icarus_jax.engine import Engine, Request
+from icarus_jax.engine import Engine
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams, TokenLogprob
 
 SMALL = EngineConfig(page_size=4, num_pages=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
@@ -56,7 +57,7 @@ def submit(engine: Engine, model: str, prompt: Iterable[int], n: int = 1, **para
         result.cached_tokens = output.cached_tokens
 
     params = SamplingParams(**{"temperature": 0.0, **params})
-    engine.submit(Request(model, tuple(prompt), params, n), on_output)
+    engine.submit(Request((model,), tuple(prompt), params, n), on_output)
     return results
 
 
