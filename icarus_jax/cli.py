@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from icarus_jax.engine import Engine
-    from icarus_jax.head_registry import HeadRegistry
+    from icarus_jax.head_loader import HeadLoader
 
 log = logging.getLogger(__name__)
 FLAGS = flags.FLAGS
@@ -59,7 +59,7 @@ class App:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
-    registry: HeadRegistry
+    loader: HeadLoader
 
     def start(self) -> None:
         """Compiles the engine's programs, with a progress bar on a terminal, and lets it run."""
@@ -151,7 +151,7 @@ def build(config: ConfigDict) -> App:
 
     from icarus_jax import adapters, checkpoint, tokenizer
     from icarus_jax.engine import Engine
-    from icarus_jax.head_registry import HeadRegistry
+    from icarus_jax.head_loader import HeadLoader
 
     enable_compilation_cache()
     with usage_errors():
@@ -166,7 +166,7 @@ def build(config: ConfigDict) -> App:
     engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
     folders = [REPOSITORY / folder for folder in config.server.head_folders.split(",") if folder]
-    return App(engine, text, eos_ids, HeadRegistry(engine, config.trunk.name, trunk.identity, sources, folders))
+    return App(engine, text, eos_ids, HeadLoader(engine, config.trunk.name, trunk.identity, sources, folders))
 
 
 def enable_compilation_cache() -> None:

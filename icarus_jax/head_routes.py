@@ -12,7 +12,7 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import PlainTextResponse, Response
 
 from icarus_jax.body import ApiError, B, Body, parse, read_body
-from icarus_jax.head_registry import HeadRegistry, UnknownHead
+from icarus_jax.head_loader import HeadLoader, UnknownHead
 from icarus_jax.sequence import Model, RequestError
 
 T = TypeVar("T")
@@ -46,8 +46,8 @@ class HeadRoutes:
     show: a model as /v1/models lists it.
     """
 
-    def __init__(self, registry: HeadRegistry, show: Callable[[Model], dict[str, Any]]):
-        self._registry = registry
+    def __init__(self, loader: HeadLoader, show: Callable[[Model], dict[str, Any]]):
+        self._loader = loader
         self._show = show
         self._thread = ThreadPoolExecutor(1, "heads")
 
@@ -67,7 +67,7 @@ class HeadRoutes:
 
     async def unload_head(self, http: HttpRequest) -> Any:
         body = await self._read(UnloadHead, http)
-        await self._run("name", "name", functools.partial(self._registry.unload, body.name))
+        await self._run("name", "name", functools.partial(self._loader.unload, body.name))
         return {"id": body.name, "object": "model", "deleted": True}
 
     async def load_lora_adapter(self, http: HttpRequest) -> Response:
@@ -80,16 +80,16 @@ class HeadRoutes:
 
     async def unload_lora_adapter(self, http: HttpRequest) -> Response:
         body = await self._read(UnloadLoraAdapter, http)
-        await self._run("lora_name", "lora_name", functools.partial(self._registry.unload, body.lora_name))
+        await self._run("lora_name", "lora_name", functools.partial(self._loader.unload, body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def _read(self, kind: type[B], http: HttpRequest) -> B:
-        if not self._registry.folders:
+        if not self._loader.folders:
             raise ApiError(403, OFF, code="head_loading_off")
         return parse(kind, await read_body(http))
 
     def _load(self, name: str, path: str, **options: Any) -> Model:
-        return self._registry.load(name, str(self._registry.find(path)), **options)
+        return self._loader.load(name, str(self._loader.find(path)), **options)
 
     async def _run(self, name: str, path: str, call: Callable[[], T]) -> T:
         """Runs it on the thread; an error becomes an answer about the field `name` or `path`."""

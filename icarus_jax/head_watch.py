@@ -13,7 +13,7 @@ import pathlib
 import threading
 
 from icarus_jax.adapters import CONFIG_FILE, WEIGHTS_FILE
-from icarus_jax.head_registry import HeadRegistry, UnknownHead
+from icarus_jax.head_loader import HeadLoader, UnknownHead
 
 log = logging.getLogger(__name__)
 
@@ -35,13 +35,13 @@ class _Watched:
 
 
 class HeadWatcher:
-    """Watches `folder` on a thread of its own while it is entered: `with HeadWatcher(registry, folder): ...`.
+    """Watches `folder` on a thread of its own while it is entered: `with HeadWatcher(loader, folder): ...`.
 
     A subfolder's name is the head's. Names that start with a dot are passed over: write there and rename, if you like.
     """
 
-    def __init__(self, registry: HeadRegistry, folder: str | pathlib.Path, poll_seconds: float = POLL_SECONDS):
-        self._registry = registry
+    def __init__(self, loader: HeadLoader, folder: str | pathlib.Path, poll_seconds: float = POLL_SECONDS):
+        self._loader = loader
         self._folder = pathlib.Path(folder).expanduser().absolute()
         if not self._folder.is_dir():
             raise ValueError(f"{self._folder} is no folder: there is nothing to watch")
@@ -84,7 +84,7 @@ class HeadWatcher:
             head.wait -= 1
             return
         try:
-            self._registry.load(name, str(self._folder / name))
+            self._loader.load(name, str(self._folder / name))
         except (ValueError, OSError) as error:
             head.tries += 1
             head.wait = min(2**head.tries, MAX_WAIT) - 1
@@ -99,17 +99,15 @@ class HeadWatcher:
         if not self._is_served(name):  # it never was, or something else has its name now
             return
         try:
-            self._registry.unload(name)
+            self._loader.unload(name)
         except UnknownHead:
             pass  # gone already
         except ValueError as error:
             log.error("head %s, whose folder in %s is gone, is not unloaded: %s", name, self._folder, error)
 
     def _is_served(self, name: str) -> bool:
-        source = self._registry.source(name)
-        return name in self._registry.engine.models and os.path.realpath(source) == os.path.realpath(
-            self._folder / name
-        )
+        source = self._loader.source(name)
+        return name in self._loader.engine.models and os.path.realpath(source) == os.path.realpath(self._folder / name)
 
     def _stamps(self) -> dict[str, Stamp]:
         """The subfolders that hold an adapter, whole or not yet."""

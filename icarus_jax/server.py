@@ -18,14 +18,15 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from icarus_jax.body import ApiError, parse, read_body
-from icarus_jax.engine import Engine, Request
+from icarus_jax.engine import Engine
 from icarus_jax.handoff import Handoff
-from icarus_jax.head_registry import HeadRegistry
+from icarus_jax.head_loader import HeadLoader
 from icarus_jax.head_routes import HeadRoutes
 from icarus_jax.lifecycle import Drain, DrainingServer, Gate
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt, PromptReader
 from icarus_jax.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Generate, TokenizeRequest
+from icarus_jax.requests import Request
 from icarus_jax.responses import ChatView, CompletionView, error_body, internal_error, model_card
 from icarus_jax.routing import ReleaseRequest, Routing
 from icarus_jax.sequence import Model, RequestError, SamplingParams
@@ -42,14 +43,14 @@ MAX_CHOICES = 1024  # prompts times models times n
 class Api:
     """The endpoints. Handlers return what is to be sent as JSON, or a Response."""
 
-    def __init__(self, engine: Engine, tokenizer: Any, eos_ids: Iterable[int], registry: HeadRegistry):
+    def __init__(self, engine: Engine, tokenizer: Any, eos_ids: Iterable[int], loader: HeadLoader):
         self.engine = engine
         self.vocabulary = Vocabulary(tokenizer)
         self.metrics = Metrics(engine)
         self.limit = engine.config.max_model_len
         self.reader = PromptReader(self.vocabulary, engine.model_config.vocab_size, self.limit)
         self.eos_ids = frozenset(eos_ids)
-        self.registry = registry
+        self.loader = loader
         self.created = int(time.time())
 
     # What is served.
@@ -73,8 +74,8 @@ class Api:
         return self.card(self.engine.models[name])
 
     def card(self, model: Model) -> dict[str, Any]:
-        registry = self.registry
-        return model_card(model, registry.trunk_name, registry.source(model.name), self.limit, self.created)
+        loader = self.loader
+        return model_card(model, loader.trunk_name, loader.source(model.name), self.limit, self.created)
 
     def _check_model(self, name: str | None, field: str = "model") -> None:
         if name is not None and name not in self.engine.models:
@@ -87,10 +88,15 @@ class Api:
         named = [("handoff", rule.model) for rule in body.handoff]
         if body.session and body.session.next_model is not None:
             named.append(("session", body.session.next_model))
+        models = self.engine.models
         for field, name in named:
-            if name not in self.engine.models:
-                names = ", ".join(self.engine.models)
-                raise ApiError(400, f"{field} names the model {name[:64]!r}, which is not served: {names}", field)
+            if name not in models:
+                message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
+                raise ApiError(400, message, field)
+        if body.reference_logprobs and (own := [r.model for r in body.handoff if models[r.model].salt]):
+            raise ApiError(
+                400, f"handoff to {own[0]!r}, which makes its own K/V, leaves no reference_logprobs", "handoff"
+            )
         self.reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")
 
     # Text to ids and back.
@@ -137,8 +143,8 @@ class Api:
 
     async def release_session(self, http: HttpRequest) -> Any:
         body = parse(ReleaseRequest, await read_body(http))
-        self.engine.release_session(body.id)
-        return {"id": body.id, "object": "session", "released": True}
+        released = await asyncio.to_thread(self.engine.release_session, body.id)  # waits for the step's end
+        return {"id": body.id, "object": "session", "released": released}
 
     def _params(self, body: Generate, default_tokens: int) -> SamplingParams:
         params = body.sampling_params(default_tokens)
@@ -245,10 +251,10 @@ def create_app(
     engine: Engine,
     tokenizer: Any,
     eos_ids: Iterable[int],
-    registry: HeadRegistry,
+    loader: HeadLoader,
 ) -> FastAPI:
-    """The app. tokenizer: a Hugging Face fast tokenizer; registry: knows the heads, and may take in more."""
-    api = Api(engine, tokenizer, eos_ids, registry)
+    """The app. tokenizer: a Hugging Face fast tokenizer; loader: knows the heads, and may take in more."""
+    api = Api(engine, tokenizer, eos_ids, loader)
     app = FastAPI(title="icarus-jax", version=VERSION)
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("GET", "/health", api.health),
@@ -261,7 +267,7 @@ def create_app(
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
         ("POST", "/v1/release_session", api.release_session),
-        *HeadRoutes(registry, api.card).routes(),
+        *HeadRoutes(loader, api.card).routes(),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)

@@ -11,9 +11,10 @@ from collections.abc import AsyncIterator, Iterable
 from starlette.requests import Request as HttpRequest
 
 from icarus_jax.body import ApiError
-from icarus_jax.engine import Engine, Request
+from icarus_jax.engine import Engine
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.text import Detokenizer, Vocabulary
 

@@ -88,7 +88,7 @@ class Decoding:
     """
 
     def __init__(self, engine: Engine, names: list[str], context: int, steps: int):
-        from icarus_jax.engine import Request
+        from icarus_jax.requests import Request
 
         rng = np.random.default_rng(0)
         # those that are prefilled first decode while the others are prefilled

@@ -118,7 +118,7 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
 
 def ask(engine: Engine, models: list[str], prompt_ids: list[int], params: SamplingParams) -> list[Answer]:
     """Asks the first model, and the others as soon as the prompt's K/V is in the cache."""
-    from icarus_jax.engine import Request
+    from icarus_jax.requests import Request
 
     outputs: queue.SimpleQueue[tuple[Answer, TokenOutput]] = queue.SimpleQueue()
     answers = [Answer(model) for model in models]

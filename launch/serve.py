@@ -19,7 +19,7 @@ from ml_collections import ConfigDict
 from icarus_jax import cli
 
 if TYPE_CHECKING:
-    from icarus_jax.head_registry import HeadRegistry
+    from icarus_jax.head_loader import HeadLoader
 
 _HEADS = cli.define_heads()
 
@@ -29,21 +29,21 @@ def main(config: ConfigDict) -> None:
     app = cli.build(config)
     from icarus_jax import server
 
-    watcher = watching(app.registry, config.server.watch_heads)
+    watcher = watching(app.loader, config.server.watch_heads)
     app.start()
-    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.registry)
+    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader)
     with watcher:
         server.run(api, app.engine, config.server.host, config.server.port)
 
 
-def watching(registry: HeadRegistry, folder: str) -> contextlib.AbstractContextManager:
+def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:
     """Watches a folder of heads, if one is named; a relative one counts from the repository."""
     if not folder:
         return contextlib.nullcontext()
     from icarus_jax.head_watch import HeadWatcher
 
     with cli.usage_errors("config.server.watch_heads"):
-        return HeadWatcher(registry, cli.REPOSITORY / folder)
+        return HeadWatcher(loader, cli.REPOSITORY / folder)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,8 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
-from icarus_jax.engine import EngineStats, Request
 from icarus_jax.heads import Factors
+from icarus_jax.requests import EngineStats, Request
 from icarus_jax.sequence import Model, RequestError, TokenLogprob, TokenOutput
 
 CHAT_TEMPLATE = (
@@ -87,7 +87,7 @@ class FakeEngine:
         self, vocab_size: int, eos_ids: Iterable[int] = (), step_seconds: float = 0.0, max_model_len: int = 128
     ):
         kinds = {"trunk": "base", "parrot": "shared", "broken": "isolated"}
-        self.models = {name: Model(name, kind, slot) for slot, (name, kind) in enumerate(kinds.items())}
+        self.models = {name: Model(name, kind) for name, kind in kinds.items()}
         self.config = EngineConfig(max_model_len=max_model_len)
         self.model_config = ModelConfig("llama", vocab_size, 8, 8, 1, 1, 1, 8)
         self.stats = EngineStats(pages_total=self.config.num_pages)
@@ -152,7 +152,7 @@ class FakeEngine:
         if any(a.shape[-1] > 8 for a, _ in factors.values()):
             raise ValueError("the rank is above 8")
         with self._lock:
-            model = Model(head.name, head.kv, 9)
+            model = Model(head.name, head.kv)
             self.loaded.append(head)
             self._says[model] = 99 + len(self.loaded)
             self.models = self.models | {head.name: model}
@@ -161,8 +161,9 @@ class FakeEngine:
         with self._lock:
             self.models = {other: model for other, model in self.models.items() if other != name}
 
-    def release_session(self, session_id: str) -> None:
-        self.released.append(session_id)
+    def release_session(self, session: str) -> bool:
+        self.released.append(session)
+        return any(r.session and r.session.id == session for r in self.requests)
 
     def _loop(self) -> None:
         while True:
@@ -214,7 +215,7 @@ class FakeEngine:
 
 def main() -> None:
     """Serves the double, in a process of its own (for tests of signals)."""
-    from icarus_jax.head_registry import HeadRegistry
+    from icarus_jax.head_loader import HeadLoader
     from icarus_jax.server import create_app, run
 
     parser = argparse.ArgumentParser()
@@ -224,7 +225,7 @@ def main() -> None:
     tokenizer = byte_level_tokenizer()
     engine = FakeEngine(len(tokenizer), (), args.step_seconds)
     engine.start()
-    run(create_app(engine, tokenizer, (), HeadRegistry(engine, "trunk")), engine, "127.0.0.1", args.port)
+    run(create_app(engine, tokenizer, (), HeadLoader(engine, "trunk")), engine, "127.0.0.1", args.port)
 
 
 if __name__ == "__main__":

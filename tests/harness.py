@@ -10,7 +10,8 @@ import numpy as np
 from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk
 from icarus_jax.config import EngineConfig, HeadConfig
-from icarus_jax.engine import Engine, Request
+from icarus_jax.engine import Engine
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams, TokenLogprob
 
 SMALL = EngineConfig(page_size=4, num_pages=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)

@@ -13,7 +13,7 @@ import httpx
 import openai
 import uvicorn
 
-from icarus_jax.head_registry import HeadRegistry
+from icarus_jax.head_loader import HeadLoader
 from icarus_jax.server import create_app
 from tests import doubles
 
@@ -36,8 +36,8 @@ class Served:
     ):
         self.engine = engine
         engine.start()
-        self.registry = HeadRegistry(engine, next(iter(engine.models)), None, sources, head_folders)
-        app = create_app(engine, tokenizer, eos_ids, self.registry)
+        self.loader = HeadLoader(engine, next(iter(engine.models)), None, sources, head_folders)
+        app = create_app(engine, tokenizer, eos_ids, self.loader)
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()

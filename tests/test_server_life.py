@@ -18,9 +18,9 @@ import httpx
 import openai
 import pytest
 
-from icarus_jax.engine import Request
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams
 from icarus_jax.streams import Choice, ClientGone, Generation
 from icarus_jax.text import Vocabulary

@@ -22,7 +22,7 @@ class UnknownHead(ValueError):
     """No head of this name is served."""
 
 
-class HeadRegistry:
+class HeadLoader:
     """Loads and unloads heads; thread-safe, one at a time.
 
     trunk_identity: the trunk's (checkpoint.py), or None: adapters are then not asked which one they belong to.
