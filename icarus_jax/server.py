@@ -94,9 +94,8 @@ class Api:
                 message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
                 raise ApiError(400, message, field)
         if body.reference_logprobs and (own := [r.model for r in body.handoff if models[r.model].salt]):
-            raise ApiError(
-                400, f"handoff to {own[0]!r}, which makes its own K/V, leaves no reference_logprobs", "handoff"
-            )
+            message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
+            raise ApiError(400, message, "handoff")
         self.reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")
 
     # Text to ids and back.
