@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from harness import Result, drain, generate, make_engine, score, submit
+from harness import Result, drain, generate, score, submit
 
 from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import load_trunk
