@@ -157,11 +157,11 @@ class SlowEngine:
 
     def submit(self, request, on_output):
         def answer():
-            self.events.append(f"{request.model} answered")
-            on_output(0, TokenOutput(0, [7], cached_tokens=len(request.model)))
+            self.events.append(f"{request.models[0]} answered")
+            on_output(0, TokenOutput(0, [7], cached_tokens=len(request.models[0])))
             on_output(0, TokenOutput(0, [8, 9], finish_reason="length"))
 
-        self.events.append(f"{request.model} asked")
+        self.events.append(f"{request.models[0]} asked")
         threading.Timer(0.05, answer).start()
         return [0]
 
