@@ -138,7 +138,7 @@ def test_reloads_under_load(served):
     """A head changes under running requests: none fails, each is one version's throughout, and no page is lost."""
     says = {}
     for path in ("c", "d"):
-        assert served.http.post("/v1/load_head", json={"name": "live", "path": path}).status_code == 200
+        assert served.http.post("/v1/load_head", json={"name": "live", "path": path, "kv": "shared"}).status_code == 200
         says[path] = ids(ask(served, "live"))
     assert says["c"] != says["d"]
     evictions = served.metric("icarus_page_evictions_total")
@@ -152,7 +152,10 @@ def test_reloads_under_load(served):
     for thread in threads:
         thread.start()
     for i in range(12):
-        assert served.http.post("/v1/load_head", json={"name": "live", "path": "cd"[i % 2]}).status_code == 200
+        assert (
+            served.http.post("/v1/load_head", json={"name": "live", "path": "cd"[i % 2], "kv": "shared"}).status_code
+            == 200
+        )
         seen = len(answers)
         wait_for(lambda seen=seen: len(answers) >= seen + 2, 60)
     stop.set()
