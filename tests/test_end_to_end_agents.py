@@ -18,7 +18,7 @@ from tests.served import Served, check_error, wait_for
 PROMPT = list(b"a plan, and then an action")
 INVOCATION = list(b"<go>")
 CONFIG = dataclasses.replace(
-    SMALL, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, writer_adapters=True, max_loras=3
+    SMALL, max_num_seqs=2, max_num_batched_tokens=16, max_model_len=64, num_pages=256, writer_adapters=True, max_loras=3
 )
 
 
@@ -134,11 +134,16 @@ def test_an_alora_is_loaded_as_activated(served):
     assert ids(ask(served, "go", invoked)) != ids(ask(served, "trunk", invoked))
 
 
+def load(served, path):
+    answer = served.http.post("/v1/load_head", json={"name": "live", "path": path, "kv": "shared"})
+    assert answer.status_code == 200, answer.text
+
+
 def test_reloads_under_load(served):
     """A head changes under running requests: none fails, each is one version's throughout, and no page is lost."""
     says = {}
     for path in ("c", "d"):
-        assert served.http.post("/v1/load_head", json={"name": "live", "path": path, "kv": "shared"}).status_code == 200
+        load(served, path)
         says[path] = ids(ask(served, "live"))
     assert says["c"] != says["d"]
     evictions = served.metric("icarus_page_evictions_total")
@@ -152,10 +157,7 @@ def test_reloads_under_load(served):
     for thread in threads:
         thread.start()
     for i in range(12):
-        assert (
-            served.http.post("/v1/load_head", json={"name": "live", "path": "cd"[i % 2], "kv": "shared"}).status_code
-            == 200
-        )
+        load(served, "cd"[i % 2])
         seen = len(answers)
         wait_for(lambda seen=seen: len(answers) >= seen + 2, 60)
     stop.set()
