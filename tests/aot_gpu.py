@@ -1,7 +1,7 @@
 """Compiles for an H100 on a machine without one: to machine code where jax's CUDA plugin and ptxas are installed.
 
-The plugin alone is enough (`pip install jax-cuda13-plugin jax-cuda13-pjrt`, of jax's version): ahead-of-time
-compilation opens no driver, and needs none of the nvidia-* wheels.
+The plugin alone is enough (`pip install "jax[cuda13-local]"`): compiling ahead of time opens no driver, and needs none
+of the nvidia-* wheels.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
-NEEDS = "needs ptxas and the packages jax-cuda13-plugin and jax-cuda13-pjrt of jax's version"
+NEEDS = "needs jax[cuda13-local] and a CUDA toolkit's ptxas"
 
 
 def can_compile() -> bool:

@@ -61,13 +61,13 @@ def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t
         row = triton.load(rows_ref.at[run, place], mask=position >= 0, other=0)
         queries = q_ref[row[:, None], head, lax.rem(lane, group)[:, None], dims].astype(compute)
 
-        # [begin, end): the tokens, counted from the run's start, that any of these lanes may see.
+        # Tokens are counted from the run's start. Of these lanes, none sees any from `end` on, or before `begin`.
         end = jnp.clip(jnp.max(position) + 1 - start, 0, length_ref[run])
-        begin = jnp.int32(0)
+        first_block = jnp.int32(0)
         if spec.window is not None:
             least = jnp.min(jnp.where(position < 0, jnp.iinfo(jnp.int32).max, position))
             begin = jnp.maximum(least - (spec.window - 1) - start, 0)
-        first_block = lax.div(lax.div(begin, spec.page_stride) * page_size, block_t)
+            first_block = lax.div(lax.div(begin, spec.page_stride) * page_size, block_t)
         stored = lax.div(end + (spec.page_stride - 1), spec.page_stride) * page_size
         num_blocks = lax.div(stored + (block_t - 1), block_t)
 
@@ -76,7 +76,7 @@ def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t
             at = block * block_t + jnp.arange(block_t)
             entry, slot = lax.div(at, page_size), lax.rem(at, page_size)
             token = entry * spec.page_stride + offset + slot
-            fetched = (token >= begin) & (token < end)
+            fetched = token < end
             page = triton.load(pages_ref.at[run, entry], mask=fetched, other=0)
 
             def half(first: int) -> Array:
@@ -90,7 +90,7 @@ def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t
             seen = fetched[None] & (start + token[None] <= position[:, None])
             if spec.window is not None:
                 seen &= start + token[None] > position[:, None] - spec.window
-                # Between two rows' windows there may be slots that nobody sees: NaN times a weight of 0.
+                # Before and between the rows' windows are slots that nobody sees: NaN times a weight of 0.
                 values = jnp.where(jnp.max(seen.astype(jnp.int32), 0)[:, None] > 0, values, 0)
             scores = jnp.where(seen, scores * LOG2E, NEG)
             high = jnp.maximum(m, jnp.max(scores, 1))
