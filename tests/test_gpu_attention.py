@@ -46,7 +46,7 @@ def runs_of(num, rows, pages):
 
 
 def step_program():
-    """Eight layers of append and attend over a donated 1 GiB pool: the shape of a serving step."""
+    """Eight layers of append and attend over a donated 2 GiB pool: the shape of a serving step."""
     b, k, g, h = 128, 8, 4, 128
     kv = Shape((8, 4096, k, 16, 2 * h), BF16)
     work = WorkList(Shape((b,), I32), runs_of(512, 2, 16), runs_of(16, 32, 256), Shape((b, 19), I32), Shape((), I32))
