@@ -1,6 +1,6 @@
-"""`bench.py fanout`: one prompt for eight heads in one request, against eight requests to `isolated` heads (ordinary LoRA
-models) in the same run: tokens prefilled, pages in use, time to the first token of all; then the decode step of the
-group against that of one sequence of it, in turns.
+"""`bench.py fanout`: one prompt for eight heads in one request, against eight requests to `isolated` heads (ordinary
+LoRA models) in the same run: tokens prefilled, pages in use, time to the first token of all; then the decode step of
+the group against that of one sequence of it, in turns.
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ def run(config: ConfigDict, context: int, steps: int) -> dict[str, Any]:
         engine = cli.build(config).engine
         heads = [m.name for m in engine.models.values() if m.kind != "base"]
         prompt = tuple(np.random.default_rng(0).integers(0, engine.model_config.vocab_size, context).tolist())
-        requests = [tuple(heads)] if kv == "shared" else [(head,) for head in heads]
+        requests: list[tuple[str, ...]] = [tuple(heads)] if kv == "shared" else [(head,) for head in heads]
         finish(engine, submit(engine, requests, prompt, 4).ids)  # compiles; does not count
         start = submit(engine, requests, prompt, 4)
         finish(engine, start.ids)
