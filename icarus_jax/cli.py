@@ -146,21 +146,25 @@ def build(config: ConfigDict) -> App:
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
         )
 
-    from icarus_jax import adapters, checkpoint, tokenizer
+    from icarus_jax import adapters, checkpoint, full_heads, tokenizer
     from icarus_jax.engine import Engine
 
     enable_compilation_cache()
     with usage_errors():
         trunk = checkpoint.load_trunk(config.trunk.source, engine_config.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
-    heads = {}
+    heads: dict = {}
     for head in head_configs:
         with usage_errors(f"head {head.name!r}"):
+            if full_heads.is_full_head(head.path):
+                heads[head.name] = head, full_heads.load_full_head(head.path, head.kv, trunk, engine_config.dtype)
+                continue
             adapter = adapters.load_adapter(head.path, trunk.config)
             adapter.check(head.kv, trunk.identity)
         heads[head.name] = (head, adapter.weights)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
-    engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+    with usage_errors():
+        engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     return App(engine, text, eos_ids)
 
 

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterable
 import jax.numpy as jnp
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.full_heads import FullHead, PairedTrunk
 from icarus_jax.heads import Factors, HeadBank
 from icarus_jax.model import Trunk
 from icarus_jax.runner import Runner
@@ -95,16 +96,30 @@ class Engine:
         config: EngineConfig,
         model_config: ModelConfig,
         params: dict,
-        heads: dict[str, tuple[HeadConfig, Factors]] | None = None,
+        heads: dict[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the device. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
+        """Puts the weights on the device.
+
+        params: checkpoint.py's canonical dict; heads: name -> (config, weights). Raises ValueError: a name is there
+        twice, or a fully fine-tuned head is not the only one.
+        """
         heads = heads or {}
         if trunk_name in heads:
             raise ValueError(f"a head and the trunk are both called {trunk_name!r}")
-        trunk = Trunk(model_config, {k: jnp.asarray(v, config.dtype) for k, v in params.items()})
-        bank = HeadBank([factors for _, factors in heads.values()], model_config, config.dtype) if heads else None
+        place = lambda params: {k: jnp.asarray(v, config.dtype) for k, v in params.items()}  # noqa: E731
+        full = {name: head for name, (_, head) in heads.items() if isinstance(head, FullHead)}
+        if full and len(heads) > 1:
+            raise ValueError(
+                f"the head {next(iter(full))!r} is fully fine-tuned: an engine holds one such head, and no others with "
+                f"it; --config.models (evaluate.py) or --config=single.py leaves the others out"
+            )
+        trunk = Trunk(model_config, place(params))
+        for own in full.values():
+            trunk = PairedTrunk(model_config, place(params), place(own.params))
+        factors = [head for _, head in heads.values() if not isinstance(head, FullHead)]
+        bank = HeadBank(factors, model_config, config.dtype) if factors else None
         models = {trunk_name: Model(trunk_name, "base", 0)}
         for slot, (name, (head, _)) in enumerate(heads.items(), 1):
             models[name] = Model(name, head.kv, slot)

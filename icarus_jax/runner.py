@@ -15,6 +15,7 @@ from flax import nnx
 
 from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.full_heads import PairedTrunk
 from icarus_jax.heads import HeadBank
 from icarus_jax.model import Rows, Trunk
 from icarus_jax.sampler import SampleInputs, Samples, sample
@@ -45,7 +46,7 @@ class Runner:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
-        self.buckets = make_buckets(config, bank is not None)
+        self.buckets = make_buckets(config, bank is not None or isinstance(trunk, PairedTrunk))
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
         self.kv_pages = jnp.zeros(shape, config.kv_dtype)
         graphdef, self.weights = nnx.split((trunk, bank))

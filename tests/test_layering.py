@@ -18,6 +18,7 @@ LAYERS = (
     ("scheduler",),
     ("sharding", "layers", "heads", "model", "sampler"),
     ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
+    ("full_heads",),
     ("buckets", "runner"),
     ("engine",),
     ("text", "protocol", "metrics"),
@@ -33,7 +34,10 @@ LAYERS = (
     ("cli",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = ("config", "sequence", "pages", "scheduler")
+NO_JAX = (
+    *("config", "sequence", "pages", "scheduler"),
+    *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
+)
 MAX_LINES = 300
 
 

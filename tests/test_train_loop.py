@@ -16,7 +16,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import train as train_config
-from icarus_jax import train_data, train_loop
+from icarus_jax import full_heads, train_data, train_loop
 from icarus_jax.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
 from icarus_jax.checkpoint import load_trunk
 from icarus_jax.tokenizer import load_tokenizer
@@ -169,7 +169,7 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     np.testing.assert_array_equal(after.params["embed"], before.params["embed"])
     np.testing.assert_array_equal(after.params["qkv"][..., -2:, :], before.params["qkv"][..., -2:, :])
     assert (after.params["gate_up"] != before.params["gate_up"]).any()
-    assert json.loads((folder / train_loop.HEAD_MARK).read_text()) == {"kv": "shared", "trunk": before.identity}
+    assert json.loads((folder / full_heads.MARK).read_text()) == {"kv": "shared", "trunk": before.identity}
     assert load_tokenizer(after.path).encode("hi")
 
 
