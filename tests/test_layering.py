@@ -17,7 +17,7 @@ LAYERS = (
     ("pages",),
     ("scheduler",),
     ("sharding", "layers", "heads", "model", "sampler"),
-    ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
+    ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
     ("full_heads",),
     ("buckets", "runner"),
     ("engine",),
