@@ -38,10 +38,9 @@ from icarus_jax.train import (
     train_step,
     validate,
 )
-from icarus_jax.train_log import TrainLog, plot_losses
+from icarus_jax.train_log import RECORD, TrainLog, plot_losses
 from icarus_jax.train_model import Method, init_heads
 
-RECORD = "config.json"  # in the output folder: what its checkpoints were made with
 METHODS = ("lora", "full")
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,7 @@ from icarus_jax.checkpoint import load_trunk
 from icarus_jax.config import HeadConfig
 from icarus_jax.engine import Engine
 from icarus_jax.tokenizer import load_tokenizer
-from icarus_jax.train_log import read_metrics
+from icarus_jax.train_log import compare_runs, read_metrics
 from icarus_jax.train_model import token_logprobs
 from tests import harness, oracle, tiny
 
@@ -159,6 +159,10 @@ def test_a_run_learns_and_tells_of_it(trunk, data, tmp_path):
     assert {"lr", "epoch", "tokens_per_s", "examples_per_s", "words/grad_norm"} < rows[-2].keys()
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    compare_runs([tmp_path / "run"] * 2, tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"is no training run: it has no config\.json"):
+        compare_runs([tmp_path], tmp_path / "none.png")
     a, b = (load_file(folder / WEIGHTS_FILE) for folder in (one, two))
     assert any((a[name] != b[name]).any() for name in a)  # two heads, not one twice
     assert json.loads((one / CONFIG_FILE).read_text())["r"] == 8
