@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk, save_orbax
-from icarus_jax.config import ModelConfig
-from icarus_jax.heads import HeadBank
+from icarus_jax.config import HeadConfig, ModelConfig
+from icarus_jax.heads import Factors, HeadBank
 from icarus_jax.layers import Tables, rms_norm
 from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
 from pallas_kernels.paged_attention.work import Array
@@ -62,6 +62,29 @@ def load_full_head(folder: str, kv: str, trunk: TrunkCheckpoint, dtype: str) -> 
         )
     stored = load_trunk(folder, dtype).params
     return FullHead({name: stored[name] for name in OWN_PARAMS if name in stored})
+
+
+def make_trunk(
+    config: ModelConfig,
+    params: Mapping[str, np.ndarray],
+    heads: Sequence[tuple[HeadConfig, Factors | FullHead]],
+    dtype: str,
+) -> tuple[Trunk, list[tuple[HeadConfig, Factors]]]:
+    """(The trunk on the device, what is left for adapter slots): a fully fine-tuned head lies beside the trunk, and
+    has an empty adapter. Raises ValueError if it is not the only head."""
+    place = lambda params: {k: jnp.asarray(v, dtype) for k, v in params.items()}  # noqa: E731
+    adapters: list[tuple[HeadConfig, Factors]] = []
+    for head, weights in heads:
+        if not isinstance(weights, FullHead):
+            adapters.append((head, weights))
+        elif len(heads) == 1:
+            return PairedTrunk(config, place(params), place(weights.params)), [(head, {})]
+        else:
+            raise ValueError(
+                f"the head {head.name!r} is fully fine-tuned: an engine holds one such head, and no others with it; "
+                f"--config.models (evaluate.py) or --config=single.py leaves the others out"
+            )
+    return Trunk(config, place(params)), adapters
 
 
 class PairedBlock(Block):

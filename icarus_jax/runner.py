@@ -14,13 +14,12 @@ import numpy as np
 from flax import nnx
 
 from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
-from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.full_heads import PairedTrunk
-from icarus_jax.heads import HeadBank
+from icarus_jax.heads import Factors, HeadBank, fit_factors, load_slot
 from icarus_jax.model import Rows, Trunk
 from icarus_jax.sampler import SampleInputs, Samples, sample
-from icarus_jax.scheduler import SampleRow
-from icarus_jax.sequence import Sequence, StepPlan, TokenLogprob, Work
+from icarus_jax.sequence import SampleRow, Sequence, StepPlan, TokenLogprob, Work
 from pallas_kernels.paged_attention import SequenceRows, build_work
 
 COPY_ROWS = 8  # page copies of one call
@@ -49,15 +48,36 @@ class Runner:
         self.buckets = make_buckets(config, bank is not None or isinstance(trunk, PairedTrunk))
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
         self.kv_pages = jnp.zeros(shape, config.kv_dtype)
-        graphdef, self.weights = nnx.split((trunk, bank))
+        trunk_def, trunk_state = nnx.split(trunk)
+        bank_def, bank_state = nnx.split(bank)
+        self.weights = (trunk_state, bank_state)
+        loras = {t: getattr(bank, t) for t in model.target_shapes if getattr(bank, t, None) is not None}
+        self.targets = tuple(loras)
+        self.rank = next((lora.rank for lora in loras.values()), 0)
+        # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
+        own = int(isinstance(trunk, PairedTrunk))
+        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), own)
+        self.adapt_writers = adapt_writers
 
         def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-            trunk, bank = nnx.merge(graphdef, weights)
+            trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
             return trunk(bank, kv_pages, rows, adapt_writers=adapt_writers, attention=config.attention_impl)
 
         def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
             return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
 
+        def load(state: Any, slot: jax.Array, factors: Factors) -> Any:
+            bank = nnx.merge(bank_def, state)
+            load_slot(bank, slot, factors)
+            return nnx.state(bank)
+
+        def compare(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            left, right = kv_pages[:, a], kv_pages[:, b]
+            most = lambda x: jnp.abs(x.astype(jnp.float32)).max((0, 2, 3, 4))  # noqa: E731
+            return (left == right).all((0, 2, 3, 4)), most(left - right), most(left)
+
+        self._load = jax.jit(load, donate_argnums=0)
+        self._compare = jax.jit(compare)
         self._forward = jax.jit(forward, donate_argnums=1)
         self._copy_pages = jax.jit(copy_pages, donate_argnums=0)
         self._samplers = {v: jax.jit(functools.partial(sample, logprobs=v == "logprobs")) for v in VARIANTS}
@@ -79,8 +99,8 @@ class Runner:
             seq, n, m = work.seq, work.num_write, work.num_read
             tokens[writer : writer + n] = seq.tokens[work.start : work.start + n]
             tokens[reader : reader + m] = seq.tokens[work.read_start : work.read_start + m]
-            slots[writer : writer + n] = seq.model.writer_slot
-            slots[reader : reader + m] = seq.model.slot
+            slots[writer : writer + n] = seq.writer_slots(work.start, n)
+            slots[reader : reader + m] = seq.reader_slots(work.read_start, m)
             written = np.arange(work.start, work.start + n)
             pages = np.asarray(seq.page_table, np.int32)
             slot_mapping[writer : writer + n] = pages[written // page_size] * page_size + written % page_size
@@ -88,16 +108,22 @@ class Runner:
                 read = position - work.read_start
                 sample_rows[logit] = reader + read if 0 <= read < m else writer + position - work.start
                 logit += 1
+            if work.reads_reference:
+                tokens[reader + m] = seq.tokens[-1]
+                sample_rows[logit] = reader + m
+            elif work.reference:
+                sample_rows[logit] = writer + n - 1 if n else sample_rows[logit - 1]
+            logit += work.reference
             sequences.append(_sequence_rows(work, writer, reader, pages))
-            counts.append(work.num_logits)
-            writer, reader = writer + n, reader + m
+            counts.append(work.num_logits + work.reference)
+            writer, reader = writer + n, reader + m + work.reads_reference
         rows = Rows(tokens, slots, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
         sampling, variant = self._sampling(plan, bucket)
         return StepBatch(bucket, rows, sampling, variant, counts)
 
     def _choose(self, plan: StepPlan) -> Bucket:
         sequences = [_sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
-        logits = sum(w.num_logits for w in plan.work)
+        logits = plan.num_logits
         for bucket in self.buckets:
             items, tiles = work_needed(sequences, bucket.work, self.config.page_size)
             if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items, tiles)):
@@ -107,7 +133,7 @@ class Runner:
     def _sampling(self, plan: StepPlan, bucket: Bucket) -> tuple[SampleInputs | None, str]:
         params = [w.seq.params for w in plan.work]
         wants_logprobs = any(
-            p.logprobs is not None or w.seq.wants_score for p, w in zip(params, plan.work, strict=True)
+            p.logprobs is not None or w.seq.wants_score or w.reference for p, w in zip(params, plan.work, strict=True)
         )
         plain = all(p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) for p in params)
         if plain and not wants_logprobs:
@@ -117,6 +143,9 @@ class Runner:
         for work in plan.work:
             for position in range(work.logit_start, work.logit_start + work.num_logits):
                 _fill(x, row, work.seq, position)
+                row += 1
+            if work.reference:
+                x.follow[row] = row - 1
                 row += 1
         return x, "logprobs" if wants_logprobs else "sample"
 
@@ -129,6 +158,34 @@ class Runner:
             part = np.array(copies[first : first + COPY_ROWS], np.int32)
             src[: len(part)], dst[: len(part)] = part.T
             self.kv_pages = self._copy_pages(self.kv_pages, src, dst)
+
+    def compare_pages(self, a: list[int], b: list[int]) -> list[tuple[bool, float, float]]:
+        """For each pair of pages: whether their bits agree, the largest difference, the largest magnitude."""
+        results = []
+        for first in range(0, len(a), COPY_ROWS):
+            pairs = np.zeros((2, COPY_ROWS), np.int32)
+            part = np.array([a[first : first + COPY_ROWS], b[first : first + COPY_ROWS]], np.int32)
+            pairs[:, : part.shape[1]] = part
+            found = zip(*(x.tolist() for x in jax.device_get(self._compare(self.kv_pages, *pairs))), strict=True)
+            results += list(found)[: part.shape[1]]
+        return results
+
+    def check_head(self, head: HeadConfig, factors: Factors) -> None:
+        """Raises ValueError if the head cannot be loaded into this runner's adapter slots."""
+        if not self.num_slots:
+            raise ValueError(f"head {head.name!r}: there are no adapter slots; start with --config.engine.max_loras=N")
+        if head.kv != "shared" and not self.adapt_writers:
+            raise ValueError(f"head {head.name!r} is {head.kv}: start with --config.engine.writer_adapters=True")
+        try:
+            fit_factors(self.model, factors, self.rank, self.targets)
+        except ValueError as error:
+            raise ValueError(f"head {head.name!r}: {error}") from None
+
+    def load_head(self, slot: int, factors: Factors) -> None:
+        """Copies an adapter into a slot (from 1 on), in place."""
+        fitted = fit_factors(self.model, factors, self.rank, self.targets)
+        if fitted:
+            self.weights = (self.weights[0], self._load(self.weights[1], np.int32(slot), fitted))
 
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
         """Runs a step; returns the logits rows of each piece of work."""
@@ -153,6 +210,7 @@ class Runner:
             for bucket, program in zip(progress(self.buckets), pool.map(compile_bucket, self.buckets), strict=True):
                 self._programs[bucket] = program
         self.copy_pages([(0, 0)])
+        self.compare_pages([0], [0])
         for size in sorted({b.logits for b in self.buckets}):
             logits = jnp.zeros((size, self.model.vocab_size), jnp.float32)
             x = SampleInputs.neutral(size, self.config.max_model_len, self.model.vocab_size)
@@ -177,11 +235,13 @@ class Runner:
 def _sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:
     """The rows of one piece of work, ordered by position; its writers start at `writer`, its readers at `reader`."""
     written = np.arange(work.start, work.start + work.num_write, dtype=np.int32)
-    if not work.num_read:
+    num_read = work.num_read + work.reads_reference
+    if not num_read:
         return SequenceRows(written - work.start + writer, written, pages)
-    read = np.arange(work.read_start, work.read_start + work.num_read, dtype=np.int32)
-    positions = np.concatenate([written, read])
+    read = np.arange(work.read_start, work.read_start + num_read, dtype=np.int32)
     rows = np.concatenate([written - work.start + writer, read - work.read_start + reader])
+    read[work.num_read :] = work.logit_start + work.num_logits - 1  # the reference row is at the last position, too
+    positions = np.concatenate([written, read])
     order = np.argsort(positions, kind="stable")
     return SequenceRows(rows[order], positions[order], pages)
 

@@ -13,13 +13,15 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
 LAYERS = (
     ("config",),
-    ("sequence",),
     ("pages",),
+    ("sequence",),
+    ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
     ("sharding", "layers", "heads", "model", "sampler"),
     ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
     ("full_heads",),
     ("buckets", "runner"),
+    ("reuse_check",),
     ("engine",),
     ("text", "protocol", "metrics"),
     ("prompts", "streams", "responses", "lifecycle"),
@@ -31,11 +33,13 @@ LAYERS = (
     ("train_model",),
     ("train",),
     ("train_loop",),
+    ("kind_check",),
     ("cli",),
+    ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 NO_JAX = (
-    *("config", "sequence", "pages", "scheduler"),
+    *("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
     *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
 )
 MAX_LINES = 300
