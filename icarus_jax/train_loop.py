@@ -108,10 +108,10 @@ def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> D
     for slot, (name, path) in enumerate(zip(names, paths, strict=True), 1):
         file = Path(path).expanduser()
         examples, skipped = train_data.read_examples(file, encoder, TASKS.get(name), slot, section.skip_long)
-        train_part, held = train_data.split(examples)
+        train_part, held = train_data.split(examples, section.validation)
         log.info("%s: %d examples, %d more for validation, %d too long", file, len(train_part), len(held), skipped)
         training += train_part
-        validation += held[: section.validation] if section.validation else []
+        validation += held
     prefix = train_data.common_prefix(training + validation)
     shape = train_data.row_shape(training + validation, prefix, section.rows, section.length)
     return Data(training, validation, prefix, shape)
