@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from icarus_jax.config import KV_KINDS, EngineConfig
+from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig
 from icarus_jax.sequence import RequestError
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def build(config: ConfigDict) -> App:
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
         )
 
-    from icarus_jax import adapters, checkpoint, tokenizer
+    from icarus_jax import adapters, checkpoint, full_heads, tokenizer
     from icarus_jax.engine import Engine
     from icarus_jax.head_loader import HeadLoader
 
@@ -157,13 +157,18 @@ def build(config: ConfigDict) -> App:
     with usage_errors():
         trunk = checkpoint.load_trunk(config.trunk.source, engine_config.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
-    heads = {}
+    heads: dict = {}
     for name, head in config.heads.items():
         with usage_errors(f"head {name!r}"):
             path = _head_path(head.path)
-            heads[name] = adapters.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
+            if full_heads.is_full_head(path):
+                own = full_heads.load_full_head(path, head.kv, trunk, engine_config.dtype)
+                heads[name] = HeadConfig(name, path, head.kv), own
+            else:
+                heads[name] = adapters.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
-    engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+    with usage_errors():
+        engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
     folders = [REPOSITORY / folder for folder in config.server.head_folders.split(",") if folder]
     return App(engine, text, eos_ids, HeadLoader(engine, config.trunk.name, trunk.identity, sources, folders))

@@ -19,11 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-import jax.numpy as jnp
-
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.heads import Factors, HeadBank
-from icarus_jax.model import Trunk
 from icarus_jax.registry import Registry
 from icarus_jax.requests import EngineStats, Request
 from icarus_jax.reuse_check import ReuseCheck
@@ -73,21 +71,23 @@ class Engine:
         config: EngineConfig,
         model_config: ModelConfig,
         params: dict,
-        heads: dict[str, tuple[HeadConfig, Factors]] | None = None,
+        heads: dict[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the device. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
-        heads = heads or {}
-        trunk = Trunk(model_config, {k: jnp.asarray(v, config.dtype) for k, v in params.items()})
-        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in heads.values())
-        num_slots = config.max_loras or len(heads)
-        ranks = [a.shape[-1] for _, factors in heads.values() for a, _ in factors.values()]
+        """Puts the weights on the device. params: checkpoint.py's canonical dict; heads: name -> (config, weights).
+
+        Raises ValueError: a head cannot be loaded, or a fully fine-tuned one is not alone.
+        """
+        trunk, adapters = make_trunk(model_config, params, list((heads or {}).values()), config.dtype)
+        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
+        num_slots = 0 if isinstance(trunk, PairedTrunk) else config.max_loras or len(adapters)
+        ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
         rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
         targets = TARGETS if adapt_writers else LORA_TARGETS
         bank = HeadBank(model_config, config.dtype, num_slots, rank, targets) if num_slots else None
         engine = cls(Runner(trunk, bank, config, adapt_writers), trunk_name, config, eos_ids)
-        for head, factors in heads.values():
+        for head, factors in adapters:
             engine.load_head(head, factors)
         engine.stats.head_loads = 0
         return engine

@@ -15,6 +15,7 @@ from flax import nnx
 
 from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.full_heads import PairedTrunk
 from icarus_jax.heads import Factors, HeadBank, fit_factors, load_slot
 from icarus_jax.model import Rows, Trunk
 from icarus_jax.sampler import SampleInputs, Samples, sample
@@ -44,7 +45,7 @@ class Runner:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
-        self.buckets = make_buckets(config, bank is not None)
+        self.buckets = make_buckets(config, bank is not None or isinstance(trunk, PairedTrunk))
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
         self.kv_pages = jnp.zeros(shape, config.kv_dtype)
         trunk_def, trunk_state = nnx.split(trunk)
@@ -53,7 +54,9 @@ class Runner:
         loras = {t: getattr(bank, t) for t in model.target_shapes if getattr(bank, t, None) is not None}
         self.targets = tuple(loras)
         self.rank = next((lora.rank for lora in loras.values()), 0)
-        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), 0)
+        # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
+        own = int(isinstance(trunk, PairedTrunk))
+        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), own)
         self.adapt_writers = adapt_writers
 
         def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -181,7 +184,8 @@ class Runner:
     def load_head(self, slot: int, factors: Factors) -> None:
         """Copies an adapter into a slot (from 1 on), in place."""
         fitted = fit_factors(self.model, factors, self.rank, self.targets)
-        self.weights = (self.weights[0], self._load(self.weights[1], np.int32(slot), fitted))
+        if fitted:
+            self.weights = (self.weights[0], self._load(self.weights[1], np.int32(slot), fitted))
 
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
         """Runs a step; returns the logits rows of each piece of work."""

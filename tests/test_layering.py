@@ -18,7 +18,8 @@ LAYERS = (
     ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
     ("sharding", "layers", "heads", "model", "sampler"),
-    ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
+    ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
+    ("full_heads",),
     ("buckets", "runner"),
     ("reuse_check",),
     ("engine",),
@@ -39,7 +40,10 @@ LAYERS = (
     ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = ("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler")
+NO_JAX = (
+    *("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
+    *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
+)
 MAX_LINES = 300
 
 
