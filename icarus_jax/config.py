@@ -8,6 +8,7 @@ slots, r rank.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 KV_KINDS = ("base", "shared", "isolated")
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -96,6 +97,7 @@ class EngineConfig:
     kv_dtype: str = "float32"
     attention_impl: str = "auto"  # 'auto' | 'xla'
     enable_prefix_caching: bool = True
+    mesh: str = "1x1"  # devices, DATAxMODEL: `model` splits weights and KV heads, `data` the rows of a step
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -104,9 +106,17 @@ class EngineConfig:
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
         if self.attention_impl not in ("auto", "xla"):
             raise ValueError(f"engine.attention_impl={self.attention_impl!r}; it is one of auto, xla")
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
+            raise ValueError(f"engine.mesh={self.mesh!r}; it is DATAxMODEL, two numbers of devices: '1x8', '2x4'")
         need = -(-self.max_model_len // self.page_size)
         if self.num_pages < need:
             raise ValueError(
                 f"engine.num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
                 f"at least {need} pages of {self.page_size} tokens are needed"
             )
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """(data, model): the mesh's devices along each axis."""
+        data, model = self.mesh.split("x")
+        return int(data), int(model)

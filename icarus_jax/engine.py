@@ -17,14 +17,13 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable
 
-import jax.numpy as jnp
-
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.heads import Factors, HeadBank
 from icarus_jax.model import Trunk
 from icarus_jax.runner import Runner
 from icarus_jax.scheduler import Scheduler
 from icarus_jax.sequence import MAX_STOPS, Model, RequestError, SamplingParams, Sequence, TokenOutput
+from icarus_jax.sharding import Weight, make_layout
 
 log = logging.getLogger(__name__)
 
@@ -94,22 +93,27 @@ class Engine:
         cls,
         config: EngineConfig,
         model_config: ModelConfig,
-        params: dict,
+        params: dict[str, Weight],
         heads: dict[str, tuple[HeadConfig, Factors]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the device. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
+        """Puts the weights on the devices of engine.mesh. params: checkpoint.py's canonical dict; heads: name ->
+        (config, factors)."""
         heads = heads or {}
         if trunk_name in heads:
             raise ValueError(f"a head and the trunk are both called {trunk_name!r}")
-        trunk = Trunk(model_config, {k: jnp.asarray(v, config.dtype) for k, v in params.items()})
-        bank = HeadBank([factors for _, factors in heads.values()], model_config, config.dtype) if heads else None
+        layout = make_layout(config, model_config.num_kv_heads)
+        trunk = Trunk(model_config, layout.place_params(params, config.dtype))
+        bank = None
+        if heads:
+            bank = HeadBank([factors for _, factors in heads.values()], model_config, config.dtype)
+            layout.place_bank(bank)
         models = {trunk_name: Model(trunk_name, "base", 0)}
         for slot, (name, (head, _)) in enumerate(heads.items(), 1):
             models[name] = Model(name, head.kv, slot)
         isolated = any(m.kind == "isolated" for m in models.values())
-        return cls(Runner(trunk, bank, config, adapt_writers=isolated), models, config, eos_ids)
+        return cls(Runner(trunk, bank, config, isolated, layout), models, config, eos_ids)
 
     # ---- any thread
 

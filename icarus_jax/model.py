@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from icarus_jax.attention import append_and_attend
 from icarus_jax.config import ModelConfig
 from icarus_jax.heads import HeadBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
-from pallas_kernels.kv_append import kv_append
-from pallas_kernels.paged_attention import WorkList, paged_attention
+from icarus_jax.sharding import Layout
+from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
 
@@ -87,9 +88,8 @@ class Block(nnx.Module):
 
     def mlp(self, bank: HeadBank | None, x: Array, slots: Array, first: int) -> jax.Array:
         """SwiGLU. x [B, D] -> [B, D]."""
-        d, _, f = self.gate_up.shape
-        gate_up = jnp.dot(x, self.gate_up[...].reshape(d, 2 * f))
-        gate, up = gate_up[:, :f], gate_up[:, f:]
+        gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
+        gate, up = gate_up[:, 0], gate_up[:, 1]
         if bank is not None:
             gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
         hidden = jax.nn.silu(gate) * up
@@ -119,6 +119,7 @@ class Trunk(nnx.Module):
         kv_pages: jax.Array,
         rows: Rows,
         *,
+        layout: Layout,
         adapt_writers: bool = False,
         attention: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
@@ -141,17 +142,26 @@ class Trunk(nnx.Module):
             bank = nnx.merge(bank_def, bank_state)
             normed = rms_norm(x, block.attn_norm[...], config.rms_norm_eps)
             q, k, v = block.attention_inputs(config, bank, normed, rows.slots, first, tables)
-            kv = kv_append(kv, index, k[:num_writers], v[:num_writers], rows.slot_mapping)
-            scale = config.head_dim**-0.5
-            attended = paged_attention(q, kv, index, rows.work, scale=scale, implementation=attention)
+            attended, kv = append_and_attend(
+                layout,
+                kv,
+                index,
+                q,
+                k[:num_writers],
+                v[:num_writers],
+                rows.slot_mapping,
+                rows.work,
+                scale=config.head_dim**-0.5,
+                implementation=attention,
+            )
             attended = attended.reshape(x.shape[0], -1)
             out = jnp.dot(attended, block.o[...])
             if bank is not None:
                 out = bank.add("o_proj", out, attended, rows.slots, first)
-            x = x + out
+            x = layout.constrain(x + out, "rows", "embed")
             x = x + block.mlp(bank, rms_norm(x, block.mlp_norm[...], config.rms_norm_eps), rows.slots, first)
-            return (x, kv), None
+            return (layout.constrain(x, "rows", "embed"), kv), None
 
-        x = self.embed[...][rows.tokens]
+        x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
         (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
         return self.logits(x[rows.sample_rows]), kv_pages

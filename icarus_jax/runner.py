@@ -20,6 +20,7 @@ from icarus_jax.model import Rows, Trunk
 from icarus_jax.sampler import SampleInputs, Samples, sample
 from icarus_jax.scheduler import SampleRow
 from icarus_jax.sequence import Sequence, StepPlan, TokenLogprob, Work
+from icarus_jax.sharding import KV_PAGES_AXES, Layout
 from pallas_kernels.paged_attention import SequenceRows, build_work
 
 COPY_ROWS = 8  # page copies of one call
@@ -42,24 +43,38 @@ class StepBatch:
 class Runner:
     """Holds the weights and the KV pages on the device, and the compiled programs."""
 
-    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool):
+    def __init__(
+        self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout
+    ):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
         self.buckets = make_buckets(config, bank is not None)
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
-        self.kv_pages = jnp.zeros(shape, config.kv_dtype)
+        everywhere, pages = layout.named(), layout.named(KV_PAGES_AXES, shape)
+        self.kv_pages = jax.jit(lambda: jnp.zeros(shape, config.kv_dtype), out_shardings=pages)()
         graphdef, self.weights = nnx.split((trunk, bank))
 
         def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
             trunk, bank = nnx.merge(graphdef, weights)
-            return trunk(bank, kv_pages, rows, adapt_writers=adapt_writers, attention=config.attention_impl)
+            implementation = config.attention_impl
+            logits, kv_pages = trunk(
+                bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, attention=implementation
+            )
+            return layout.constrain(logits, "samples", "vocab"), kv_pages
 
         def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
             return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
 
-        self._forward = jax.jit(forward, donate_argnums=1)
-        self._copy_pages = jax.jit(copy_pages, donate_argnums=0)
-        self._samplers = {v: jax.jit(functools.partial(sample, logprobs=v == "logprobs")) for v in VARIANTS}
+        logits = layout.named(("samples", "vocab"), (1, model.vocab_size))
+        weights = jax.tree.map(lambda x: x.sharding, self.weights)
+        self._forward = jax.jit(
+            forward, donate_argnums=1, in_shardings=(weights, pages, everywhere), out_shardings=(logits, pages)
+        )
+        self._copy_pages = jax.jit(
+            copy_pages, donate_argnums=0, in_shardings=(pages, everywhere, everywhere), out_shardings=pages
+        )
+        sampler = functools.partial(jax.jit, in_shardings=(logits, everywhere), out_shardings=everywhere)
+        self._samplers = {v: sampler(functools.partial(sample, logprobs=v == "logprobs")) for v in VARIANTS}
         self._programs: dict[Bucket, Callable] = {}
 
     # ---- prepare

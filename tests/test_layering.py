@@ -16,7 +16,7 @@ LAYERS = (
     ("sequence",),
     ("pages",),
     ("scheduler",),
-    ("sharding", "layers", "heads", "model", "sampler"),
+    ("sharding", "attention", "layers", "heads", "model", "sampler"),
     ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
     ("buckets", "runner"),
     ("engine",),
