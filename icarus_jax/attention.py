@@ -26,7 +26,7 @@ def append_and_attend(
     scale: float,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """Stores k, v [T, K, H] of the writer rows, then lets all rows q [B, N, H] attend.
+    """Stores k, v [B, K, H] of the T writer rows, which come first, then lets all rows q [B, N, H] attend.
 
     Shapes as in kv_append and paged_attention. Returns ([B, N, H], kv_pages).
     """
@@ -38,7 +38,8 @@ def append_and_attend(
         token = slot_mapping % page_size - offset
         mine = (slot_mapping >= 0) & (token >= 0) & (token < size)
         slots = jnp.where(mine, slot_mapping // page_size * size + token, -1)
-        kv_pages = kv_append(kv_pages, layer, k, v, slots)
+        writers = len(slots)
+        kv_pages = kv_append(kv_pages, layer, k[:writers], v[:writers], slots)
         out, lse = paged_attention(
             q,
             kv_pages,

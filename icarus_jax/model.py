@@ -129,7 +129,8 @@ class Trunk(nnx.Module):
         """
         config = self.config
         num_writers = rows.slot_mapping.shape[0]
-        first = 0 if adapt_writers else num_writers
+        # rows that lie on several devices are not cut in two: adapters then run over writer rows as well, as zeros
+        first = 0 if adapt_writers or layout.rows_are_split else num_writers
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
@@ -140,15 +141,15 @@ class Trunk(nnx.Module):
             index, block_state, bank_state = inputs
             block: Block = nnx.merge(block_def, block_state)
             bank = nnx.merge(bank_def, bank_state)
-            normed = rms_norm(x, block.attn_norm[...], config.rms_norm_eps)
+            normed = layout.constrain(rms_norm(x, block.attn_norm[...], config.rms_norm_eps), "rows", "embed")
             q, k, v = block.attention_inputs(config, bank, normed, rows.slots, first, tables)
             attended, kv = append_and_attend(
                 layout,
                 kv,
                 index,
                 q,
-                k[:num_writers],
-                v[:num_writers],
+                k,
+                v,
                 rows.slot_mapping,
                 rows.work,
                 scale=config.head_dim**-0.5,
@@ -164,4 +165,4 @@ class Trunk(nnx.Module):
 
         x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
         (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
-        return self.logits(x[rows.sample_rows]), kv_pages
+        return self.logits(layout.constrain(x[rows.sample_rows], "samples", "embed")), kv_pages

@@ -88,6 +88,10 @@ class Layout:
         """How many devices share the tokens of a page."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.kv_tokens)
 
+    @property
+    def rows_are_split(self) -> bool:
+        return math.prod(self.mesh.shape[axis] for axis in self.rules.rows) > 1
+
     def spec(self, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
         """How an array with these logical axes is split."""
 
