@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-KV_KINDS = ("base", "shared", "isolated")
+KV_KINDS = ("base", "shared", "activated", "isolated")
 FAMILIES = ("llama", "qwen2", "qwen3")
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
@@ -77,11 +77,15 @@ class HeadConfig:
 
     name: str
     path: str  # a PEFT folder, or 'random:SEED' (an untrained adapter, for load tests)
-    kv: str = "shared"  # 'shared' | 'isolated'
+    kv: str = "shared"  # 'shared' | 'activated' | 'isolated'
+    invocation_tokens: tuple[int, ...] = ()  # of an `activated` head (aLoRA): where its adapter comes on
+    pinned: bool = False  # never leaves its adapter slot
 
     def __post_init__(self):
         if self.kv not in KV_KINDS[1:]:
             raise ValueError(f"head {self.name!r}: kv={self.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
+        if (self.kv == "activated") != bool(self.invocation_tokens):
+            raise ValueError(f"head {self.name!r}: kv='activated' and invocation tokens go together")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,12 +101,16 @@ class EngineConfig:
     kv_dtype: str = "float32"
     attention_impl: str = "auto"  # 'auto' | 'xla'
     enable_prefix_caching: bool = True
+    max_loras: int = 0  # adapter slots on the device (0: one for each head given at the start); more heads take turns
+    max_lora_rank: int = 0  # largest rank that can be loaded (0: that of the heads given at the start)
+    writer_adapters: bool = False  # prepare for `isolated` and `activated` heads, even if none is given at the start
+    check_reuse: float = 0.0  # debug: fraction of the requests whose reused pages are computed again and compared
     mesh: str = "1x1"  # devices, DATAxMODEL: `model` splits weights and KV heads, `data` the rows of a step
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
+            if field.type == "int" and value < 1 and not field.name.startswith("max_lora"):
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
         if self.attention_impl not in ("auto", "xla"):
             raise ValueError(f"engine.attention_impl={self.attention_impl!r}; it is one of auto, xla")

@@ -7,12 +7,14 @@ is the trunk and has no lanes at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.typing import DTypeLike
 
 from icarus_jax.config import ModelConfig
@@ -35,13 +37,14 @@ class Lora(nnx.Module):
 
 
 class HeadBank(nnx.Module):
-    """The adapters of all heads, stacked over layers; a projection that no head changes is None."""
+    """`num_slots` adapters of at most `rank`, stacked over layers, all zero at first; other targets are None."""
 
-    def __init__(self, adapters: list[Factors], config: ModelConfig, dtype: str):
-        weights, rank = stack_heads(config, adapters, dtype)
-        for target in config.target_shapes:
-            factors = weights.get(target)
-            setattr(self, target, nnx.data(factors and Lora(jnp.asarray(factors[0]), jnp.asarray(factors[1]), rank)))
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, num_slots: int, rank: int, targets: Sequence[str]):
+        lanes = num_slots * rank
+        for target, (din, dout) in config.target_shapes.items():
+            a, b = (config.num_layers, din, lanes), (config.num_layers, lanes, dout)
+            lora = Lora(jnp.zeros(a, dtype), jnp.zeros(b, dtype), rank) if target in targets else None
+            setattr(self, target, nnx.data(lora))
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
         """`out` [B, dout] plus the adapters' share of x [B, din], for the rows from `first` on."""
@@ -52,24 +55,36 @@ class HeadBank(nnx.Module):
         return adapted if first == 0 else jnp.concatenate([out[:first], adapted])
 
 
-def stack_heads(config: ModelConfig, adapters: list[Factors], dtype: DTypeLike) -> tuple[dict[str, tuple], int]:
-    """Puts adapters side by side: {target: (a [L, din, A * r], b [L, A * r, dout])} and the common rank r.
+def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Sequence[str]) -> Factors:
+    """An adapter as a bank takes it: every target, padded with zeros to `rank`.
 
-    Slot i + 1 is `adapters[i]`; smaller ranks are padded with zeros. Targets that no adapter has are left out.
+    Raises ValueError, which says what would be right, for a larger rank, a target the bank lacks or another shape.
     """
-    shapes = config.target_shapes
-    rank = max((a.shape[-1] for factors in adapters for a, _ in factors.values()), default=0)
-    lanes = rank * len(adapters)
-    bank = {}
-    for target in sorted({t for factors in adapters for t in factors}):
-        din, dout = shapes[target]
-        a = np.zeros((config.num_layers, din, lanes), np.float32)
-        b = np.zeros((config.num_layers, lanes, dout), np.float32)
-        for slot, factors in enumerate(adapters):
-            if target in factors:
-                fa, fb = factors[target]
-                at = slot * rank
-                a[:, :, at : at + fa.shape[-1]] = fa
-                b[:, at : at + fb.shape[1]] = fb
-        bank[target] = (a.astype(dtype), b.astype(dtype))
-    return bank, rank
+    largest = max((a.shape[-1] for a, _ in factors.values()), default=0)
+    if largest > rank:
+        raise ValueError(
+            f"its rank is {largest}, the adapter slots hold {rank}: --config.engine.max_lora_rank={largest}"
+        )
+    if unknown := sorted(set(factors) - set(targets)):
+        raise ValueError(f"it changes {', '.join(unknown)}; the adapter slots hold {', '.join(targets)}")
+    fitted = {}
+    for target in targets:
+        din, dout = config.target_shapes[target]
+        a = np.zeros((config.num_layers, din, rank), np.float32)
+        b = np.zeros((config.num_layers, rank, dout), np.float32)
+        if target in factors:
+            fa, fb = factors[target]
+            if (*fa.shape[:2], fb.shape[0], fb.shape[2]) != (*a.shape[:2], b.shape[0], b.shape[2]):
+                raise ValueError(f"its {target} has shapes {fa.shape} and {fb.shape}; the trunk's is {din} x {dout}")
+            a[:, :, : fa.shape[-1]], b[:, : fb.shape[1]] = fa, fb
+        fitted[target] = (a, b)
+    return fitted
+
+
+def load_slot(bank: Any, slot: jax.Array, factors: Factors) -> None:
+    """Puts an adapter (fit_factors) in place of what is in `slot` (from 1 on)."""
+    for target, (a, b) in factors.items():
+        lora = getattr(bank, target)
+        at = (slot - 1) * lora.rank
+        lora.a[...] = lax.dynamic_update_slice_in_dim(lora.a[...], a.astype(lora.a.dtype), at, 2)
+        lora.b[...] = lax.dynamic_update_slice_in_dim(lora.b[...], b.astype(lora.b.dtype), at, 1)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -67,6 +67,9 @@ FACTOR_AXES = {
 KV_PAGES_AXES = ("layers", "pages", "kv_heads", "kv_tokens", "head_dim")
 
 
+Bank = TypeVar("Bank", bound=nnx.Module)
+
+
 class Weight(Protocol):
     """A NumPy array, or something that reads like one: only what is indexed need ever be in memory."""
 
@@ -120,11 +123,11 @@ class Layout:
         """x, split by its logical axes at this point of a traced program."""
         return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
 
-    def place_params(self, params: dict[str, Weight], dtype: DTypeLike) -> dict[str, jax.Array]:
+    def place_params(self, params: Mapping[str, Weight], dtype: DTypeLike) -> dict[str, jax.Array]:
         """A trunk's weights on the mesh, shard by shard."""
         return {name: place(values, self.param(name, values.shape), dtype) for name, values in params.items()}
 
-    def place_bank(self, bank: nnx.Module) -> nnx.Module:
+    def place_bank(self, bank: Bank) -> Bank:
         """Moves the heads' factors to where they belong on the mesh; returns the bank."""
         for target in TARGETS:
             if (lora := getattr(bank, target)) is not None:

@@ -10,10 +10,11 @@ from collections.abc import AsyncIterator, Iterable
 
 from starlette.requests import Request as HttpRequest
 
-from icarus_jax.engine import Engine, Request
+from icarus_jax.engine import Engine
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt
 from icarus_jax.protocol import ApiError
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.text import Detokenizer, Vocabulary
 
@@ -167,7 +168,7 @@ class Generation:
             except RuntimeError:  # the loop is closed: a server that was stopped at once
                 log.debug("an output came after the server's end")
 
-        seq_ids = self._engine.submit(Request(self._model, prompt.ids, params, len(choices)), on_output)
+        seq_ids = self._engine.submit(Request((self._model,), prompt.ids, params, len(choices)), on_output)
         self.choices += choices
         self._seq_ids |= {choice.index: seq_id for choice, seq_id in zip(choices, seq_ids, strict=True)}
         self._metrics.prompt(self._model, len(prompt.ids))

@@ -13,7 +13,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from icarus_jax.config import EngineConfig, ModelConfig
-from icarus_jax.engine import EngineStats, Request
+from icarus_jax.requests import EngineStats, Request
 from icarus_jax.sequence import Model, RequestError, TokenLogprob, TokenOutput
 
 CHAT_TEMPLATE = (
@@ -83,7 +83,7 @@ class FakeEngine:
         self, vocab_size: int, eos_ids: Iterable[int] = (), step_seconds: float = 0.0, max_model_len: int = 128
     ):
         kinds = {"trunk": "base", "parrot": "shared", "broken": "isolated"}
-        self.models = {name: Model(name, kind, slot) for slot, (name, kind) in enumerate(kinds.items())}
+        self.models = {name: Model(name, kind) for name, kind in kinds.items()}
         self.config = EngineConfig(max_model_len=max_model_len)
         self.model_config = ModelConfig("llama", vocab_size, 8, 8, 1, 1, 1, 8)
         self.stats = EngineStats(pages_total=self.config.num_pages)
@@ -121,15 +121,16 @@ class FakeEngine:
             raise self.fail
         if self.failed:
             raise RequestError("the engine has failed")
-        if request.model not in self.models:
-            raise RequestError(f"no model {request.model}", "model")
+        for name in request.models:
+            if name not in self.models:
+                raise RequestError(f"no model {name}", "model")
         with self._lock:
             seen = any(r.prompt_ids == request.prompt_ids for r in self.requests)
             self.requests.append(request)
-            ids = [next(self._ids) for _ in range(request.n)]
+            ids = [next(self._ids) for _ in range(request.n * len(request.models))]
             cached = len(request.prompt_ids) - 1 if seen else 0
             self._streams |= {seq: _Stream(request, i, on_output, cached=cached) for i, seq in enumerate(ids)}
-            self.stats.requests += request.n
+            self.stats.requests += len(ids)
             self.stats.cached_tokens_cross_model += cached
             self._lock.notify()
         return ids
@@ -161,14 +162,15 @@ class FakeEngine:
     def _step(self, seq_id: int, stream: _Stream) -> TokenOutput:
         request, params = stream.request, stream.request.params
         prompt, i = request.prompt_ids, stream.num_output
-        output = TokenOutput(seq_id, [], cached_tokens=stream.cached)
+        model = request.models[stream.index // request.n]
+        output = TokenOutput(seq_id, [], model, cached_tokens=stream.cached)
         if params.prompt_logprobs is not None and i == 0:
             scores = [self._scored(token, -float(j), params.prompt_logprobs) for j, token in enumerate(prompt)]
             output.prompt_logprobs = [None, *scores[1:]]
-        if request.model == "broken" and i == prompt[0]:
+        if model == "broken" and i == prompt[0]:
             output.finish_reason = "error"
         elif params.max_tokens > 0:
-            token = prompt[i % len(prompt)] if request.model == "parrot" else prompt[-1] + 1 + i
+            token = prompt[i % len(prompt)] if model == "parrot" else prompt[-1] + 1 + i
             token %= self.model_config.vocab_size
             output.token_ids = [token]
             if params.logprobs is not None:

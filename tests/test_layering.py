@@ -13,12 +13,14 @@ ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
 LAYERS = (
     ("config",),
-    ("sequence",),
     ("pages",),
+    ("sequence",),
+    ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
     ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
-    ("buckets", "runner"),
+    ("buckets", "programs", "runner"),
+    ("reuse_check",),
     ("engine",),
     ("text", "protocol", "metrics"),
     ("prompts", "streams", "responses", "lifecycle"),
@@ -33,7 +35,7 @@ LAYERS = (
     ("cli",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = ("config", "sequence", "pages", "scheduler")
+NO_JAX = ("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler")
 MAX_LINES = 300
 
 
