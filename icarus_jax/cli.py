@@ -151,7 +151,7 @@ def build(config: ConfigDict) -> App:
 
     enable_compilation_cache()
     with usage_errors():
-        trunk = checkpoint.load_trunk(config.trunk.source, engine_config.dtype)
+        trunk = checkpoint.open_trunk(config.trunk.source, engine_config.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
     heads = {}
     for head in head_configs:

@@ -76,8 +76,7 @@ class Engine:
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the devices of engine.mesh. params: checkpoint.py's canonical dict; heads: name ->
-        (config, factors)."""
+        """Puts the weights on the mesh. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
         heads = heads or {}
         layout = make_layout(config, model_config.num_kv_heads)
         trunk = Trunk(model_config, layout.place_params(params, config.dtype))
@@ -86,9 +85,7 @@ class Engine:
         ranks = [a.shape[-1] for _, factors in heads.values() for a, _ in factors.values()]
         rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
         targets = TARGETS if adapt_writers else LORA_TARGETS
-        bank = None
-        if num_slots:
-            bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets))
+        bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets)) if num_slots else None
         engine = cls(Runner(trunk, bank, config, adapt_writers, layout), trunk_name, config, eos_ids)
         for head, factors in heads.values():
             engine.load_head(head, factors)

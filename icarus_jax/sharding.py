@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import jax
 import numpy as np
@@ -77,6 +77,13 @@ class Weight(Protocol):
     def shape(self) -> tuple[int, ...]: ...
 
     def __getitem__(self, index: Any) -> np.ndarray: ...
+
+
+@runtime_checkable
+class Restorable(Protocol):
+    """A weight whose storage brings every device its own part."""
+
+    def restore(self, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,9 +173,11 @@ def make_layout(config: EngineConfig, num_kv_heads: int, devices: Sequence[jax.D
     return layout
 
 
-def place(values: Weight, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array:
+def place(values: Weight | Restorable, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array:
     """Puts a weight on its devices. The host holds one device's part at a time (jax.make_array_from_callback would
     hold those of all its devices)."""
+    if isinstance(values, Restorable):
+        return values.restore(sharding, dtype)
     shape = tuple(values.shape)
     parts = sharding.addressable_devices_indices_map(shape)
     begin = lambda index: [part.indices(n)[0] for part, n in zip(index, shape, strict=True)]  # noqa: E731

@@ -273,5 +273,5 @@ def _save_head(path: Path, head: dict[str, Any], config: ConfigDict, method: Met
         return
     params = {**trunk.params, **head}
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params)))
-    save_orbax(TrunkCheckpoint(trunk.config, params, digest.hexdigest(), trunk.path), str(path))
+    save_orbax(TrunkCheckpoint(trunk.config, params, digest.hexdigest, trunk.path), str(path))
     (path / HEAD_MARK).write_text(json.dumps({"kv": method.kv, "trunk": trunk.identity}) + "\n")

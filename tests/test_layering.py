@@ -18,7 +18,7 @@ LAYERS = (
     ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
-    ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
+    ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
     ("buckets", "programs", "runner"),
     ("reuse_check",),
     ("engine",),
