@@ -60,7 +60,15 @@ class App:
     eos_ids: frozenset[int]
 
     def start(self) -> None:
-        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run."""
+        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run.
+
+        In a run of several processes only process 0 returns: the others work for it until it ends, then exit.
+        """
+        from icarus_jax.distributed import Follower
+
+        if isinstance(self.engine.runner, Follower):
+            self.engine.runner.follow()
+            sys.exit(0)
         bar = functools.partial(tqdm, desc="compiling", unit="program", file=sys.stderr, disable=None, leave=False)
         self.engine.start(bar)
 
@@ -146,9 +154,11 @@ def build(config: ConfigDict) -> App:
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
         )
 
-    from icarus_jax import adapters, checkpoint, tokenizer
+    from icarus_jax import adapters, checkpoint, distributed, tokenizer
     from icarus_jax.engine import Engine
 
+    with usage_errors("config.distributed"):
+        distributed.initialize(**config.distributed)
     enable_compilation_cache()
     with usage_errors():
         trunk = checkpoint.open_trunk(config.trunk.source, engine_config.dtype)
@@ -160,7 +170,8 @@ def build(config: ConfigDict) -> App:
             adapter.check(head.kv, trunk.identity)
         heads[head.name] = (head, adapter.weights)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
-    engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+    with usage_errors():
+        engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     return App(engine, text, eos_ids)
 
 

@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from typing import TypeVar
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.distributed import spread
 from icarus_jax.heads import Factors, HeadBank
 from icarus_jax.model import Trunk
 from icarus_jax.registry import Registry
@@ -86,7 +87,7 @@ class Engine:
         rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
         targets = TARGETS if adapt_writers else LORA_TARGETS
         bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets)) if num_slots else None
-        engine = cls(Runner(trunk, bank, config, adapt_writers, layout), trunk_name, config, eos_ids)
+        engine = cls(spread(Runner(trunk, bank, config, adapt_writers, layout)), trunk_name, config, eos_ids)
         for head, factors in heads.values():
             engine.load_head(head, factors)
         engine.stats.head_loads = 0
@@ -140,7 +141,6 @@ class Engine:
     def load_head(self, head: HeadConfig, factors: Factors) -> None:
         """Serves a head from the next request on. Of a name that is served already, the new version takes over;
         requests on their way finish on the version that they started with, and no page of the cache is lost.
-
         Raises ValueError if the adapter does not fit (shapes, rank, targets, no adapter slots).
         """
         self.runner.check_head(head, factors)

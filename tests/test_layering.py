@@ -21,6 +21,7 @@ LAYERS = (
     ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
     ("buckets", "programs", "runner"),
     ("reuse_check",),
+    ("distributed",),
     ("engine",),
     ("text", "protocol", "metrics"),
     ("prompts", "streams", "responses", "lifecycle"),
