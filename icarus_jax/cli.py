@@ -62,7 +62,15 @@ class App:
     loader: HeadLoader
 
     def start(self) -> None:
-        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run."""
+        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run.
+
+        In a run of several processes only process 0 returns: the others work for it until it ends, then exit.
+        """
+        from icarus_jax.distributed import Follower
+
+        if isinstance(self.engine.runner, Follower):
+            self.engine.runner.follow()
+            sys.exit(0)
         bar = functools.partial(tqdm, desc="compiling", unit="program", file=sys.stderr, disable=None, leave=False)
         self.engine.start(bar)
 
@@ -149,13 +157,15 @@ def build(config: ConfigDict) -> App:
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
         )
 
-    from icarus_jax import adapters, checkpoint, full_heads, tokenizer
+    from icarus_jax import adapters, checkpoint, distributed, full_heads, tokenizer
     from icarus_jax.engine import Engine
     from icarus_jax.head_loader import HeadLoader
 
+    with usage_errors("config.distributed"):
+        distributed.initialize(**config.distributed)
     enable_compilation_cache()
     with usage_errors():
-        trunk = checkpoint.load_trunk(config.trunk.source, engine_config.dtype)
+        trunk = checkpoint.open_trunk(config.trunk.source, engine_config.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
     heads: dict = {}
     for name, head in config.heads.items():

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ from icarus_jax.config import HeadConfig, ModelConfig
 from icarus_jax.heads import Factors, HeadBank
 from icarus_jax.layers import Tables, rms_norm
 from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
+from icarus_jax.sharding import Weight
 from pallas_kernels.paged_attention.work import Array
 
 OWN_PARAMS = (*BLOCK_PARAMS, "final_norm")  # what such a head has of its own; it embeds and unembeds as the trunk does
@@ -43,7 +44,7 @@ def save_full_head(folder: str, head: FullHead, kv: str, trunk: TrunkCheckpoint)
     """Writes the head with the rest of the trunk as an Orbax checkpoint, marked with its kv and its trunk."""
     params = {**trunk.params, **head.params}
     digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params)))
-    save_orbax(TrunkCheckpoint(trunk.config, params, digest.hexdigest(), trunk.path), folder)
+    save_orbax(TrunkCheckpoint(trunk.config, params, digest.hexdigest, trunk.path), folder)
     (pathlib.Path(folder) / MARK).write_text(json.dumps({"kv": kv, "trunk": trunk.identity}) + "\n")
 
 
@@ -66,13 +67,12 @@ def load_full_head(folder: str, kv: str, trunk: TrunkCheckpoint, dtype: str) -> 
 
 def make_trunk(
     config: ModelConfig,
-    params: Mapping[str, np.ndarray],
+    params: Mapping[str, Weight],
     heads: Sequence[tuple[HeadConfig, Factors | FullHead]],
-    dtype: str,
+    place: Callable[[Mapping[str, Weight]], dict[str, jax.Array]],
 ) -> tuple[Trunk, list[tuple[HeadConfig, Factors]]]:
-    """(The trunk on the device, what is left for adapter slots): a fully fine-tuned head lies beside the trunk, and
-    has an empty adapter. Raises ValueError if it is not the only head."""
-    place = lambda params: {k: jnp.asarray(v, dtype) for k, v in params.items()}  # noqa: E731
+    """(The trunk, its weights where `place` puts them; what is left for adapter slots). A fully fine-tuned head lies
+    beside the trunk, and has an empty adapter. Raises ValueError if it is not the only head."""
     adapters: list[tuple[HeadConfig, Factors]] = []
     for head, weights in heads:
         if not isinstance(weights, FullHead):

@@ -15,11 +15,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from icarus_jax.attention import append_and_attend
 from icarus_jax.config import ModelConfig
 from icarus_jax.heads import HeadBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
-from pallas_kernels.kv_append import kv_append
-from pallas_kernels.paged_attention import WorkList, paged_attention
+from icarus_jax.sharding import Layout
+from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
 
@@ -95,9 +96,8 @@ class Block(nnx.Module):
     def mlp(self, config: ModelConfig, bank: HeadBank | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
         x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        d, _, f = self.gate_up.shape
-        gate_up = jnp.dot(x, self.gate_up[...].reshape(d, 2 * f))
-        gate, up = gate_up[:, :f], gate_up[:, f:]
+        gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
+        gate, up = gate_up[:, 0], gate_up[:, 1]
         if bank is not None:
             gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
         hidden = jax.nn.silu(gate) * up
@@ -130,6 +130,7 @@ class Trunk(nnx.Module):
         kv_pages: jax.Array,
         rows: Rows,
         *,
+        layout: Layout,
         adapt_writers: bool = False,
         attention: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
@@ -139,7 +140,8 @@ class Trunk(nnx.Module):
         """
         config = self.config
         num_writers = rows.slot_mapping.shape[0]
-        first = 0 if adapt_writers else num_writers
+        # rows that lie on several devices are not cut in two: adapters then run over writer rows as well, as zeros
+        first = 0 if adapt_writers or layout.rows_are_split else num_writers
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
@@ -151,14 +153,23 @@ class Trunk(nnx.Module):
             block: Block = nnx.merge(block_def, block_state)
             bank = nnx.merge(bank_def, bank_state)
             q, k, v = block.attention_inputs(config, bank, x, rows.slots, first, tables)
-            kv = kv_append(kv, index, k[:num_writers], v[:num_writers], rows.slot_mapping)
-            scale = config.head_dim**-0.5
-            attended = paged_attention(q, kv, index, rows.work, scale=scale, implementation=attention)
-            x = x + block.attention_output(bank, attended, rows.slots, first)
+            attended, kv = append_and_attend(
+                layout,
+                kv,
+                index,
+                q,
+                k,
+                v,
+                rows.slot_mapping,
+                rows.work,
+                scale=config.head_dim**-0.5,
+                implementation=attention,
+            )
+            x = layout.constrain(x + block.attention_output(bank, attended, rows.slots, first), "rows", "embed")
             x = x + block.mlp(config, bank, x, rows.slots, first)
-            return (x, kv), None
+            return (layout.constrain(x, "rows", "embed"), kv), None
 
-        x = self.embed[...][rows.tokens]
+        x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
         (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
-        sampled = self.normed(x[rows.sample_rows], rows.slots[rows.sample_rows])
-        return self.logits(sampled), kv_pages
+        sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
+        return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages
