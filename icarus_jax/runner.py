@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icarus_jax.buckets import Bucket, Need, items_needed, make_buckets
+from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.heads import HeadBank
 from icarus_jax.model import Rows, Trunk
@@ -98,8 +98,8 @@ class Runner:
         sequences = [_sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
         logits = sum(w.num_logits for w in plan.work)
         for bucket in self.buckets:
-            items = items_needed(sequences, bucket.work.item_rows, self.config.page_size, not bucket.work.max_tiles)
-            if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items)):
+            items, tiles = work_needed(sequences, bucket.work, self.config.page_size)
+            if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items, tiles)):
                 return bucket
         raise AssertionError(f"no bucket holds {plan.num_writers} writers, {plan.num_readers} readers, {logits} logits")
 
@@ -160,7 +160,7 @@ class Runner:
 
     def temporary_bytes(self) -> tuple[int, int]:
         """(Temporary bytes of the largest decode program, bytes of the KV pages): in place means few of the former."""
-        bucket = [b for b in self.buckets if not b.work.max_tiles][-1]
+        bucket = [b for b in self.buckets if b.writers == b.logits][-1]
         compiled = self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
         analysis = compiled.memory_analysis()
         assert analysis is not None

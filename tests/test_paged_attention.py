@@ -9,7 +9,7 @@ import pytest
 
 from pallas_kernels import kv_append as append_op
 from pallas_kernels import paged_attention as op
-from pallas_kernels.paged_attention.work import FEW_ROWS, ITEM_PAGES
+from pallas_kernels.paged_attention.work import FEW_ROWS
 
 CASES = {  # (rows written, KV length, readers) per sequence; lengths in tokens
     "one token": [(1, 1, 0)],
@@ -49,9 +49,8 @@ def make(case, n, k, h, page_size, seed=0, dtype=np.float32):
         tables.append((table, length))
         writer, reader = writer + w, reader + r
     pages_per_seq = max(need) + 3
-    parts = -(-pages_per_seq // ITEM_PAGES)
     big = any(len(s.rows) > FEW_ROWS for s in sequences)
-    shape = op.WorkShape(rows, 2, rows * parts, rows, rows if big else 0, pages_per_seq)
+    shape = op.WorkShape(rows, 2, rows * -(-pages_per_seq // 16), rows if big else 0, pages_per_seq)
     return q, kv.astype(dtype), op.build_work(sequences, shape, page_size), sequences, tables
 
 
@@ -95,7 +94,7 @@ def test_work_that_does_not_fit_is_refused():
     rows = np.arange(2, dtype=np.int32)
     seq = op.SequenceRows(rows, rows + 600, list(range(38)))
     with pytest.raises(ValueError, match="does not fit"):
-        op.build_work([seq], op.WorkShape(2, 1, 3, 2, 0, 38), 16)
+        op.build_work([seq], op.WorkShape(2, 1, 3, 0, 38), 16)
 
 
 def test_wrong_shapes_are_refused():
