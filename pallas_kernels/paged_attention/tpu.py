@@ -135,25 +135,25 @@ def _kernel(layer, *refs, tiling: Tiling, spec: AttentionSpec, key_lanes: int, v
         owner = jnp.where(ours, run, plan.next[run])
 
         @pl.when(owner < pl.num_programs(0))
-        def _():
+        def start():
             page = jnp.where(ours, first + block * tiling.pages, plan.first[owner])
             count = jnp.minimum(plan.end[owner] - page, tiling.pages)
 
             @pl.loop(0, pl.cdiv(count, UNROLL))
-            def _(turn):
+            def some(turn):
                 for place in (turn * UNROLL + i for i in range(UNROLL)):
 
                     @pl.when(place < count)
-                    def _(at=page + place, place=place):
+                    def one(at=page + place, place=place):
                         copy(jnp.where(ours, pages_ref[0, 0, at], next_pages_ref[0, 0, at]), slot, place).start()
 
     def wait(count, slot):
         @pl.when(count == tiling.pages)
-        def _():  # once for the bytes of all pages
+        def whole_block():  # once for the bytes of all pages
             pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], arrived.at[slot]).wait()
 
         @pl.when(count < tiling.pages)
-        def _():
+        def part_of_it():
             pl.loop(0, count)(lambda place: copy(0, slot, place).wait())
 
     def visible(page):
@@ -171,7 +171,8 @@ def _kernel(layer, *refs, tiling: Tiling, spec: AttentionSpec, key_lanes: int, v
 
     def attend_chunk(slot, place, page, masked):
         """All rows against the chunk at page `place` of the block, page `page` of the run."""
-        seen, any_seen = visible(page) if masked else (None, None)
+        if masked:
+            seen, any_seen = visible(page)
         for h in range(kv_heads):
             tokens = buffer[slot, pl.ds(place, tiling.chunk_pages), h].astype(q_ref.dtype).reshape(chunk, width)
             values = tokens[:, value_lane:]
@@ -194,7 +195,7 @@ def _kernel(layer, *refs, tiling: Tiling, spec: AttentionSpec, key_lanes: int, v
         wait(count, slot)
 
         @pl.loop(0, pl.cdiv(count, tiling.chunk_pages))
-        def _(i):
+        def chunks(i):
             place = i * tiling.chunk_pages
             at = page + place
             full = (at >= plan.full[run]) & (at + tiling.chunk_pages <= plan.full_end[run])
@@ -202,19 +203,19 @@ def _kernel(layer, *refs, tiling: Tiling, spec: AttentionSpec, key_lanes: int, v
             pl.when(~full)(lambda: attend_chunk(slot, place, at, masked=True))
 
     @pl.when(plan.source[run] == run)
-    def _():
+    def begin():
         m_ref[...] = jnp.full_like(m_ref, NEG)
         l_ref[...] = jnp.zeros_like(l_ref)
         acc_ref[...] = jnp.zeros_like(acc_ref)
 
     @pl.loop(jnp.where(run == 0, -1, 0), blocks)  # -1: the very first block has none before it to arrive beside
-    def _(block):
+    def stream(block):
         slot = lax.rem(plan.earlier[run] + block + 2, 2)
         fetch(block + 1, 1 - slot)
         pl.when(block >= 0)(lambda: attend_block(block, slot))
 
     @pl.when(plan.source[run] == run)
-    def _():
+    def finish():
         lane = lax.broadcasted_iota(jnp.int32, m_ref.shape[1:], 1)
         for h in range(kv_heads):
             ml_ref[0, h] = jnp.where(lane == 0, m_ref[h], l_ref[h].sum(1, keepdims=True))
