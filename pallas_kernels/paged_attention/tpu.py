@@ -117,7 +117,7 @@ def _spread(x: jax.Array, width: int) -> jax.Array:
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
-def _kernel(layer, *refs, tiling: Tiling, spec: AttentionSpec, key_lanes: int, value_lane: int):
+def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lanes: int, value_lane: int) -> None:
     plan, refs = Plan(*refs[: len(Plan._fields)]), refs[len(Plan._fields) :]
     q_ref, after_ref, upto_ref, pages_ref, next_pages_ref, kv_hbm, acc_ref, ml_ref, buffer, arrived, m_ref, l_ref = refs
     _, _, kv_heads, page_size, width = buffer.shape
