@@ -139,60 +139,65 @@ def test_dmas_are_waited_for_and_race_with_nothing(layout, case, dma_mode):
 @pytest.mark.parametrize("layout", [SMALL, dataclasses.replace(SMALL, window=24)], ids=["causal", "window"])
 def test_partial_results_of_rows_that_see_nothing(layout, implementation):
     rng = np.random.default_rng(0)
-    kv = rng.standard_normal((1, 9, 1, 16, 128)).astype(np.float32)
+    kv = rng.standard_normal((1, 20, 1, 16, 128)).astype(np.float32)
     i32 = functools.partial(np.array, dtype=np.int32)
     runs = op.Runs(
-        rows=i32([[0, 1, 2], [3, 4, 5], [6, 7, 8]]),
-        positions=i32([[-1, 15, 20], [31, -1, 60], [40, 40, 40]]),
-        pages=i32([[3, 0], [5, 8], [1, 2]]),
-        start=i32([16, 32, 0]),
-        length=i32([16, 20, 32]),
-        num=i32(2),
+        rows=np.arange(12, dtype=np.int32).reshape(4, 3),
+        positions=i32([[-1, 15, 20], [31, -1, 60], [150, -1, 159], [40, 40, 40]]),
+        pages=rng.integers(0, 20, (4, 10), np.int32),
+        start=i32([16, 32, 0, 0]),
+        length=i32([16, 30, 160, 32]),
+        num=i32(3),  # the last run is none
     )
     spec = AttentionSpec(0.125, layout.window, None, 16)
-    q = rng.standard_normal((9, 1, 2, 64)).astype(np.float32)
+    q = rng.standard_normal((12, 1, 2, 64)).astype(np.float32)
     acc, m, l = jax.jit(functools.partial(ATTEND[implementation], spec=spec))(q, kv, 0, runs, None, 0)
-    assert acc.shape == (3, 1, 6, 64) and m.shape == l.shape == (3, 1, 6)
-    sees = np.array([[0, 0, 1], [0, 0, 1]], bool).repeat(2, axis=1)[:, None]
-    np.testing.assert_array_equal(l[:2] > 0, sees)
-    np.testing.assert_array_equal(m[:2] > -1e29, sees)
-    np.testing.assert_array_equal((acc[:2] != 0).any(-1), sees)
+    assert acc.shape == (4, 1, 6, 64) and m.shape == l.shape == (4, 1, 6)
+    sees = np.array([[0, 0, 1], [0, 0, 1], [1, 0, 1]], bool).repeat(2, axis=1)[:, None]
+    np.testing.assert_array_equal(l[:3] > 0, sees)
+    np.testing.assert_array_equal(m[:3] > -1e29, sees)
+    np.testing.assert_array_equal((acc[:3] != 0).any(-1), sees)
 
 
 ORACLE = {name: LAYOUTS[name] for name in ("h64-page16", "h128-page16-window-cap", "h64-int8", "h128-bf16")}
 
 
+@functools.partial(jax.jit, static_argnames=("scale", "soft_cap"))
+def dense_attention(q, keys, values, mask, *, scale, soft_cap):
+    """JAX's own attention and log-sum-exp. q [rows, N, H], keys, values [tokens, K, H], mask bool[rows, tokens]."""
+    scores = jnp.einsum("rkgh,tkh->rkgt", q.reshape(len(q), keys.shape[1], -1, q.shape[2]), keys) * scale
+    if soft_cap is None:
+        out = jax.nn.dot_product_attention(q[None], keys[None], values[None], mask=mask[None, None], scale=scale)[0]
+    else:  # which that function does not have
+        scores = soft_cap * jnp.tanh(scores / soft_cap)
+        weights = jax.nn.softmax(scores, where=mask[:, None, None], axis=-1)
+        out = jnp.einsum("rkgt,tkh->rkgh", weights, values).reshape(q.shape)
+    lse = jax.nn.logsumexp(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1)
+    return out, lse.reshape(len(q), -1)
+
+
 @pytest.mark.parametrize("case", ["mixed", "prefix tree", "random 1"])
 @pytest.mark.parametrize("layout", ORACLE.values(), ids=ORACLE)
 def test_the_oracle_matches_jax(layout, case):
-    p = problem(layout, CASES[case])
+    p, h = problem(layout, CASES[case]), layout.h
     out, lse = attend(layout, p, "reference")
-    h = layout.h
     for seq in p.sequences:
-        if not len(seq.rows):
-            continue
-        length = int(seq.positions[-1]) + 1
-        tokens = p.kv_pages[LAYER][seq.page_table].astype(np.float32).transpose(0, 2, 1, 3)
-        tokens = tokens.reshape(-1, layout.k, 2 * h)[:length]
-        at, position = np.arange(length), seq.positions[:, None]
-        mask = at <= position if layout.window is None else (at <= position) & (at > position - layout.window)
+        n, rows = len(seq.rows), 48  # padded, so that one program serves all sequences
+        table = np.resize(seq.page_table, layout.pages_per_seq)
+        tokens = p.kv_pages[LAYER][table].astype(np.float32).transpose(0, 2, 1, 3).reshape(-1, layout.k, 2 * h)
+        at, position = np.arange(len(tokens)), np.resize(seq.positions, rows)[:, None]
+        mask = at <= position
+        if layout.window is not None:
+            mask &= at > position - layout.window
         tokens = np.where(mask.any(0)[:, None, None], tokens, 0)
         if layout.scaled:
             tokens = tokens * p.kv_scales[LAYER].repeat(h, axis=1)
-        q = p.q[seq.rows].astype(np.float32)
-        keys, values = (jnp.asarray(tokens[..., part]) for part in (slice(None, h), slice(h, None)))
-        scores = jnp.einsum("rkgh,tkh->rkgt", q.reshape(len(q), layout.k, -1, h), keys) * h**-0.5
-        if layout.soft_cap is None:
-            want = jax.nn.dot_product_attention(q[None], keys[None], values[None], mask=jnp.asarray(mask)[None, None])[
-                0
-            ]
-        else:  # which that function does not have
-            scores = layout.soft_cap * jnp.tanh(scores / layout.soft_cap)
-            weights = jax.nn.softmax(scores, where=mask[:, None, None], axis=-1)
-            want = jnp.einsum("rkgt,tkh->rkgh", weights, values).reshape(q.shape)
-        want_lse = jax.nn.logsumexp(jnp.where(mask[:, None, None], scores, -jnp.inf), axis=-1).reshape(len(q), -1)
-        np.testing.assert_allclose(out[seq.rows], want, atol=2e-5, rtol=2e-5)
-        np.testing.assert_allclose(lse[seq.rows], want_lse, atol=2e-5, rtol=2e-5)
+        q = p.q[np.resize(seq.rows, rows)].astype(np.float32)
+        want, want_lse = dense_attention(
+            q, tokens[..., :h], tokens[..., h:], mask, scale=h**-0.5, soft_cap=layout.soft_cap
+        )
+        np.testing.assert_allclose(out[seq.rows], want[:n], atol=2e-5, rtol=2e-5)
+        np.testing.assert_allclose(lse[seq.rows], want_lse[:n], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", op.IMPLEMENTATIONS)
