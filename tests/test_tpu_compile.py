@@ -48,8 +48,7 @@ CASES = {
     "smollm2-decode": SMOLLM2,
     "smollm2-tile": SMOLLM2._replace(**TILE),
 }
-NIGHTLY = ("v4", "v5p")  # tried by hand, see docs
-QUICK = [("v5e", name) for name in CASES] + [
+PROGRAMS = [("v5e", name) for name in CASES] + [
     (chip, name) for chip in ("v6e", "v7x") for name in ("llama-decode", "llama-tile", "smollm2-decode")
 ]
 
@@ -75,7 +74,7 @@ def abstract(shape: Shape):
     return (lambda *args: ATTEND["tpu"](*args, spec)), (q, pool, i32(), runs, scales, i32()), pool
 
 
-@pytest.mark.parametrize(("chip", "name"), QUICK)
+@pytest.mark.parametrize(("chip", "name"), PROGRAMS)
 def test_compiles(chip, name):
     shape = CASES[name]
     function, args, pool = abstract(shape)
