@@ -30,7 +30,8 @@ SUBLANES = 8
 LOG2E = math.log2(math.e)
 BLOCK_BYTES = 2 << 20  # of K/V in one of the two slots: long enough to hide a DMA's latency
 UNROLL = 8  # copies started in one turn of a loop
-CHUNK_TOKENS = 512
+CHUNK_TOKENS, FEW_ROWS_CHUNK_TOKENS = 512, 256  # few rows wait for the DMA anyway, and a short last chunk costs less
+FEW_ROWS = 16
 SCORE_BYTES = 512 << 10  # of one KV head's float32 scores, which lie in VMEM between the two matmuls
 
 
@@ -65,9 +66,10 @@ def choose_tiling(rows: int, run_pages: int, page_size: int, page_bytes: int) ->
     A chunk is whole 128-lane tiles of scores, at most CHUNK_TOKENS and SCORE_BYTES; a block is whole chunks, about
     BLOCK_BYTES unless the runs are shorter.
     """
+    most = FEW_ROWS_CHUNK_TOKENS if rows <= FEW_ROWS else CHUNK_TOKENS
     unit = math.lcm(page_size, LANES)
     units = pl.cdiv(run_pages * page_size, unit)
-    chunk = max(1, min(units, CHUNK_TOKENS // unit, SCORE_BYTES // (4 * rows * unit)))
+    chunk = max(1, min(units, most // unit, SCORE_BYTES // (4 * rows * unit)))
     chunk_pages = chunk * unit // page_size
     chunks = max(1, min(pl.cdiv(units, chunk), BLOCK_BYTES // (chunk_pages * page_bytes)))
     return Tiling(chunks * chunk_pages, chunk_pages)
