@@ -33,7 +33,9 @@ LAYERS = (
     ("train_model",),
     ("train",),
     ("train_loop",),
+    ("kind_check",),
     ("cli",),
+    ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 NO_JAX = ("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler")

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import reference, tpu, xla
+from pallas_kernels.paged_attention import gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, by_row, merge
 from pallas_kernels.paged_attention.work import Array, Runs, WorkList
 
@@ -17,7 +17,7 @@ for _node in (Runs, WorkList):
     jax.tree_util.register_dataclass(_node, data_fields=[f.name for f in dataclasses.fields(_node)], meta_fields=[])
 
 # name -> attend(q [B, K, G, H], kv_pages, layer, runs, kv_scales, page_offset, spec) -> Partial
-ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend}
+ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
 IMPLEMENTATIONS = ("reference", *ATTEND)
 
 
