@@ -121,11 +121,12 @@ class Trunk(nnx.Module):
         *,
         layout: Layout,
         adapt_writers: bool = False,
-        attention: str = "auto",
+        kernels: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
         """One step. kv_pages [L, num_pages, K, page_size, 2H] -> (logits f32[S, V], kv_pages).
 
         adapt_writers: writer rows have adapters too (an `isolated` head is loaded); else only reader rows do.
+        kernels: the implementation of the ops (pallas_kernels).
         """
         config = self.config
         num_writers = rows.slot_mapping.shape[0]
@@ -153,7 +154,7 @@ class Trunk(nnx.Module):
                 rows.slot_mapping,
                 rows.work,
                 scale=config.head_dim**-0.5,
-                implementation=attention,
+                implementation=kernels,
             )
             attended = attended.reshape(x.shape[0], -1)
             out = jnp.dot(attended, block.o[...])

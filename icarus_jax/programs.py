@@ -36,6 +36,7 @@ class Programs:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.page_size = config.page_size
+        self.kernels = kernels = layout.kernels if config.kernels == "auto" else config.kernels
         trunk_def, trunk_state = nnx.split(trunk)
         bank_def, bank_state = nnx.split(bank)
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
@@ -47,9 +48,7 @@ class Programs:
 
         def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
             trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
-            return trunk(
-                bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, attention=config.attention_impl
-            )
+            return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, kernels=kernels)
 
         def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
             return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")

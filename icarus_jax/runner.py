@@ -42,8 +42,8 @@ class Runner:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
-        self.buckets = make_buckets(config, bank is not None)
         self._programs = Programs(trunk, bank, config, adapt_writers, layout)
+        self.buckets = make_buckets(config, bank is not None, self._programs.kernels)
         self.weights = (nnx.split(trunk)[1], nnx.split(bank)[1])
         self.kv_pages = self._programs.zeros(self._programs.kv_pages)
         loras = {t: getattr(bank, t) for t in model.target_shapes if getattr(bank, t, None) is not None}

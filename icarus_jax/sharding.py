@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from icarus_jax.config import TARGETS, EngineConfig
 
 AXES = ("data", "model", "page")
+KERNELS_OF = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # a device's platform: the kernels written for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +98,11 @@ class Layout:
     def token_shards(self) -> int:
         """How many devices share the tokens of a page."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.kv_tokens)
+
+    @property
+    def kernels(self) -> str:
+        """The implementation of the ops that is made for these devices."""
+        return KERNELS_OF.get(self.mesh.devices.flat[0].platform, "xla")
 
     @property
     def rows_are_split(self) -> bool:

@@ -134,9 +134,7 @@ def kv_append(
         out_shape=jax.ShapeDtypeStruct(kv_pages.shape, dtype),
         input_output_aliases={3: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=pl.CostEstimate(
-            flops=0, bytes_accessed=rows * (2 * slab_bytes + row_bytes), transcendentals=0
-        ),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=rows * (2 * slab_bytes + row_bytes), transcendentals=0),
         interpret=interpret_params("tpu"),
         name="icarus_kv_append",
     )(jnp.asarray(layer, jnp.int32).reshape(1), slots, new, kv_pages)
