@@ -50,10 +50,9 @@ class Runner:
         trunk_def, trunk_state = nnx.split(trunk)
         bank_def, bank_state = nnx.split(bank)
         self.weights = (trunk_state, bank_state)
-        loras = {t: getattr(bank, t) for t in model.target_shapes if getattr(bank, t, None) is not None}
-        self.targets = tuple(loras)
-        self.rank = next((lora.rank for lora in loras.values()), 0)
-        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), 0)
+        self.targets = bank.targets if bank is not None else ()
+        self.rank = bank.rank if bank is not None else 0
+        self.num_slots = bank.num_slots if bank is not None else 0
         self.adapt_writers = adapt_writers
 
         def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
@@ -114,7 +113,10 @@ class Runner:
             sequences.append(_sequence_rows(work, writer, reader, pages))
             counts.append(work.num_logits + work.reference)
             writer, reader = writer + n, reader + m + work.reads_reference
-        rows = Rows(tokens, slots, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
+        active = self._no_active(bucket)
+        in_use = np.unique(slots[slots > 0])
+        active[: len(in_use)] = in_use
+        rows = Rows(tokens, slots, active, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
         sampling, variant = self._sampling(plan, bucket)
         return StepBatch(bucket, rows, sampling, variant, counts)
 
@@ -225,7 +227,13 @@ class Runner:
         b = bucket.writers + bucket.readers
         work = build_work([], bucket.work, self.config.page_size)
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        return Rows(zeros(b), zeros(b), np.full(bucket.writers, -1, np.int32), zeros(bucket.logits), work)
+        nowhere = np.full(bucket.writers, -1, np.int32)
+        return Rows(zeros(b), zeros(b), self._no_active(bucket), nowhere, zeros(bucket.logits), work)
+
+    def _no_active(self, bucket: Bucket) -> np.ndarray:
+        """Zeros i32[U]: room for the adapter slots that a step of this shape can use."""
+        rows = bucket.readers + (bucket.writers if self.adapt_writers else 0)
+        return np.zeros(min(rows, self.config.max_num_seqs, self.num_slots), np.int32)
 
 
 def _sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:

@@ -52,6 +52,4 @@ def kv_append(
         name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
-    return IMPLEMENTATIONS[name](
-        kv_pages, layer, k, v, slot_mapping, kv_scales, page_stride or page_size, page_offset
-    )
+    return IMPLEMENTATIONS[name](kv_pages, layer, k, v, slot_mapping, kv_scales, page_stride or page_size, page_offset)

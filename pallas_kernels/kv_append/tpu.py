@@ -26,7 +26,7 @@ RING_BYTES = 4 << 20
 ROWS_BYTES = 2 << 20  # of the new rows of one grid step; twice that lies in VMEM
 
 
-def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab: int, rows: int):
+def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
     ring, page_size, step_rows = buffer.shape[0], kv_hbm.shape[3], new_ref.shape[0]
     origin = pl.program_id(0) * step_rows
     end = jnp.minimum(origin + step_rows, rows)
@@ -134,9 +134,7 @@ def kv_append(
         out_shape=jax.ShapeDtypeStruct(kv_pages.shape, dtype),
         input_output_aliases={3: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
-        cost_estimate=pl.CostEstimate(
-            flops=0, bytes_accessed=rows * (2 * slab_bytes + row_bytes), transcendentals=0
-        ),
+        cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=rows * (2 * slab_bytes + row_bytes), transcendentals=0),
         interpret=interpret_params("tpu"),
         name="icarus_kv_append",
     )(jnp.asarray(layer, jnp.int32).reshape(1), slots, new, kv_pages)
