@@ -17,7 +17,7 @@ from jax import lax
 
 from icarus_jax.attention import append_and_attend
 from icarus_jax.config import ModelConfig
-from icarus_jax.heads import HeadBank
+from icarus_jax.heads import Adapters, HeadBank, LayerBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
 from icarus_jax.sharding import Layout
 from pallas_kernels.paged_attention import WorkList
@@ -29,13 +29,14 @@ from pallas_kernels.paged_attention.work import Array
 class Rows:
     """One step's rows, writers first. Padding rows write nowhere and attend to nothing.
 
-    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); slot_mapping i32[T] (where each writer row stores its K/V,
-    -1 = nowhere); sample_rows i32[S] (the rows whose logits are wanted); work: the attention work list, which holds
-    the positions i32[B].
+    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); active i32[U] (the distinct slots among them, padded with 0);
+    slot_mapping i32[T] (where each writer row stores its K/V, -1 = nowhere); sample_rows i32[S] (the rows whose logits
+    are wanted); work: the attention work list, which holds the positions i32[B].
     """
 
     tokens: Array
     slots: Array
+    active: Array
     slot_mapping: Array
     sample_rows: Array
     work: WorkList
@@ -62,7 +63,7 @@ class Block(nnx.Module):
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
     def attention_inputs(
-        self, config: ModelConfig, bank: HeadBank | None, x: Array, slots: Array, first: int, tables: Tables
+        self, config: ModelConfig, bank: Adapters | None, x: Array, slots: Array, first: int, tables: Tables
     ) -> tuple[Array, Array, Array]:
         """x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
         b = x.shape[0]
@@ -86,7 +87,7 @@ class Block(nnx.Module):
             key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
         return rope(query, tables), rope(key, tables), value
 
-    def mlp(self, bank: HeadBank | None, x: Array, slots: Array, first: int) -> jax.Array:
+    def mlp(self, bank: Adapters | None, x: Array, slots: Array, first: int) -> jax.Array:
         """SwiGLU. x [B, D] -> [B, D]."""
         gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
         gate, up = gate_up[:, 0], gate_up[:, 1]
@@ -135,15 +136,14 @@ class Trunk(nnx.Module):
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
-        bank_def, bank_state = nnx.split(bank)
 
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
-            index, block_state, bank_state = inputs
+            index, block_state = inputs
             block: Block = nnx.merge(block_def, block_state)
-            bank = nnx.merge(bank_def, bank_state)
+            adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
             normed = layout.constrain(rms_norm(x, block.attn_norm[...], config.rms_norm_eps), "rows", "embed")
-            q, k, v = block.attention_inputs(config, bank, normed, rows.slots, first, tables)
+            q, k, v = block.attention_inputs(config, adapters, normed, rows.slots, first, tables)
             attended, kv = append_and_attend(
                 layout,
                 kv,
@@ -158,12 +158,12 @@ class Trunk(nnx.Module):
             )
             attended = attended.reshape(x.shape[0], -1)
             out = jnp.dot(attended, block.o[...])
-            if bank is not None:
-                out = bank.add("o_proj", out, attended, rows.slots, first)
+            if adapters is not None:
+                out = adapters.add("o_proj", out, attended, rows.slots, first)
             x = layout.constrain(x + out, "rows", "embed")
-            x = x + block.mlp(bank, rms_norm(x, block.mlp_norm[...], config.rms_norm_eps), rows.slots, first)
+            x = x + block.mlp(adapters, rms_norm(x, block.mlp_norm[...], config.rms_norm_eps), rows.slots, first)
             return (layout.constrain(x, "rows", "embed"), kv), None
 
         x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
-        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
+        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state))
         return self.logits(layout.constrain(x[rows.sample_rows], "samples", "embed")), kv_pages

@@ -55,7 +55,7 @@ PARAM_AXES = {
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
 }
-# A head's factors a [L, din, A * r] and b [L, A * r, dout] are split as the projection's own din or dout is.
+# A head's factors a [L, A, r, din] and b [L, A, r, dout] are split as the projection's own din or dout is.
 FACTOR_AXES = {
     "q_proj": ("embed", "query_lanes"),
     "k_proj": ("embed", "query_lanes"),
@@ -130,7 +130,8 @@ class Layout:
     def factors(self, target: str, a: Sequence[int], b: Sequence[int]) -> tuple[NamedSharding, NamedSharding]:
         """Where the heads' factors a and b of a projection, of these shapes, lie."""
         din, dout = FACTOR_AXES[target]
-        return self.named(("layers", din, "lanes"), a), self.named(("layers", "lanes", dout), b)
+        whole = ("layers", "slots", "rank")
+        return self.named((*whole, din), a), self.named((*whole, dout), b)
 
     def constrain(self, x: jax.Array, *axes: str) -> jax.Array:
         """x, split by its logical axes at this point of a traced program."""

@@ -26,7 +26,7 @@ RING_BYTES = 4 << 20
 ROWS_BYTES = 2 << 20  # of the new rows of one grid step; twice that lies in VMEM
 
 
-def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab: int, rows: int):
+def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
     ring, page_size, step_rows = buffer.shape[0], kv_hbm.shape[3], new_ref.shape[0]
     origin = pl.program_id(0) * step_rows
     end = jnp.minimum(origin + step_rows, rows)

@@ -55,7 +55,7 @@ def _down(x_ref: Any, down_ref: Any) -> jax.Array:
     return functools.reduce(jnp.add, parts)
 
 
-def _kernel(layer, table, count, slots_ref, x_ref, down_ref, up_ref, out_ref, hidden_ref, *, width: int):
+def _kernel(layer, table, count, slots_ref, x_ref, down_ref, up_ref, out_ref, hidden_ref, *, width):
     tile, u, j = (pl.program_id(axis) for axis in range(3))
     used = u < count[tile]
     columns = pl.ds(pl.multiple_of(j * width, LANES), width) if width < out_ref.shape[1] else slice(None)
