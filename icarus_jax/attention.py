@@ -33,13 +33,18 @@ def append_and_attend(
     token_axes, shards, page_size = layout.rules.kv_tokens, layout.token_shards, kv_pages.shape[3]
 
     def local(kv_pages, layer, q, k, v, slot_mapping, work):
-        size = kv_pages.shape[3]  # tokens of a page that lie here, from `offset` on
-        offset = lax.axis_index(token_axes) * size
-        token = slot_mapping % page_size - offset
-        mine = (slot_mapping >= 0) & (token >= 0) & (token < size)
-        slots = jnp.where(mine, slot_mapping // page_size * size + token, -1)
-        writers = len(slots)
-        kv_pages = kv_append(kv_pages, layer, k[:writers], v[:writers], slots)
+        offset = lax.axis_index(token_axes) * kv_pages.shape[3]  # the first token of every page that lies here
+        writers = len(slot_mapping)
+        kv_pages = kv_append(
+            kv_pages,
+            layer,
+            k[:writers],
+            v[:writers],
+            slot_mapping,
+            page_stride=page_size,
+            page_offset=offset,
+            implementation=implementation,
+        )
         out, lse = paged_attention(
             q,
             kv_pages,

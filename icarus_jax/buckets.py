@@ -10,6 +10,7 @@ from pallas_kernels.paged_attention.work import FEW_ROWS, SequenceRows, WorkShap
 
 PREFILL_WRITERS = 128  # smaller prefill bucket; the larger one is max_num_batched_tokens
 GROUP_TILES = 8  # most tiles of sequences that share pages, in one step
+TPU_TILE_ROWS = {True: 32, False: 64}  # of decode steps (groups alone), and of others (prefills): docs/kernels.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,9 +51,11 @@ def work_needed(sequences: list[SequenceRows], shape: WorkShape, page_size: int)
     return items, tiles
 
 
-def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool) -> WorkShape:
+def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool, kernels: str) -> WorkShape:
     rows = writers + readers
     shape = WorkShape(rows, 2 if readers else 1, 0, 0, -(-config.max_model_len // config.page_size))
+    if kernels == "tpu":  # it walks over the runs one by one: long ones are best
+        shape = dataclasses.replace(shape, item_pages=shape.pages_per_seq, tile_rows=TPU_TILE_ROWS[decode])
     parts = -(-shape.pages_per_seq // shape.item_pages)
     groups = min(GROUP_TILES, writers // 2)
     if decode:
@@ -62,13 +65,16 @@ def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool) 
     return dataclasses.replace(shape, max_items=items, max_tiles=rows // shape.tile_rows + seqs + groups)
 
 
-def make_buckets(config: EngineConfig, has_heads: bool) -> list[Bucket]:
-    """Every shape that serving may need, cheapest first. Any plan that the scheduler makes fits the last one."""
+def make_buckets(config: EngineConfig, has_heads: bool, kernels: str = "xla") -> list[Bucket]:
+    """Every shape that serving may need, cheapest first. Any plan that the scheduler makes fits the last one.
+
+    kernels: the implementation of attention, which decides on the cut of its work.
+    """
     seqs = config.max_num_seqs
     top = max(SCORE_ROWS, seqs)
 
     def bucket(writers: int, readers: int, logits: int, decode: bool) -> Bucket:
-        return Bucket(writers, readers, logits, _work_shape(config, writers, readers, decode))
+        return Bucket(writers, readers, logits, _work_shape(config, writers, readers, decode, kernels))
 
     sizes = [1 << i for i in range((seqs - 1).bit_length())] + [seqs]
     buckets = [bucket(n, r, n, True) for n in sizes for r in ((0, n) if has_heads else (0,))]

@@ -15,6 +15,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
 TARGETS = (*KV_TARGETS, *LORA_TARGETS)
+KERNELS = ("auto", "xla", "tpu", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +100,7 @@ class EngineConfig:
     max_model_len: int = 2048  # prompt plus output
     dtype: str = "float32"  # weights, activations
     kv_dtype: str = "float32"
-    attention_impl: str = "auto"  # 'auto' | 'xla'
+    kernels: str = "auto"  # which implementation of the ops: one of KERNELS; 'auto' is the backend's own
     enable_prefix_caching: bool = True
     max_loras: int = 0  # adapter slots on the device (0: one for each head given at the start); more heads take turns
     max_lora_rank: int = 0  # largest rank that can be loaded (0: that of the heads given at the start)
@@ -112,8 +113,8 @@ class EngineConfig:
             value = getattr(self, field.name)
             if field.type == "int" and value < 1 and not field.name.startswith("max_lora"):
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
-        if self.attention_impl not in ("auto", "xla"):
-            raise ValueError(f"engine.attention_impl={self.attention_impl!r}; it is one of auto, xla")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"engine.kernels={self.kernels!r}; it is one of {', '.join(KERNELS)}")
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
             raise ValueError(f"engine.mesh={self.mesh!r}; it is DATAxMODEL, two numbers of devices: '1x8', '2x4'")
         need = -(-self.max_model_len // self.page_size)

@@ -19,7 +19,7 @@ from flax import nnx
 
 from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk, save_orbax
 from icarus_jax.config import HeadConfig, ModelConfig
-from icarus_jax.heads import Factors, HeadBank
+from icarus_jax.heads import Adapters, Factors
 from icarus_jax.layers import Tables, rms_norm
 from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
 from icarus_jax.sharding import Weight
@@ -95,18 +95,18 @@ class PairedBlock(Block):
         self.trunk, self.own = trunk, own
 
     def attention_inputs(
-        self, config: ModelConfig, bank: HeadBank | None, x: Array, slots: Array, first: int, tables: Tables
+        self, config: ModelConfig, bank: Adapters | None, x: Array, slots: Array, first: int, tables: Tables
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         q, k, v = self.trunk.attention_inputs(config, bank, x, slots, first, tables)
         cos, sin = tables
         own, _, _ = self.own.attention_inputs(config, bank, x[first:], slots[first:], 0, (cos[first:], sin[first:]))
         return _by_slot(q, own, slots, first), k, v
 
-    def attention_output(self, bank: HeadBank | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
         out = self.trunk.attention_output(bank, attended, slots, first)
         return _by_slot(out, self.own.attention_output(bank, attended[first:], slots[first:], 0), slots, first)
 
-    def mlp(self, config: ModelConfig, bank: HeadBank | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
+    def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         out = self.trunk.mlp(config, bank, x, slots, first)
         return _by_slot(out, self.own.mlp(config, bank, x[first:], slots[first:], 0), slots, first)
 

@@ -17,7 +17,7 @@ from jax import lax
 
 from icarus_jax.attention import append_and_attend
 from icarus_jax.config import ModelConfig
-from icarus_jax.heads import HeadBank
+from icarus_jax.heads import Adapters, HeadBank, LayerBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
 from icarus_jax.sharding import Layout
 from pallas_kernels.paged_attention import WorkList
@@ -29,13 +29,14 @@ from pallas_kernels.paged_attention.work import Array
 class Rows:
     """One step's rows, writers first. Padding rows write nowhere and attend to nothing.
 
-    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); slot_mapping i32[T] (where each writer row stores its K/V,
-    -1 = nowhere); sample_rows i32[S] (the rows whose logits are wanted); work: the attention work list, which holds
-    the positions i32[B].
+    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); active i32[U] (the distinct slots among them, padded with 0);
+    slot_mapping i32[T] (where each writer row stores its K/V, -1 = nowhere); sample_rows i32[S] (the rows whose logits
+    are wanted); work: the attention work list, which holds the positions i32[B].
     """
 
     tokens: Array
     slots: Array
+    active: Array
     slot_mapping: Array
     sample_rows: Array
     work: WorkList
@@ -62,7 +63,7 @@ class Block(nnx.Module):
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
     def attention_inputs(
-        self, config: ModelConfig, bank: HeadBank | None, x: Array, slots: Array, first: int, tables: Tables
+        self, config: ModelConfig, bank: Adapters | None, x: Array, slots: Array, first: int, tables: Tables
     ) -> tuple[Array, Array, Array]:
         """The residual stream x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
         x = rms_norm(x, self.attn_norm[...], config.rms_norm_eps)
@@ -87,13 +88,13 @@ class Block(nnx.Module):
             key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
         return rope(query, tables), rope(key, tables), value
 
-    def attention_output(self, bank: HeadBank | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
         """What attention adds to the residual stream. attended [B, N, H] -> [B, D]."""
         attended = attended.reshape(-1, self.o[...].shape[0])
         out = jnp.dot(attended, self.o[...])
         return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
 
-    def mlp(self, config: ModelConfig, bank: HeadBank | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
+    def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
         x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
         gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
@@ -132,11 +133,12 @@ class Trunk(nnx.Module):
         *,
         layout: Layout,
         adapt_writers: bool = False,
-        attention: str = "auto",
+        kernels: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
         """One step. kv_pages [L, num_pages, K, page_size, 2H] -> (logits f32[S, V], kv_pages).
 
         adapt_writers: writer rows have adapters too (an `isolated` head is loaded); else only reader rows do.
+        kernels: the implementation of the ops (pallas_kernels).
         """
         config = self.config
         num_writers = rows.slot_mapping.shape[0]
@@ -145,14 +147,13 @@ class Trunk(nnx.Module):
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
-        bank_def, bank_state = nnx.split(bank)
 
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
-            index, block_state, bank_state = inputs
+            index, block_state = inputs
             block: Block = nnx.merge(block_def, block_state)
-            bank = nnx.merge(bank_def, bank_state)
-            q, k, v = block.attention_inputs(config, bank, x, rows.slots, first, tables)
+            adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
+            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables)
             attended, kv = append_and_attend(
                 layout,
                 kv,
@@ -163,13 +164,13 @@ class Trunk(nnx.Module):
                 rows.slot_mapping,
                 rows.work,
                 scale=config.head_dim**-0.5,
-                implementation=attention,
+                implementation=kernels,
             )
-            x = layout.constrain(x + block.attention_output(bank, attended, rows.slots, first), "rows", "embed")
-            x = x + block.mlp(config, bank, x, rows.slots, first)
+            x = layout.constrain(x + block.attention_output(adapters, attended, rows.slots, first), "rows", "embed")
+            x = x + block.mlp(config, adapters, x, rows.slots, first)
             return (layout.constrain(x, "rows", "embed"), kv), None
 
         x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
-        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
+        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state))
         sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
         return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages

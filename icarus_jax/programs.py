@@ -36,6 +36,9 @@ class Programs:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.page_size = config.page_size
+        self.num_slots = bank.num_slots if bank is not None else 0
+        self._max_num_seqs, self._adapt_writers = config.max_num_seqs, adapt_writers
+        self.kernels = kernels = layout.kernels if config.kernels == "auto" else config.kernels
         trunk_def, trunk_state = nnx.split(trunk)
         bank_def, bank_state = nnx.split(bank)
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
@@ -47,9 +50,7 @@ class Programs:
 
         def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
             trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
-            return trunk(
-                bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, attention=config.attention_impl
-            )
+            return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, kernels=kernels)
 
         def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
             return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
@@ -93,10 +94,16 @@ class Programs:
         """Zeros of a shape, dtype and sharding, made where they lie."""
         return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
 
+    def no_active(self, bucket: Bucket) -> np.ndarray:
+        """Zeros i32[U]: room for the adapter slots that a step of this shape can use."""
+        rows = bucket.readers + (bucket.writers if self._adapt_writers else 0)
+        return np.zeros(min(rows, self._max_num_seqs, self.num_slots), np.int32)
+
     def lower(self, bucket: Bucket) -> Lowered:
         """The forward program of a bucket, not compiled yet."""
         b = bucket.writers + bucket.readers
         work = build_work([], bucket.work, self.page_size)
         zeros = functools.partial(np.zeros, dtype=np.int32)
-        rows = Rows(zeros(b), zeros(b), np.full(bucket.writers, -1, np.int32), zeros(bucket.logits), work)
+        nowhere = np.full(bucket.writers, -1, np.int32)
+        rows = Rows(zeros(b), zeros(b), self.no_active(bucket), nowhere, zeros(bucket.logits), work)
         return self.forward.lower(self.weights, self.kv_pages, rows)

@@ -43,16 +43,15 @@ class Runner:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
-        self.buckets = make_buckets(config, bank is not None or isinstance(trunk, PairedTrunk))
+        has_heads = bank is not None or isinstance(trunk, PairedTrunk)
         self._programs = Programs(trunk, bank, config, adapt_writers, layout)
+        self.buckets = make_buckets(config, has_heads, self._programs.kernels)
         self.weights = (nnx.split(trunk)[1], nnx.split(bank)[1])
         self.kv_pages = self._programs.zeros(self._programs.kv_pages)
-        loras = {t: getattr(bank, t) for t in model.target_shapes if getattr(bank, t, None) is not None}
-        self.targets = tuple(loras)
-        self.rank = next((lora.rank for lora in loras.values()), 0)
+        self.targets = bank.targets if bank is not None else ()
+        self.rank = bank.rank if bank is not None else 0
         # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
-        own = int(isinstance(trunk, PairedTrunk))
-        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), own)
+        self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
         self.adapt_writers = adapt_writers
         self._forward: dict[Bucket, Callable] = {}  # compiled
 
@@ -90,7 +89,10 @@ class Runner:
             sequences.append(_sequence_rows(work, writer, reader, pages))
             counts.append(work.num_logits + work.reference)
             writer, reader = writer + n, reader + m + work.reads_reference
-        rows = Rows(tokens, slots, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
+        active = self._programs.no_active(bucket)
+        in_use = np.unique(slots[slots > 0])
+        active[: len(in_use)] = in_use[: len(active)]  # a fully fine-tuned head needs no adapter
+        rows = Rows(tokens, slots, active, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
         sampling, variant = self._sampling(plan, bucket)
         return StepBatch(bucket, rows, sampling, variant, counts)
 

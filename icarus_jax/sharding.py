@@ -21,6 +21,7 @@ from jax.typing import DTypeLike
 from icarus_jax.config import TARGETS, EngineConfig
 
 AXES = ("data", "model", "page")
+KERNELS_OF = {"tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # a device's platform: the kernels written for it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +55,7 @@ PARAM_AXES = {
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
 }
-# A head's factors a [L, din, A * r] and b [L, A * r, dout] are split as the projection's own din or dout is.
+# A head's factors a [L, A, r, din] and b [L, A, r, dout] are split as the projection's own din or dout is.
 FACTOR_AXES = {
     "q_proj": ("embed", "query_lanes"),
     "k_proj": ("embed", "query_lanes"),
@@ -99,6 +100,11 @@ class Layout:
         return math.prod(self.mesh.shape[axis] for axis in self.rules.kv_tokens)
 
     @property
+    def kernels(self) -> str:
+        """The implementation of the ops that is made for these devices."""
+        return KERNELS_OF.get(self.mesh.devices.flat[0].platform, "xla")
+
+    @property
     def rows_are_split(self) -> bool:
         return math.prod(self.mesh.shape[axis] for axis in self.rules.rows) > 1
 
@@ -124,7 +130,8 @@ class Layout:
     def factors(self, target: str, a: Sequence[int], b: Sequence[int]) -> tuple[NamedSharding, NamedSharding]:
         """Where the heads' factors a and b of a projection, of these shapes, lie."""
         din, dout = FACTOR_AXES[target]
-        return self.named(("layers", din, "lanes"), a), self.named(("layers", "lanes", dout), b)
+        whole = ("layers", "slots", "rank")
+        return self.named((*whole, din), a), self.named((*whole, dout), b)
 
     def constrain(self, x: jax.Array, *axes: str) -> jax.Array:
         """x, split by its logical axes at this point of a traced program."""

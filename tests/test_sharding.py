@@ -274,8 +274,8 @@ def test_two_processes_say_what_one_says(tmp_path):
     folder = tiny.tiny_model("llama", tmp_path, num_hidden_layers=2)
     head = tiny.tiny_adapter(folder, tmp_path, seed=1)
     config = EngineConfig(page_size=4, num_pages=32, max_num_seqs=1, max_num_batched_tokens=16, max_model_len=64)
-    prompt = np.random.default_rng(5).integers(0, 256, 21).tolist()
-    one = make_engine(folder, {"a": (head, "shared")}, config)
+    prompt = np.random.default_rng(6).integers(0, 256, 21).tolist()
+    one = make_engine(folder, {"a": (head, "shared")}, config, eos_ids=[258])
     want = [generate(one, model, prompt, max_tokens=10).token_ids for model in ("trunk", "a")]
 
     with socket.socket() as probe:

@@ -186,6 +186,15 @@ def _shared(
         yield from _shared(tables, group, end if worth else start, end, least, levels - worth)
 
 
+def pages_read(work: WorkList, page_size: int) -> int:
+    """How many pages a kernel reads that reads each run's once."""
+    pages = 0
+    for runs in (work.items, work.tiles):
+        ends = np.minimum(runs.positions.max(1, initial=-1) + 1, runs.start + runs.length)
+        pages += int((-(-(ends - runs.start)[: int(runs.num)] // page_size)).sum())
+    return pages
+
+
 def build_work(sequences: Sequence[SequenceRows], shape: WorkShape, page_size: int) -> WorkList:
     """Cuts the sequences' rows into items and tiles, padded to `shape`. Raises ValueError if they do not fit it."""
     build = _Builder(shape, page_size)
