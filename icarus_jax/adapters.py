@@ -1,4 +1,4 @@
-"""Adapters: the LoRA weights of one task model, read from and written to PEFT folders.
+"""Adapters: the LoRA weights of one task model, read from and written to PEFT folders (or read from Orbax).
 
 A projection with an adapter gives `x @ W + x @ A @ B`. PEFT's scaling (alpha / r, or alpha / sqrt(r)) is folded into B.
 """
@@ -14,14 +14,13 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
 import numpy as np
-import safetensors
 import safetensors.numpy
 
+from icarus_jax import adapter_files
+from icarus_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Tensors
 from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, HeadConfig, ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MARK = "icarus"  # our key in adapter_config.json (PEFT skips it with a warning): {"kv": "shared", "trunk": identity}
 INVOCATION = "alora_invocation_tokens"  # PEFT's
 RANDOM_RANK = 16
@@ -105,14 +104,18 @@ class Adapter:
 
 
 def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
-    """Loads a PEFT LoRA folder, or makes 'random:SEED[:RANK]'. Raises ValueError, in one line, if it cannot."""
+    """Loads a LoRA in either form of adapter_files.py, or makes 'random:SEED[:RANK]'.
+
+    Raises ValueError, in one line, if it cannot.
+    """
     if source.startswith("random:"):
         if not (match := re.fullmatch(r"random:(\d+)(?::([1-9]\d*))?", source)):
             raise ValueError(f"adapter {source!r}: a random adapter is written 'random:SEED' or 'random:SEED:RANK'")
         return random_adapter(int(match[1]), int(match[2] or RANDOM_RANK), model_config)
     folder = pathlib.Path(source).expanduser()
-    config = _read_config(folder)
-    pieces = _read_weights(folder, model_config)
+    config, tensors = adapter_files.read(folder)
+    _check_config(config, folder)
+    pieces = _pieces(tensors, folder, model_config)
     for (layer, target), (a, b) in pieces.items():
         b *= _scaling(config, layer, target, rank=a.shape[1], folder=folder)
     mark = config.get(MARK) or {}
@@ -191,14 +194,8 @@ def _module(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder} is no adapter: it has no {file} (a PEFT folder holds it)")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is no JSON: {error}") from None
+def _check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
+    """Raises ValueError if the adapter is more than A and B."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
     for key, words in _UNSUPPORTED:
@@ -211,7 +208,6 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             f"adapter {folder}: init_lora_weights={init!r} changes the trunk itself; save it with PEFT's "
             f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
         )
-    return config
 
 
 def _invocation(config: dict[str, Any], folder: pathlib.Path, model_config: ModelConfig) -> tuple[int, ...]:
@@ -225,12 +221,10 @@ def _invocation(config: dict[str, Any], folder: pathlib.Path, model_config: Mode
     return tuple(ids)
 
 
-def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """A float32[din, r] and B float32[r, dout] of each (layer, target) in the file."""
-    try:
-        tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from None
+def _pieces(
+    tensors: Tensors, folder: pathlib.Path, config: ModelConfig
+) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """A float32[din, r] and B float32[r, dout] of each (layer, target)."""
     shapes = config.target_shapes
     sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
@@ -241,7 +235,7 @@ def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, 
             raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
         sides.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.T.astype(np.float32)
     if not sides:
-        raise ValueError(f"adapter {folder}: {WEIGHTS_FILE} is empty")
+        raise ValueError(f"adapter {folder}: it has no tensors")
     for (layer, target), pair in sides.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"adapter {folder}: {_module(layer, target)} has lora_{min(pair)} only")

@@ -21,7 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from icarus_jax.config import KV_KINDS, EngineConfig
+from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig
 from icarus_jax.sequence import RequestError
 
 if TYPE_CHECKING:
@@ -62,7 +62,15 @@ class App:
     loader: HeadLoader
 
     def start(self) -> None:
-        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run."""
+        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run.
+
+        In a run of several processes only process 0 returns: the others work for it until it ends, then exit.
+        """
+        from icarus_jax.distributed import Follower
+
+        if isinstance(self.engine.runner, Follower):
+            self.engine.runner.follow()
+            sys.exit(0)
         bar = functools.partial(tqdm, desc="compiling", unit="program", file=sys.stderr, disable=None, leave=False)
         self.engine.start(bar)
 
@@ -149,21 +157,28 @@ def build(config: ConfigDict) -> App:
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
         )
 
-    from icarus_jax import adapters, checkpoint, tokenizer
+    from icarus_jax import adapters, checkpoint, distributed, full_heads, tokenizer
     from icarus_jax.engine import Engine
     from icarus_jax.head_loader import HeadLoader
 
+    with usage_errors("config.distributed"):
+        distributed.initialize(**config.distributed)
     enable_compilation_cache()
     with usage_errors():
-        trunk = checkpoint.load_trunk(config.trunk.source, engine_config.dtype)
+        trunk = checkpoint.open_trunk(config.trunk.source, engine_config.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
-    heads = {}
+    heads: dict = {}
     for name, head in config.heads.items():
         with usage_errors(f"head {name!r}"):
             path = _head_path(head.path)
-            heads[name] = adapters.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
+            if full_heads.is_full_head(path):
+                own = full_heads.load_full_head(path, head.kv, trunk, engine_config.dtype)
+                heads[name] = HeadConfig(name, path, head.kv), own
+            else:
+                heads[name] = adapters.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
-    engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+    with usage_errors():
+        engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
     folders = [REPOSITORY / folder for folder in config.server.head_folders.split(",") if folder]
     return App(engine, text, eos_ids, HeadLoader(engine, config.trunk.name, trunk.identity, sources, folders))

@@ -8,6 +8,7 @@ slots, r rank.
 from __future__ import annotations
 
 import dataclasses
+import re
 
 KV_KINDS = ("base", "shared", "activated", "isolated")
 FAMILIES = ("llama", "qwen2", "qwen3")
@@ -104,6 +105,7 @@ class EngineConfig:
     max_lora_rank: int = 0  # largest rank that can be loaded (0: that of the heads given at the start)
     writer_adapters: bool = False  # prepare for `isolated` and `activated` heads, even if none is given at the start
     check_reuse: float = 0.0  # debug: fraction of the requests whose reused pages are computed again and compared
+    mesh: str = "1x1"  # devices, DATAxMODEL: `model` splits weights and KV heads, `data` the rows of a step
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
@@ -112,9 +114,17 @@ class EngineConfig:
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
         if self.attention_impl not in ("auto", "xla"):
             raise ValueError(f"engine.attention_impl={self.attention_impl!r}; it is one of auto, xla")
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
+            raise ValueError(f"engine.mesh={self.mesh!r}; it is DATAxMODEL, two numbers of devices: '1x8', '2x4'")
         need = -(-self.max_model_len // self.page_size)
         if self.num_pages < need:
             raise ValueError(
                 f"engine.num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
                 f"at least {need} pages of {self.page_size} tokens are needed"
             )
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """(data, model): the mesh's devices along each axis."""
+        data, model = self.mesh.split("x")
+        return int(data), int(model)

@@ -19,17 +19,17 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-import jax.numpy as jnp
-
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.distributed import spread
+from icarus_jax.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.heads import Factors, HeadBank
-from icarus_jax.model import Trunk
 from icarus_jax.registry import Registry
 from icarus_jax.requests import EngineStats, Request
 from icarus_jax.reuse_check import ReuseCheck
 from icarus_jax.runner import Runner
 from icarus_jax.scheduler import Scheduler
 from icarus_jax.sequence import MAX_STOPS, Model, RequestError, Sequence, TokenOutput
+from icarus_jax.sharding import Weight, make_layout
 
 log = logging.getLogger(__name__)
 
@@ -72,22 +72,26 @@ class Engine:
         cls,
         config: EngineConfig,
         model_config: ModelConfig,
-        params: dict,
-        heads: dict[str, tuple[HeadConfig, Factors]] | None = None,
+        params: Mapping[str, Weight],
+        heads: dict[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the device. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
-        heads = heads or {}
-        trunk = Trunk(model_config, {k: jnp.asarray(v, config.dtype) for k, v in params.items()})
-        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in heads.values())
-        num_slots = config.max_loras or len(heads)
-        ranks = [a.shape[-1] for _, factors in heads.values() for a, _ in factors.values()]
+        """Puts the weights on the mesh. params: checkpoint.py's canonical dict; heads: name -> (config, weights).
+
+        Raises ValueError: a head cannot be loaded, or a fully fine-tuned one is not alone.
+        """
+        layout = make_layout(config, model_config.num_kv_heads)
+        place = functools.partial(layout.place_params, dtype=config.dtype)
+        trunk, adapters = make_trunk(model_config, params, list((heads or {}).values()), place)
+        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
+        num_slots = 0 if isinstance(trunk, PairedTrunk) else config.max_loras or len(adapters)
+        ranks = (a.shape[-1] for _, factors in adapters for a, _ in factors.values())
         rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
         targets = TARGETS if adapt_writers else LORA_TARGETS
-        bank = HeadBank(model_config, config.dtype, num_slots, rank, targets) if num_slots else None
-        engine = cls(Runner(trunk, bank, config, adapt_writers), trunk_name, config, eos_ids)
-        for head, factors in heads.values():
+        bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets)) if num_slots else None
+        engine = cls(spread(Runner(trunk, bank, config, adapt_writers, layout)), trunk_name, config, eos_ids)
+        for head, factors in adapters:
             engine.load_head(head, factors)
         engine.stats.head_loads = 0
         return engine
@@ -140,7 +144,6 @@ class Engine:
     def load_head(self, head: HeadConfig, factors: Factors) -> None:
         """Serves a head from the next request on. Of a name that is served already, the new version takes over;
         requests on their way finish on the version that they started with, and no page of the cache is lost.
-
         Raises ValueError if the adapter does not fit (shapes, rank, targets, no adapter slots).
         """
         self.runner.check_head(head, factors)
@@ -151,7 +154,7 @@ class Engine:
         self._call(lambda: self._unload(name))
 
     def release_session(self, session: str) -> bool:
-        """Gives back the pages kept for a session (SessionHint); False if there were none."""
+        """Gives back a session's pages (SessionHint); False if it had none."""
         return self._call(lambda: self.scheduler.sessions.release(session))
 
     def _call(self, do: Callable[[], T]) -> T:
@@ -220,8 +223,7 @@ class Engine:
     def run_inbox(self) -> None:
         """Takes in what other threads asked for since the last step."""
         with self._wake:
-            commands = list(self._inbox)
-            self._inbox.clear()
+            commands, self._inbox = self._inbox, deque()
         for command in commands:
             command()
 
@@ -247,8 +249,7 @@ class Engine:
 
     def _abort(self, ids: list[int]) -> None:
         for seq_id in ids:
-            live = self._live.pop(seq_id, None)
-            if live is not None:
+            if (live := self._live.pop(seq_id, None)) is not None:
                 self.scheduler.abort(live.seq)
         self._update_stats()
 
@@ -277,8 +278,7 @@ class Engine:
         self._reuse.before_commit(plan)
         self.stats.slot_loads += len(plan.loads)
         for output in self.scheduler.commit(plan, rows):
-            live = self._live.get(output.seq_id)
-            if live is None:  # a check of reused pages
+            if (live := self._live.get(output.seq_id)) is None:  # a check of reused pages
                 continue
             if output.finish_reason:
                 del self._live[output.seq_id]

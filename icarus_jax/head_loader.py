@@ -9,7 +9,8 @@ import re
 import threading
 from collections.abc import Iterable, Mapping
 
-from icarus_jax.adapters import CONFIG_FILE, WEIGHTS_FILE, read_head
+from icarus_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.adapters import read_head
 from icarus_jax.engine import Engine
 from icarus_jax.sequence import Model, RequestError
 

@@ -12,7 +12,7 @@ import os
 import pathlib
 import threading
 
-from icarus_jax.adapters import CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from icarus_jax.head_loader import HeadLoader, UnknownHead
 
 log = logging.getLogger(__name__)

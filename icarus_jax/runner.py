@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
-from icarus_jax.heads import Factors, HeadBank, fit_factors, load_slot
+from icarus_jax.full_heads import PairedTrunk
+from icarus_jax.heads import Factors, HeadBank, fit_factors
 from icarus_jax.model import Rows, Trunk
-from icarus_jax.sampler import SampleInputs, Samples, sample
+from icarus_jax.programs import Programs
+from icarus_jax.sampler import SampleInputs, Samples
 from icarus_jax.sequence import SampleRow, Sequence, StepPlan, TokenLogprob, Work
+from icarus_jax.sharding import Layout
 from pallas_kernels.paged_attention import SequenceRows, build_work
 
 COPY_ROWS = 8  # page copies of one call
 BAN = -1e30
 NO_PAGES = np.zeros(0, np.int32)
-VARIANTS = ("greedy", "sample", "logprobs")
 
 
 @dataclasses.dataclass
@@ -41,44 +40,21 @@ class StepBatch:
 class Runner:
     """Holds the weights and the KV pages on the device, and the compiled programs."""
 
-    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool):
+    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
-        self.buckets = make_buckets(config, bank is not None)
-        shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
-        self.kv_pages = jnp.zeros(shape, config.kv_dtype)
-        trunk_def, trunk_state = nnx.split(trunk)
-        bank_def, bank_state = nnx.split(bank)
-        self.weights = (trunk_state, bank_state)
+        self.buckets = make_buckets(config, bank is not None or isinstance(trunk, PairedTrunk))
+        self._programs = Programs(trunk, bank, config, adapt_writers, layout)
+        self.weights = (nnx.split(trunk)[1], nnx.split(bank)[1])
+        self.kv_pages = self._programs.zeros(self._programs.kv_pages)
         loras = {t: getattr(bank, t) for t in model.target_shapes if getattr(bank, t, None) is not None}
         self.targets = tuple(loras)
         self.rank = next((lora.rank for lora in loras.values()), 0)
-        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), 0)
+        # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
+        own = int(isinstance(trunk, PairedTrunk))
+        self.num_slots = next((lora.a.shape[-1] // lora.rank for lora in loras.values()), own)
         self.adapt_writers = adapt_writers
-
-        def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-            trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
-            return trunk(bank, kv_pages, rows, adapt_writers=adapt_writers, attention=config.attention_impl)
-
-        def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-            return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
-
-        def load(state: Any, slot: jax.Array, factors: Factors) -> Any:
-            bank = nnx.merge(bank_def, state)
-            load_slot(bank, slot, factors)
-            return nnx.state(bank)
-
-        def compare(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            left, right = kv_pages[:, a], kv_pages[:, b]
-            most = lambda x: jnp.abs(x.astype(jnp.float32)).max((0, 2, 3, 4))  # noqa: E731
-            return (left == right).all((0, 2, 3, 4)), most(left - right), most(left)
-
-        self._load = jax.jit(load, donate_argnums=0)
-        self._compare = jax.jit(compare)
-        self._forward = jax.jit(forward, donate_argnums=1)
-        self._copy_pages = jax.jit(copy_pages, donate_argnums=0)
-        self._samplers = {v: jax.jit(functools.partial(sample, logprobs=v == "logprobs")) for v in VARIANTS}
-        self._programs: dict[Bucket, Callable] = {}
+        self._forward: dict[Bucket, Callable] = {}  # compiled
 
     # ---- prepare
 
@@ -154,7 +130,7 @@ class Runner:
             src, dst = np.zeros(COPY_ROWS, np.int32), np.full(COPY_ROWS, self.config.num_pages, np.int32)
             part = np.array(copies[first : first + COPY_ROWS], np.int32)
             src[: len(part)], dst[: len(part)] = part.T
-            self.kv_pages = self._copy_pages(self.kv_pages, src, dst)
+            self.kv_pages = self._programs.copy_pages(self.kv_pages, src, dst)
 
     def compare_pages(self, a: list[int], b: list[int]) -> list[tuple[bool, float, float]]:
         """For each pair of pages: whether their bits agree, the largest difference, the largest magnitude."""
@@ -163,7 +139,9 @@ class Runner:
             pairs = np.zeros((2, COPY_ROWS), np.int32)
             part = np.array([a[first : first + COPY_ROWS], b[first : first + COPY_ROWS]], np.int32)
             pairs[:, : part.shape[1]] = part
-            found = zip(*(x.tolist() for x in jax.device_get(self._compare(self.kv_pages, *pairs))), strict=True)
+            found = zip(
+                *(x.tolist() for x in jax.device_get(self._programs.compare_pages(self.kv_pages, *pairs))), strict=True
+            )
             results += list(found)[: part.shape[1]]
         return results
 
@@ -181,13 +159,14 @@ class Runner:
     def load_head(self, slot: int, factors: Factors) -> None:
         """Copies an adapter into a slot (from 1 on), in place."""
         fitted = fit_factors(self.model, factors, self.rank, self.targets)
-        self.weights = (self.weights[0], self._load(self.weights[1], np.int32(slot), fitted))
+        if fitted:
+            self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), fitted))
 
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
         """Runs a step; returns the logits rows of each piece of work."""
-        program = self._programs.get(batch.bucket, self._forward)
+        program = self._forward.get(batch.bucket, self._programs.forward)
         logits, self.kv_pages = program(self.weights, self.kv_pages, batch.rows)
-        samples = jax.device_get(self._samplers[batch.variant](logits, batch.sampling))
+        samples = jax.device_get(self._programs.samplers[batch.variant](logits, batch.sampling))
         rows, first = [], 0
         for count in batch.counts:
             rows.append([_sample_row(samples, batch.sampling, i) for i in range(first, first + count)])
@@ -200,32 +179,27 @@ class Runner:
         """Compiles every program before the first request, two at a time; afterwards nothing compiles any more."""
 
         def compile_bucket(bucket: Bucket) -> Callable:
-            return self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
+            return self._programs.lower(bucket).compile()
 
         with ThreadPoolExecutor(2) as pool:
             for bucket, program in zip(progress(self.buckets), pool.map(compile_bucket, self.buckets), strict=True):
-                self._programs[bucket] = program
+                self._forward[bucket] = program
         self.copy_pages([(0, 0)])
         self.compare_pages([0], [0])
         for size in sorted({b.logits for b in self.buckets}):
-            logits = jnp.zeros((size, self.model.vocab_size), jnp.float32)
+            shape = (size, self.model.vocab_size)
+            logits = self._programs.zeros(jax.ShapeDtypeStruct(shape, np.float32, sharding=self._programs.logits))
             x = SampleInputs.neutral(size, self.config.max_model_len, self.model.vocab_size)
-            for variant, sampler in self._samplers.items():
+            for variant, sampler in self._programs.samplers.items():
                 sampler(logits, None if variant == "greedy" else x)
 
     def temporary_bytes(self) -> tuple[int, int]:
         """(Temporary bytes of the largest decode program, bytes of the KV pages): in place means few of the former."""
         bucket = [b for b in self.buckets if b.writers == b.logits][-1]
-        compiled = self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
+        compiled = self._programs.lower(bucket).compile()
         analysis = compiled.memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes, self.kv_pages.nbytes
-
-    def _empty(self, bucket: Bucket) -> Rows:
-        b = bucket.writers + bucket.readers
-        work = build_work([], bucket.work, self.config.page_size)
-        zeros = functools.partial(np.zeros, dtype=np.int32)
-        return Rows(zeros(b), zeros(b), np.full(bucket.writers, -1, np.int32), zeros(bucket.logits), work)
 
 
 def _sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:

@@ -17,10 +17,12 @@ LAYERS = (
     ("sequence",),
     ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
-    ("sharding", "layers", "heads", "model", "sampler"),
-    ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
-    ("buckets", "runner"),
+    ("sharding", "attention", "layers", "heads", "model", "sampler"),
+    ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
+    ("full_heads",),
+    ("buckets", "programs", "runner"),
     ("reuse_check",),
+    ("distributed",),
     ("engine",),
     ("text", "metrics"),
     ("body", "routing", "protocol", "handoff"),
@@ -39,7 +41,10 @@ LAYERS = (
     ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = ("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler")
+NO_JAX = (
+    *("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
+    *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
+)
 MAX_LINES = 300
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import gpu, reference, xla
+from pallas_kernels.paged_attention import gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, by_row, merge
 from pallas_kernels.paged_attention.work import Array, Runs, WorkList
 
@@ -17,8 +17,7 @@ for _node in (Runs, WorkList):
     jax.tree_util.register_dataclass(_node, data_fields=[f.name for f in dataclasses.fields(_node)], meta_fields=[])
 
 # name -> attend(q [B, K, G, H], kv_pages, layer, runs, kv_scales, page_offset, spec) -> Partial
-ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "gpu": gpu.attend}
-BY_BACKEND = {"gpu": "gpu"}  # what 'auto' means; elsewhere xla
+ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
 IMPLEMENTATIONS = ("reference", *ATTEND)
 
 
@@ -56,7 +55,9 @@ def paged_attention(
         )
     if work.positions.shape != (b,):
         raise ValueError(f"the work list is for {work.positions.shape[0]} rows, q has {b}")
-    name = BY_BACKEND.get(jax.default_backend(), "xla") if implementation == "auto" else implementation
+    name = implementation
+    if name == "auto":
+        name = jax.default_backend() if jax.default_backend() in ATTEND else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
     out: Array

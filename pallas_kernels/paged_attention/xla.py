@@ -21,7 +21,7 @@ RUN_FIELDS = ("rows", "positions", "pages", "start", "length")
 def _tokens(kv_pages: Array, layer: Array, pages: Array, live: Array) -> jax.Array:
     """Pages i32[X, p] of one layer as tokens f32[X, K, C, 2H], C = p * page_size; zeros where not `live` bool[X, C].
 
-    Pages that nobody owns may hold anything, NaN included, and 0 * NaN would poison the sums: hence the zeros.
+    What no row sees may hold anything, NaN included, and 0 * NaN would poison the sums: hence the zeros.
     """
     num_layers, num_pages, kv_heads, page_size, width = kv_pages.shape
     x, p = pages.shape
@@ -57,7 +57,7 @@ def _attend(
     if spec.window is not None:
         seen &= at > runs.positions[:, :, None] - spec.window
     mask = seen.repeat(group, axis=1)[:, None]  # [X, 1, R * G, C]
-    tokens = _tokens(kv_pages, layer, pages, live)
+    tokens = _tokens(kv_pages, layer, pages, seen.any(1))
     batch = ((0, 1), (0, 1))
     scores = lax.dot_general(q, tokens[..., :h], (((3,), (3,)), batch), preferred_element_type=jnp.float32)
     scores = scores * spec.scale
