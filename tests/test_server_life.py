@@ -134,6 +134,27 @@ def test_metrics():
         assert other.metric(f"icarus_prompt_tokens_total{{{model}}}") == 0  # a registry an app
 
 
+COUNTED = {
+    "icarus_fan_out_requests_total": "fan_out_requests",
+    "icarus_handoffs_total": "handoffs",
+    "icarus_head_loads_total": "head_loads",
+    "icarus_head_unloads_total": "head_unloads",
+    "icarus_slot_loads_total": "slot_loads",
+    "icarus_slot_evictions_total": "slot_evictions",
+    "icarus_reuse_pages_checked_total": "reuse_pages_checked",
+    "icarus_reuse_pages_identical_total": "reuse_pages_identical",
+    "icarus_reuse_pages_different_total": "reuse_pages_different",
+    "icarus_sessions": "sessions",
+}
+
+
+def test_metrics_of_heads_and_sessions():
+    with serving() as served:
+        for value, attribute in enumerate(COUNTED.values(), 7):
+            setattr(served.engine.stats, attribute, value)
+        assert [served.metric(name) for name in COUNTED] == list(range(7, 7 + len(COUNTED)))
+
+
 def start_process(step_seconds: float) -> tuple[subprocess.Popen, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

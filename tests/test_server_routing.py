@@ -148,6 +148,13 @@ def test_every_choice_watches_its_own_text(served):
     assert [c["handoffs"] for c in answer["choices"]] == [[{"token": at, **ACTOR}] for at in (4, 4, 3, 3)]
 
 
+def test_choices_that_no_rule_touches_have_no_handoff(served):
+    answer = handed(served, [[40], [60]], [{"on": 300, **ACTOR}], n=2, **BOTH, model=None)
+    assert [c["handoffs"] for c in answer["choices"]] == [[]] * 8
+    scored = served.complete(prompt=[40], max_tokens=0, echo=True, n=2, **BOTH, model=None)["choices"]
+    assert [c["model"] for c in scored] == ["trunk", "trunk", "parrot", "parrot"]  # though nobody wrote anything
+
+
 def test_a_text_begun_in_the_prompt_does_not_count(served):
     assert handed(served, [41, 42], [{"on": straddling(42, 43), **ACTOR}])["choices"][0]["handoffs"] == []
 
@@ -156,6 +163,7 @@ ASCII = [i for i in range(V) if VOCABULARY.token_bytes(i).isascii() and i not in
 TOKENS = [i for i in ASCII if set(VOCABULARY.token_text(i)) <= set("helo wr")]
 
 
+@hypothesis.example(ids=ids_of("l") * 5, texts=["ll"], token=TOKENS[0])  # occurrences do not overlap
 @hypothesis.given(
     ids=st.lists(st.sampled_from(TOKENS), max_size=40),
     texts=st.lists(st.text("helo w", min_size=1, max_size=4), max_size=4, unique=True),
