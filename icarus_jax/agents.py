@@ -145,11 +145,23 @@ def coding(sessions: int, seed: int, common_len: int = 4096, tool_s: float = 0.0
     return made
 
 
+def conversation(sessions: int, seed: int, common_len: int = 1010, tool_s: float = 0.0) -> list[Session]:
+    """A conversation of 16 turns: replies of 32 tokens, 30 more between them. One role."""
+    made = []
+    for i in range(sessions):
+        writer = _Writer(i, common_len, 0, _waiting(np.random.default_rng([seed, i, 5]), tool_s))
+        for _ in range(16):
+            writer.call(32, 0, 30)
+        made.append(writer.turns)
+    return made
+
+
 GENERATORS: dict[str, Callable[..., list[Session]]] = {
     "react": react,
     "reflexion": reflexion,
     "long_react": long_react,
     "coding": coding,
+    "conversation": conversation,
 }
 
 

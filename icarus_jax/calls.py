@@ -35,6 +35,8 @@ class Counters:
     prefill: int | None = None
     evictions: int | None = None  # pages
     preemptions: int | None = None  # sequences
+    steps: int | None = None
+    busy_s: float | None = None  # seconds spent in steps
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
@@ -81,8 +83,7 @@ def summarise(calls: Sequence[Call], arrivals: Sequence[float], counters: Counte
         "fairness": jain(list(paces.values())),
         "needed_tokens": counters.needed,
         "prefill_tokens": counters.prefill,
-        "evictions": counters.evictions,
-        "preemptions": counters.preemptions,
+        **{name: getattr(counters, name) for name in ("evictions", "preemptions", "steps", "busy_s")},
     }
     if counters.prefill is not None:
         result["cached_tokens"] = prompt - min(prompt, counters.prefill)

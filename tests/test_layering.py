@@ -12,10 +12,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
 LAYERS = (
-    ("config",),
+    ("config", "calls", "workload"),
+    ("model_zoo", "agents"),
     ("sequence",),
     ("pages",),
     ("scheduler",),
+    ("simulator",),
     ("sharding", "layers", "heads", "model", "sampler"),
     ("sources", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
     ("buckets", "runner"),
@@ -31,9 +33,13 @@ LAYERS = (
     ("train",),
     ("train_loop",),
     ("cli",),
+    ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = ("config", "sequence", "pages", "scheduler")
+NO_JAX = (
+    *("config", "sequence", "pages", "scheduler"),
+    *("workload", "agents", "calls", "model_zoo", "simulator"),
+)
 MAX_LINES = 300
 
 

@@ -105,10 +105,14 @@ class Roofline:
     def num_pages(self, page_size: int, adapters: int) -> int:
         """Pages that fit beside the weights and so many adapters. Raises ValueError if the model does not fit."""
         a = self.assumed
-        free = self.shards * self.chip.memory * a.memory_share - self.weight_bytes - adapters * self._lora * a.weight_bytes
+        free = (
+            self.shards * self.chip.memory * a.memory_share - self.weight_bytes - adapters * self._lora * a.weight_bytes
+        )
         pages = int(free * self._kv_shards / self.shards // (page_size * self.kv_token_bytes))
         if pages < 1:
-            raise ValueError(f"the model does not fit on {self.shards} {self.chip.name}: {-free / 1e9:.0f} GB are missing")
+            raise ValueError(
+                f"the model does not fit on {self.shards} {self.chip.name}: {-free / 1e9:.0f} GB are missing"
+            )
         return pages
 
     def seconds(self, load: Load) -> float:

@@ -22,7 +22,6 @@ class Simulated:
 
     calls: list[Call]
     counters: Counters
-    steps: int
     pages: list[tuple[float, int, int]]
 
 
@@ -61,7 +60,7 @@ class Simulation:
     def run(self) -> Simulated:
         """Runs until every session has ended."""
         scheduler, pool = self._scheduler, self._scheduler.pool
-        pages, steps = [], 0
+        pages, steps, busy = [], 0, 0.0
         while self._due or scheduler.has_work:
             if not scheduler.has_work:
                 self._clock = max(self._clock, self._due[0][0])
@@ -70,7 +69,8 @@ class Simulation:
             plan = scheduler.schedule()
             if not plan.work:
                 raise AssertionError("the scheduler has sequences, and can run none of them")
-            self._clock += self._step_seconds(plan)
+            took = self._step_seconds(plan)
+            self._clock, busy = self._clock + took, busy + took
             rows = [[SampleRow(self._token(work.seq))] * work.num_logits for work in plan.work]
             for output in scheduler.commit(plan, rows):
                 self._take(output.seq_id, output.finish_reason)
@@ -78,8 +78,8 @@ class Simulation:
                 pages.append((self._clock, pool.num_used, pool.num_cached))
             steps += 1
         stats = scheduler.stats
-        counters = Counters(self._needed, stats.prefill_tokens, pool.evictions, stats.preemptions)
-        return Simulated(self._calls, counters, steps, pages)
+        counters = Counters(self._needed, stats.prefill_tokens, pool.evictions, stats.preemptions, steps, busy)
+        return Simulated(self._calls, counters, pages)
 
     def _ask(self, at: float, session: int, number: int) -> None:
         turn, talk = self._sessions[session][number], self._talks[session]
