@@ -5,6 +5,7 @@
     python launch/bench.py serve --config=bench.py:once  24 sessions at once; with --config.url=... against a peer
     python launch/bench.py prefix                        prefill saved: one conversation handed around eight heads
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    the same on chips that are not here: SIMULATED
+    python launch/bench.py calibrate                     does the simulator predict what `serve` has measured here?
 
 configs/bench.py and configs/simulate.py say what can be chosen.
 """
@@ -39,6 +40,12 @@ def bench_serve(config: ConfigDict) -> dict:
     return serve.run(config)
 
 
+def bench_calibrate(config: ConfigDict) -> dict:
+    from icarus_jax.bench import calibrate
+
+    return calibrate.run(config)
+
+
 def bench_simulate(config: ConfigDict) -> dict:
     from icarus_jax.bench import simulate
 
@@ -50,6 +57,7 @@ COMMANDS = {
     "step": (bench_step, "multi.py:8"),
     "serve": (bench_serve, "bench.py"),
     "prefix": (bench_serve, "bench.py:prefix"),
+    "calibrate": (bench_calibrate, "bench.py"),
     "simulate": (bench_simulate, "simulate.py:llama8b_a100"),
 }
 

@@ -125,7 +125,7 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
 
 def write(out: Path, title: str, runs: Sequence[compare.Run]) -> dict[str, Any]:
     """report.json and report.png of the runs so far; returns what the former holds."""
-    report = {
+    report: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "ratios": compare.ratios(runs),
         "runs": [dataclasses.asdict(run) for run in runs],

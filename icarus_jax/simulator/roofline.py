@@ -22,7 +22,8 @@ class Assumptions:
     """What no data sheet says."""
 
     flops_share: float = 0.6  # of the peak, in large products
-    bandwidth_share: float = 0.8
+    bandwidth_share: float = 0.8  # when weights and activations are read
+    kv_share: float = 0.8  # when pages are read
     link_share: float = 0.6
     overhead_s: float = 2e-3  # of a step: launches, host work that is not hidden
     collective_s: float = 5e-6  # latency of one all-reduce
@@ -115,29 +116,45 @@ class Roofline:
             )
         return pages
 
+    def flops(self, load: Load) -> float:
+        """FLOPs of a step."""
+        return self._linear(load)[0] + self._attention(load)[0]
+
     def seconds(self, load: Load) -> float:
         """Duration of a step."""
-        a, model = self.assumed, self.model
+        a = self.assumed
+        flops, moved = self._linear(load)
+        busy = self._time(flops, moved / a.bandwidth_share / self.shards)
+        flops, moved = self._attention(load)
+        busy += self._time(flops, moved / a.kv_share / self._kv_shards)
+        return busy + self._collectives(load) + a.overhead_s
+
+    def _linear(self, load: Load) -> tuple[float, float]:
+        """(FLOPs, bytes) of the products with weights: layers, adapters, logits."""
         writers, readers, logits = self._rows(load.writers, load.readers, load.logits)
         rows = writers + readers
-        lora = 2 * self._lora * load.adapted
-        linear = 2 * self._matrix * rows + lora + 2 * self._vocab * logits
+        flops = 2 * (self._matrix * rows + self._lora * load.adapted + self._vocab * logits)
         read = self._matrix + (self._vocab if logits else 0) + load.adapters * self._lora
-        moved = a.weight_bytes * read + rows * self._row_bytes + a.weight_bytes * logits * model.vocab_size
-        attention = 4 * model.num_heads * model.head_dim * model.num_layers * load.pairs
-        kv = self.kv_token_bytes * (load.kv_tokens + load.writers)
-        busy = self._time(linear, moved, self.shards) + self._time(attention, kv, self._kv_shards)
-        return busy + self._collectives(rows) + a.overhead_s
+        moved = self.assumed.weight_bytes * (read + logits * self.model.vocab_size) + rows * self._row_bytes
+        return flops, moved
 
-    def _time(self, flops: float, moved: float, shards: int) -> float:
+    def _attention(self, load: Load) -> tuple[float, float]:
+        """(FLOPs, bytes) of attention: each sequence's K/V is read, each new token's written."""
+        model = self.model
+        flops = 4 * model.num_heads * model.head_dim * model.num_layers * load.pairs
+        return flops, self.kv_token_bytes * (load.kv_tokens + load.writers)
+
+    def _time(self, flops: float, moved: float) -> float:
+        """moved: bytes of each chip, as if read at the full bandwidth."""
         compute = flops / (self.chip.flops * self.assumed.flops_share * self.shards)
-        memory = moved / (self.chip.bandwidth * self.assumed.bandwidth_share * shards)
+        memory = moved / self.chip.bandwidth
         return max(compute, memory) if self.chip.overlaps else compute + memory
 
-    def _collectives(self, rows: int) -> float:
+    def _collectives(self, load: Load) -> float:
         """Two all-reduces of f[rows, D] a layer, each chip sending and receiving 2 (n - 1) / n of it."""
         if self.shards == 1:
             return 0.0
+        rows = load.writers + load.readers
         size = rows * self.model.hidden_size * self.assumed.weight_bytes
         one_way = self.chip.link / 2 * self.assumed.link_share
         each = 2 * (self.shards - 1) / self.shards * size / one_way + self.assumed.collective_s
