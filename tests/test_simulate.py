@@ -154,7 +154,7 @@ def test_the_command(tmp_path, capsys):
     assert report["title"].startswith("SIMULATED") and "SIMULATED" in capsys.readouterr().out
     assert len(report["runs"]) == 2 * 7 and (tmp_path / "x.png").stat().st_size > 10_000
     (ratio,) = found["ratios"]
-    assert ratio == report["ratios"][0] and 1.2 < ratio["throughput_ratio"] < 2
+    assert ratio == report["ratios"][0] and ratio["throughput_ratio"] > 1
 
 
 def test_replicas_share_the_sessions():

@@ -1,8 +1,7 @@
 """`bench.py calibrate`: does the simulator predict the real engine on this machine?
 
-Two runs of a finished `bench.py serve` fit two numbers, the overhead of a step (reading the weights included) and the
-FLOP/s; then every run of the sweep is simulated and compared. The second run is the first of the same system that has
-another composition of steps: the one at the highest rate.
+Two runs of a finished `bench.py serve` (`shared`, most models: its lowest and its highest rate) fit two numbers, the
+overhead of a step (reading the weights included) and the FLOP/s. Then every run of the sweep is simulated and compared.
 """
 
 from __future__ import annotations

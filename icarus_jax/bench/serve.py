@@ -38,6 +38,8 @@ class Plan:
 def make_plan(config: ConfigDict) -> Plan:
     """The sessions of config.workload, without their models. Raises UsageError."""
     w = config.workload
+    if w.name in ("file", "replay") and not Path(w.path).is_file():
+        raise cli.UsageError(f"config.workload.path={w.path}: no such file")
     if w.name == "file":
         with cli.usage_errors("config.workload.path"):
             sessions = workload.load(w.path)
