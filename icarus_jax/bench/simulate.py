@@ -6,7 +6,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
 from icarus_jax.simulator.run import Simulated, Simulation, make_models
 
 SYSTEMS = ("isolated", "shared")
-AUTO_RATES = (0.6, 0.9, 1.2, 1.5, 2.0, 3.0)  # of what the baseline can do, where the config names no rates
+CAPACITY_SESSIONS = 50
+AUTO_RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.5)  # of what the baseline can do at most, see `capacity`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,11 +82,19 @@ def simulate(
     return compare.Run(system, models, rate, float(arrivals[-1]), summary, [list(p) for p in done.pages]), done
 
 
-def _rates(config: ConfigDict, capacity: Callable[[], float]) -> list[float]:
-    if config.rates != "auto":
-        return numbers(config.rates, "rates", float)
-    base = capacity()
-    return [float(f"{factor * base:.3g}") for factor in AUTO_RATES] + [float("inf")]
+def capacity(machine: Machine, sessions: Sequence[workload.Session], config: ConfigDict, models: int) -> float:
+    """Sessions/s that the baseline could end if the chips did nothing but its FLOPs, no session waiting for another."""
+    total = [0.0]
+
+    def step_seconds(plan: StepPlan) -> float:
+        total[0] += machine.roofline.flops(load_of(plan))
+        return 0.0
+
+    heads, some = make_models(models, "isolated"), sessions[:CAPACITY_SESSIONS]
+    assigned = workload.assign(list(some), list(heads), config.workload.assign, config.workload.seed)
+    Simulation(assigned, range(len(some)), heads, machine.engine, step_seconds, config.workload.seed).run()
+    rate = machine.roofline.chip.flops * machine.roofline.assumed.flops_share * machine.roofline.shards
+    return machine.data * len(some) * rate / total[0]
 
 
 def sweep(config: ConfigDict) -> Iterator[compare.Run]:
@@ -93,12 +102,12 @@ def sweep(config: ConfigDict) -> Iterator[compare.Run]:
     sessions = make_sessions(config)
     for models in numbers(config.models, "models", int):
         machine = make_machine(config, models)
-
-        def capacity(machine: Machine = machine, models: int = models) -> float:
-            """Sessions/s of the baseline with all sessions at once."""
-            return simulate(machine, sessions, config, "isolated", models, float("inf"))[0].summary["sessions_per_s"]
-
-        for rate in _rates(config, capacity):
+        if config.rates == "auto":
+            most = capacity(machine, sessions, config, models)
+            rates = [float(f"{factor * most:.3g}") for factor in AUTO_RATES]
+        else:
+            rates = numbers(config.rates, "rates", float)
+        for rate in rates:
             for system in SYSTEMS:
                 yield simulate(machine, sessions, config, system, models, rate)[0]
 
