@@ -122,8 +122,8 @@ def assign(sessions: list[Session], models: Sequence[str], how: str, seed: int =
     return [[dataclasses.replace(turn, model=models[pick(turn)]) for turn in session] for session in sessions]
 
 
-def arrivals(count: int, rate: float, kind: str, seed: int) -> np.ndarray:
-    """Seconds f64[count] at which sessions arrive, `rate` a second in the mean; all at 0 for an infinite rate.
+def arrivals(count: int, rate: float, kind: str, seed: int) -> list[float]:
+    """Seconds at which sessions arrive, `rate` a second in the mean; all at 0 for an infinite rate.
 
     poisson, or gamma: bursts, intervals with a coefficient of variation of 4. Another rate stretches the same times.
     """
@@ -131,7 +131,7 @@ def arrivals(count: int, rate: float, kind: str, seed: int) -> np.ndarray:
         raise ValueError(f"arrivals {kind!r} at {rate} a second: kinds are {', '.join(ARRIVALS)}, rates above 0")
     rng = np.random.default_rng([seed, 6])
     shape = 1.0 if kind == "poisson" else GAMMA_CV**-2
-    return np.cumsum(rng.gamma(shape, 1 / shape, count)) / rate
+    return (np.cumsum(rng.gamma(shape, 1 / shape, count)) / rate).tolist()
 
 
 def save(sessions: list[Session], path: str | Path) -> None:

@@ -3,6 +3,7 @@
     python launch/bench.py step --config=multi.py:8      a decode step and prefill against the machine's floor
     python launch/bench.py serve                         agents against our server: one shared KV cache, or one a model
     python launch/bench.py serve --config=bench.py:once  24 sessions at once; with --config.url=... against a peer
+    python launch/bench.py peers --config=multi.py:8     trunk and heads as files for vLLM and llama.cpp
     python launch/bench.py prefix                        prefill saved: one conversation handed around eight heads
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    the same on chips that are not here: SIMULATED
     python launch/bench.py calibrate                     does the simulator predict what `serve` has measured here?
@@ -11,6 +12,7 @@ configs/bench.py and configs/simulate.py say what can be chosen.
 """
 
 import json
+import signal
 import sys
 from pathlib import Path
 
@@ -24,6 +26,7 @@ from icarus_jax import cli
 _SEQUENCES = flags.DEFINE_list("sequences", ["1", "8", "32"], "step: batch sizes")
 _CONTEXT = flags.DEFINE_integer("context", 512, "step: tokens of each sequence")
 _STEPS = flags.DEFINE_integer("steps", 10, "step: steps timed in each round")
+_OUTPUT = flags.DEFINE_string("output", "results/peers", "peers: the folder to write")
 _HEADS = cli.define_heads()
 
 
@@ -46,6 +49,13 @@ def bench_calibrate(config: ConfigDict) -> dict:
     return calibrate.run(config)
 
 
+def write_peers(config: ConfigDict) -> dict:
+    from icarus_jax.bench import peer_files
+
+    cli.add_heads(config, _HEADS.value or [])
+    return peer_files.run(config, Path(_OUTPUT.value))
+
+
 def bench_simulate(config: ConfigDict) -> dict:
     from icarus_jax.bench import simulate
 
@@ -58,11 +68,13 @@ COMMANDS = {
     "serve": (bench_serve, "bench.py"),
     "prefix": (bench_serve, "bench.py:prefix"),
     "calibrate": (bench_calibrate, "bench.py"),
+    "peers": (write_peers, "multi.py:8"),
     "simulate": (bench_simulate, "simulate.py:llama8b_a100"),
 }
 
 
 def main(config: ConfigDict) -> None:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that we started is stopped
     print(json.dumps(COMMANDS[command][0](config)))
 
 

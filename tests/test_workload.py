@@ -162,14 +162,14 @@ def test_models_are_assigned():
 
 @pytest.mark.parametrize("kind, cv", [("poisson", 1), ("gamma", 4)])
 def test_arrivals(kind, cv):
-    times = workload.arrivals(40_000, 2.0, kind, seed=0)
+    times = np.array(workload.arrivals(40_000, 2.0, kind, seed=0))
     gaps = np.diff(times, prepend=0)
     assert gaps.min() >= 0
     assert np.mean(gaps) == pytest.approx(0.5, rel=0.05)
     assert np.std(gaps) / np.mean(gaps) == pytest.approx(cv, rel=0.05)
-    np.testing.assert_allclose(workload.arrivals(40_000, 4.0, kind, seed=0) * 2, times)
-    assert not (workload.arrivals(5, 1.0, kind, seed=1) == workload.arrivals(5, 1.0, kind, seed=0)).any()
-    assert (workload.arrivals(5, float("inf"), kind, seed=0) == 0).all()
+    np.testing.assert_allclose(workload.arrivals(40_000, 4.0, kind, seed=0), times / 2)
+    assert not set(workload.arrivals(5, 1.0, kind, seed=1)) & set(workload.arrivals(5, 1.0, kind, seed=0))
+    assert workload.arrivals(5, float("inf"), kind, seed=0) == [0.0] * 5
 
 
 def test_files(tmp_path):

@@ -122,14 +122,14 @@ def run(config: ConfigDict) -> dict[str, Any]:
     fit = fit_two(predictor, points)
     print(f"fitted on {[(p.models, p.rate) for p in points]}: {fit.overhead_s * 1e3:.1f} ms a step, "
           f"{fit.flops / 1e9:.0f} GFLOP/s\npredicted / measured:")  # fmt: skip
-    rows = []
+    rows, worst = [], 0.0
     for run in runs:
         ratio = compared(run, predictor.run(run, fit)[0])
         used = any(run is point for point in points)
+        worst = worst if used else max(worst, abs(ratio["tokens/s"] - 1))
         rows.append({"system": run.system, "models": run.models, "rate": run.rate, "fitted": used, **ratio})
         print(f"{run.system:10}{run.models:>3}{run.rate:>8.3g}  " + "  ".join(f"{k} {v:.2f}" for k, v in ratio.items())
               + ("  (fitted)" if used else ""))  # fmt: skip
-    worst = max((abs(row["tokens/s"] - 1) for row in rows if not row["fitted"]), default=0.0)
     print(f"tokens/s of the other runs: at most {worst:.0%} off; " + ("within" if worst <= TOLERANCE else "NOT within")
           + f" {TOLERANCE:.0%}")  # fmt: skip
     return {"fit": dataclasses.asdict(fit), "worst": worst, "within": worst <= TOLERANCE, "rows": rows}

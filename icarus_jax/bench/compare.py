@@ -22,7 +22,7 @@ class Run:
     rate: float
     last_arrival: float
     summary: dict[str, Any]
-    pages: list[Sequence[float]] = dataclasses.field(default_factory=list)
+    pages: Sequence[Sequence[float]] = dataclasses.field(default_factory=list)
     note: str = ""
 
     @property
