@@ -21,12 +21,12 @@ from icarus_jax.simulator.roofline import Assumptions
 
 # name -> (model, chip, replicas, chips a replica, workload, sessions a replica, numbers of models)
 VARIANTS = {
-    "llama8b_a100": ("llama-3.1-8b", "a100", 1, 1, "react", 300, "2,4,8"),
+    "llama8b_a100": ("llama-3.1-8b", "a100", 1, 1, "react", 400, "2,4,8"),
     "llama8b_a100_long": ("llama-3.1-8b", "a100", 1, 1, "long_react", 100, "2,4,8"),
-    "qwen14b_a100": ("qwen3-14b", "a100", 1, 1, "react", 300, "2,4,8"),
+    "qwen14b_a100": ("qwen3-14b", "a100", 1, 1, "react", 400, "2,4,8"),
     "qwen14b_reflexion": ("qwen3-14b", "a100", 1, 1, "reflexion", 150, "2,4,8"),
-    "llama70b_v5p32": ("llama-3.1-70b", "v5p", 2, 8, "long_react", 100, "8,32,256"),
-    "llama70b_v6e64": ("llama-3.1-70b", "v6e", 8, 8, "long_react", 100, "8,32,256"),
+    "llama70b_v5p32": ("llama-3.1-70b", "v5p", 2, 8, "long_react", 60, "8,32,256"),
+    "llama70b_v6e64": ("llama-3.1-70b", "v6e", 4, 16, "long_react", 60, "8,32,256"),
 }
 
 

@@ -55,9 +55,12 @@ def line(run: Run) -> str:
 
 
 def saturated(runs: Sequence[Run]) -> Run | None:
-    """The run at the lowest rate at which a system falls behind what is offered; `runs` are its own."""
+    """The run at the lowest rate at which a system falls behind what is offered; `runs` are its own.
+
+    Behind: its last session ends later than those of the lowest rate do, by a share of the whole run.
+    """
     runs = sorted(runs, key=lambda run: run.rate)
-    alone = runs[0].summary["session_s"]["p50"]
+    alone = runs[0].summary["session_s"]["p99"]
     return next((r for r in runs if r.summary["duration_s"] * BEHIND > r.last_arrival + alone), None)
 
 
