@@ -12,11 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
 LAYERS = (
-    ("config",),
+    ("config", "calls", "workload"),
+    ("model_zoo", "agents"),
     ("pages",),
     ("sequence",),
     ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
+    ("simulator",),
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
     ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
     ("full_heads",),
@@ -44,6 +46,7 @@ RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 NO_JAX = (
     *("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
     *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
+    *("workload", "agents", "calls", "model_zoo", "simulator"),
 )
 MAX_LINES = 300
 
