@@ -22,7 +22,7 @@ LAYERS = (
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
     ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
     ("full_heads",),
-    ("buckets", "programs", "runner"),
+    ("buckets", "topology", "program_cost", "programs", "runner"),
     ("reuse_check",),
     ("distributed",),
     ("engine",),
