@@ -87,7 +87,7 @@ def test_what_cannot_be_served_is_refused(saved, tmp_path, monkeypatch):
         cli.build(config_of(folder, f"own={path}:isolated"))
     with pytest.raises(cli.UsageError, match="'own' is fully fine-tuned: an engine holds one such head"):
         cli.build(config_of(folder, f"own={path}", "h=random:1"))
-    other = dataclasses.replace(trunk, identity="f" * 64)
+    other = dataclasses.replace(trunk, identify=lambda: "f" * 64)
     with pytest.raises(ValueError, match="not on the one loaded, ffffffffffff"):
         full_heads.load_full_head(str(path), "shared", other, "float32")
     copy = Path(tmp_path / "ordinary")
