@@ -33,9 +33,9 @@ def test_help_is_short(program, tmp_path):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--config=mutli.py"], ["mutli.py", "did you mean multi.py?", "multi.py, single.py"]),
-        (["--config=nowhere/multi.py"], ["nowhere/multi.py", "multi.py, single.py"]),
-        (["--config="], ["multi.py, single.py"]),
+        (["--config=mutli.py"], ["mutli.py", "did you mean multi.py?", "multi.py, simulate.py, single.py"]),
+        (["--config=nowhere/multi.py"], ["nowhere/multi.py", "multi.py, simulate.py, single.py"]),
+        (["--config="], ["multi.py, simulate.py, single.py"]),
         (["--config=multi.py:many"], ["'many'", "N,isolated"]),
         (["--config=multi.py:0"], ["'0'", "N,isolated"]),
         (["--config=multi.py:2,isolatd"], ["'2,isolatd'", "N,isolated"]),
