@@ -29,9 +29,7 @@ TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6
 LOCK_FILE = Path(tempfile.gettempdir()) / "libtpu_lockfile"
 
 
-def wait_for_libtpu(seconds: float = 240) -> None:
-    """One process at a time may load libtpu, which keeps a lock until it ends. Waits for it; raises TimeoutError."""
-    deadline = time.monotonic() + seconds
+def _wait_for_lock(deadline: float) -> None:
     while time.monotonic() < deadline:
         try:
             with LOCK_FILE.open("r+") as file:
@@ -40,17 +38,24 @@ def wait_for_libtpu(seconds: float = 240) -> None:
         except FileNotFoundError:
             return
         except OSError:
-            time.sleep(1)
-    raise TimeoutError(f"another process has held libtpu for {seconds:.0f} s")
+            time.sleep(0.5)
 
 
 @functools.cache
-def devices(topology: str) -> tuple[Any, ...]:
-    """The abstract devices of a topology: a chip's name from TOPOLOGIES, or libtpu's own spelling ('v5e:2x4')."""
-    if not devices.cache_info().currsize:
-        wait_for_libtpu()
-    name = TOPOLOGIES.get(topology, topology)
-    return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+def devices(topology: str, patience: float = 300) -> tuple[Any, ...]:
+    """The abstract devices of a topology: a chip's name from TOPOLOGIES, or libtpu's own spelling ('v5e:2x4').
+
+    One process at a time may load libtpu, which keeps a lock until it ends: waits up to `patience` seconds for it.
+    """
+    deadline = time.monotonic() + patience
+    while True:
+        _wait_for_lock(deadline)
+        try:
+            name = TOPOLOGIES.get(topology, topology)
+            return tuple(topologies.get_topology_desc(platform="tpu", topology_name=name).devices)
+        except jax.errors.JaxRuntimeError as error:  # another process may have been quicker
+            if "lockfile" not in str(error) or time.monotonic() > deadline:
+                raise
 
 
 @contextlib.contextmanager
@@ -78,7 +83,8 @@ def pool_copies(compiled: Any, pool: Any) -> list[str]:
 
 def assert_pool_stays(compiled: Any, pool: Any) -> None:
     """The program neither copies the pool nor needs temporaries of an eighth of its size."""
-    assert not pool_copies(compiled, pool)
-    size = np.prod(pool.shape) * np.dtype(pool.dtype).itemsize
+    copies = pool_copies(compiled, pool)
+    assert not copies, f"{len(copies)} copies of the pool, the first: {copies[0][:120]}"
+    size = int(np.prod(pool.shape)) * np.dtype(pool.dtype).itemsize
     temporary = compiled.memory_analysis().temp_size_in_bytes
-    assert temporary < size / 8, f"{temporary >> 20} MiB of temporaries beside a pool of {int(size) >> 20} MiB"
+    assert temporary < size / 8, f"{temporary >> 20} MiB of temporaries beside a pool of {size >> 20} MiB"
