@@ -99,7 +99,7 @@ def test_tokens_of_a_page_sharded(implementation):
 
 
 @pytest.mark.parametrize("mode", TPU_MODES)
-@pytest.mark.parametrize("name", ["decode", "prefill", "one slab, again and again"])
+@pytest.mark.parametrize("name", ["decode", "prefill", "two sequences in turn"])
 @pytest.mark.timeout(120)
 def test_tpu_copies_are_in_order(name, mode, small_ring):
     kv, args = pool(DTYPES["float32"]), inputs(CASES[name][:14], 14)

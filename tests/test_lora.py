@@ -75,24 +75,23 @@ def small_tiles(monkeypatch):
     """Tiles of 16 rows, three blocks of B, and A in pieces."""
     monkeypatch.setattr(tpu, "ROW_TILE", 16)
     monkeypatch.setattr(tpu, "UP_BYTES", 128 * 4 * 4)
-    monkeypatch.setattr(tpu, "DOWN_LANES", 32)
+    monkeypatch.setattr(tpu, "DOWN_LANES", 128)
 
 
 @pytest.mark.parametrize("mode", ["interpret", *DMA_MODES])
 @pytest.mark.timeout(120)
 def test_tpu_tiles(mode, small_tiles):
-    args = make("prefill", (80, 384, 4))
+    args = make("prefill", (256, 384, 4))
     if mode == "interpret":
         return check("tpu", args, "small tiles")
     with simulated_dma(mode):
         return check("tpu", args, mode)
 
 
-def test_tpu_blocks_of_b_divide_it():
-    for dout, rank_bytes in ((14336, 128), (14336, 256), (576, 128), (4100, 512), (28672, 256)):
-        width = tpu._out_tile(dout, rank_bytes)
-        assert dout % width == 0 and (width == dout or width % 128 == 0)
-    assert tpu._out_tile(14336, 256) * 256 <= tpu.UP_BYTES
+def test_tpu_tiles_of_lanes_divide_them():
+    for lanes in (14336, 28672, 1536, 576, 4100):
+        tile = tpu._lane_tile(lanes, 2048)
+        assert lanes % tile == 0 and (tile == lanes or (tile % 128 == 0 and tile <= 2048))
 
 
 def test_oracle_matches_matrix_products():
