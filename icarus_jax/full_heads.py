@@ -21,7 +21,7 @@ from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk, save_orbax
 from icarus_jax.config import HeadConfig, ModelConfig
 from icarus_jax.heads import Adapters, Factors
 from icarus_jax.layers import Tables, rms_norm
-from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
+from icarus_jax.model import BLOCK_PARAMS, Block, Pin, Trunk
 from icarus_jax.sharding import Weight
 from pallas_kernels.paged_attention.work import Array
 
@@ -95,9 +95,16 @@ class PairedBlock(Block):
         self.trunk, self.own = trunk, own
 
     def attention_inputs(
-        self, config: ModelConfig, bank: Adapters | None, x: Array, slots: Array, first: int, tables: Tables
+        self,
+        config: ModelConfig,
+        bank: Adapters | None,
+        x: Array,
+        slots: Array,
+        first: int,
+        tables: Tables,
+        pin: Pin = lambda x: x,
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        q, k, v = self.trunk.attention_inputs(config, bank, x, slots, first, tables)
+        q, k, v = self.trunk.attention_inputs(config, bank, x, slots, first, tables, pin)
         cos, sin = tables
         own, _, _ = self.own.attention_inputs(config, bank, x[first:], slots[first:], 0, (cos[first:], sin[first:]))
         return _by_slot(q, own, slots, first), k, v

@@ -8,6 +8,7 @@ over all rows costs less than two, and those k, v are dropped, never stored.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ class Rows:
     work: WorkList
 
 
+Pin = Callable[[jax.Array], jax.Array]
 BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
 
 
@@ -63,10 +65,20 @@ class Block(nnx.Module):
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
     def attention_inputs(
-        self, config: ModelConfig, bank: Adapters | None, x: Array, slots: Array, first: int, tables: Tables
+        self,
+        config: ModelConfig,
+        bank: Adapters | None,
+        x: Array,
+        slots: Array,
+        first: int,
+        tables: Tables,
+        pin: Pin = lambda x: x,
     ) -> tuple[Array, Array, Array]:
-        """The residual stream x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
-        x = rms_norm(x, self.attn_norm[...], config.rms_norm_eps)
+        """The residual stream x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated.
+
+        pin: says where normalised rows lie on a mesh (else their norm is computed in parts, where `qkv` is split by D).
+        """
+        x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
         d = config.hidden_size
@@ -148,12 +160,15 @@ class Trunk(nnx.Module):
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
 
+        def pin(x: jax.Array) -> jax.Array:
+            return layout.constrain(x, "rows", "embed")
+
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
             index, block_state = inputs
             block: Block = nnx.merge(block_def, block_state)
             adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
-            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables)
+            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables, pin)
             attended, kv = append_and_attend(
                 layout,
                 kv,
@@ -166,11 +181,11 @@ class Trunk(nnx.Module):
                 scale=config.head_dim**-0.5,
                 implementation=kernels,
             )
-            x = layout.constrain(x + block.attention_output(adapters, attended, rows.slots, first), "rows", "embed")
-            x = x + block.mlp(config, adapters, x, rows.slots, first)
-            return (layout.constrain(x, "rows", "embed"), kv), None
+            x = pin(x + block.attention_output(adapters, attended, rows.slots, first))
+            x = pin(x + block.mlp(config, adapters, x, rows.slots, first))
+            return (x, kv), None
 
-        x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
+        x = pin(self.embed[...][rows.tokens])
         (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state))
         sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
         return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages
