@@ -107,6 +107,13 @@ def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
     return Adapter(str(folder), rank, _stack(pieces, rank, model_config), mark.get("kv"), mark.get("trunk"))
 
 
+def adapter_rank(source: str) -> int:
+    """The rank of load_adapter(source), without its weights. Raises ValueError."""
+    if match := re.fullmatch(r"random:\d+(?::([1-9]\d*))?", source):
+        return int(match[1] or RANDOM_RANK)
+    return int(_read_config(pathlib.Path(source).expanduser())["r"])
+
+
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
     """An untrained adapter on LORA_TARGETS, for load tests: its text differs from the trunk's and from other seeds'."""
     rng = np.random.default_rng(seed)

@@ -147,8 +147,8 @@ def build(config: ConfigDict) -> App:
 
     A relative path of a head counts from the repository. Raises UsageError.
     """
-    engine_config = _engine_config(config.engine)
-    head_configs = [_head_config(name, head, config.trunk.name) for name, head in config.heads.items()]
+    engine = engine_config(config.engine)
+    head_configs = [head_config(name, head, config.trunk.name) for name, head in config.heads.items()]
     if not head_configs:
         log.warning(
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
@@ -161,7 +161,7 @@ def build(config: ConfigDict) -> App:
         distributed.initialize(**config.distributed)
     enable_compilation_cache()
     with usage_errors():
-        trunk = checkpoint.open_trunk(config.trunk.source, engine_config.dtype)
+        trunk = checkpoint.open_trunk(config.trunk.source, engine.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
     heads = {}
     for head in head_configs:
@@ -171,8 +171,8 @@ def build(config: ConfigDict) -> App:
         heads[head.name] = (head, adapter.weights)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
     with usage_errors():
-        engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
-    return App(engine, text, eos_ids)
+        made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+    return App(made, text, eos_ids)
 
 
 def enable_compilation_cache() -> None:
@@ -238,7 +238,8 @@ def _check_overrides(config: ConfigDict, argv: Iterable[str]) -> None:
             node, walked = node[key], f"{walked}.{key}"
 
 
-def _engine_config(section: ConfigDict) -> EngineConfig:
+def engine_config(section: ConfigDict) -> EngineConfig:
+    """config.engine, checked. Raises UsageError."""
     known = [field.name for field in dataclasses.fields(EngineConfig)]
     for key in section:
         if key not in known:
@@ -247,7 +248,8 @@ def _engine_config(section: ConfigDict) -> EngineConfig:
         return EngineConfig(**section)
 
 
-def _head_config(name: str, head: ConfigDict, trunk_name: str) -> HeadConfig:
+def head_config(name: str, head: ConfigDict, trunk_name: str) -> HeadConfig:
+    """One of config.heads, checked. Raises UsageError."""
     if name == trunk_name:
         raise UsageError(f"head {name!r} has the trunk's name; give one of them another")
     path = head.path if head.path.startswith("random:") else str(REPOSITORY / head.path)

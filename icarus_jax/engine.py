@@ -19,9 +19,9 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.distributed import spread
-from icarus_jax.heads import Factors, HeadBank
+from icarus_jax.heads import Factors, make_bank
 from icarus_jax.model import Trunk
 from icarus_jax.registry import Registry
 from icarus_jax.requests import EngineStats, Request
@@ -34,7 +34,6 @@ from icarus_jax.sharding import Weight, make_layout
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DEFAULT_RANK = 16  # of an engine that starts without heads
 OnOutput = Callable[[int, TokenOutput], None]
 
 
@@ -82,11 +81,10 @@ class Engine:
         layout = make_layout(config, model_config.num_kv_heads)
         trunk = Trunk(model_config, layout.place_params(params, config.dtype))
         adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in heads.values())
-        num_slots = config.max_loras or len(heads)
         ranks = [a.shape[-1] for _, factors in heads.values() for a, _ in factors.values()]
-        rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
-        targets = TARGETS if adapt_writers else LORA_TARGETS
-        bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets)) if num_slots else None
+        bank = make_bank(model_config, config, len(heads), ranks, adapt_writers)
+        if bank is not None:
+            bank = layout.place_bank(bank)
         engine = cls(spread(Runner(trunk, bank, config, adapt_writers, layout)), trunk_name, config, eos_ids)
         for head, factors in heads.values():
             engine.load_head(head, factors)
