@@ -101,11 +101,12 @@ def program_line(check: Check, done: Compiled) -> str:
     weights = (check.weight_bytes + check.adapter_bytes) / MIB if bucket else 0
     numbers = (
         f"{weights:>9.0f}{check.pool_bytes / MIB * pool:>8.0f}"
-        f"{a.temporaries / MIB:>9.1f}{'NO' if done.complaint else 'yes':>6}{a.flops / 1e9:>9.1f}{a.bytes / 1e6:>10.1f}"
+        f"{a.temporaries / MIB:>9.1f}{'NO' if done.complaint else 'yes':>6}"
     )
-    ratio = f"{a.bytes / fewest:>9.3f}" if fewest else f"{'-':>9}"
+    moved = f"{a.flops / 1e9:>9.1f}{a.bytes / 1e6:>10.1f}" if check.counted else f"{'-':>9}{'-':>10}"
+    ratio = f"{a.bytes / fewest:>9.3f}" if fewest and check.counted else f"{'-':>9}"
     collectives = ", ".join(f"{n} {kind}" for kind, n in a.collectives.items()) or "-"
-    return f"{done.name:<38}{numbers}{ratio}  {collectives}"
+    return f"{done.name:<38}{numbers}{moved}{ratio}  {collectives}"
 
 
 def memory_lines(check: Check, done: Sequence[Compiled]) -> Iterator[str]:
