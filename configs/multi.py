@@ -4,8 +4,12 @@
     python launch/serve.py --config=multi.py:8           the trunk and 8 untrained heads, h0 to h7, for load tests
     python launch/serve.py --config=multi.py:8,isolated  the same as ordinary LoRA models: the baseline, which shares
                                                          nothing and fills the cache once per model
+    python launch/serve.py --config=multi.py:qwen3-8b,4 --config.trunk.source=Qwen/Qwen3-8B
+                                                         another trunk, on eight chips; without weights of its own:
+    python launch/compile_check.py --config=multi.py:llama8b --topology=v5e:2x4
 
-GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
+The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b and smollm2, with 8 untrained heads unless N says
+otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
 """
 
 import re
@@ -16,13 +20,36 @@ from ml_collections import ConfigDict
 from configs import single
 
 HEADS = Path(__file__).resolve().parents[1] / "heads"
+# bfloat16 on eight chips, one KV head each (SmolLM2: on one chip). A page of 64 tokens of one KV head of 128
+# is 32 KiB, long enough for a DMA of its own.
+CHIPS = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "page_size": 64, "max_num_seqs": 64, "max_model_len": 8192}
+MODELS = {
+    "llama8b": ("llama-3.1-8b", {**CHIPS, "mesh": "1x8", "num_pages": 8192}),
+    "llama70b": ("llama-3.1-70b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
+    "qwen3-8b": ("qwen3-8b", {**CHIPS, "mesh": "1x8", "num_pages": 8192}),
+    "qwen3-14b": ("qwen3-14b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
+    "smollm2": ("smollm2-135m", {**CHIPS, "num_pages": 4096}),
+}
+ARGUMENTS = f"N (1 to 999 random heads), N,isolated, MODEL, MODEL,N and MODEL,N,isolated (MODEL: {', '.join(MODELS)})"
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """arg: '' (the adapters in heads/), 'N' or 'N,isolated' (N random ones). Raises ValueError."""
+    """arg: '' (the adapters in heads/) or ARGUMENTS. Raises ValueError."""
     config = single.get_config()
+    if not arg:
+        heads = _trained_heads()
+    else:
+        match = re.fullmatch(rf"({'|'.join(MODELS)})?(?:(?:^|,)([1-9]\d{{0,2}}))?(,isolated)?", arg)
+        if not match or arg == ",isolated":
+            raise ValueError(f"no argument {arg!r}; the arguments are {ARGUMENTS}")
+        model, count, isolated = match.groups()
+        heads = _random_heads(int(count or 8), "isolated" if isolated else "shared")
+        if model:
+            name, engine = MODELS[model]
+            config.trunk.update(source=f"sizes:{name}", name=name)
+            config.engine.update(engine)
     with config.unlocked():
-        config.heads.update(_random_heads(arg) if arg else _trained_heads())
+        config.heads.update(heads)
     return config
 
 
@@ -31,9 +58,5 @@ def _trained_heads() -> dict[str, dict[str, str]]:
     return {name: {"path": f"{HEADS.name}/{name}", "kv": "shared"} for name in folders}
 
 
-def _random_heads(arg: str) -> dict[str, dict[str, str]]:
-    match = re.fullmatch(r"([1-9]\d{0,2})(,isolated)?", arg)
-    if not match:
-        raise ValueError(f"no argument {arg!r}; the arguments are N (1 to 999 random heads) and N,isolated")
-    kv = "isolated" if match[2] else "shared"
-    return {f"h{i}": {"path": f"random:{i}", "kv": kv} for i in range(int(match[1]))}
+def _random_heads(count: int, kv: str) -> dict[str, dict[str, str]]:
+    return {f"h{i}": {"path": f"random:{i}", "kv": kv} for i in range(count)}

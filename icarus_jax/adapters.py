@@ -145,6 +145,13 @@ def read_head(
     return HeadConfig(name, source, kv, tokens, pinned), adapter.weights
 
 
+def adapter_rank(source: str) -> int:
+    """The rank of load_adapter(source), without its weights. Raises ValueError."""
+    if match := re.fullmatch(r"random:\d+(?::([1-9]\d*))?", source):
+        return int(match[1] or RANDOM_RANK)
+    return int(adapter_files.read(source)[0]["r"])
+
+
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
     """An untrained adapter on LORA_TARGETS, for load tests: its text differs from the trunk's and from other seeds'."""
     rng = np.random.default_rng(seed)

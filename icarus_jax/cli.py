@@ -149,9 +149,9 @@ def build(config: ConfigDict) -> App:
 
     A relative path of a head counts from the repository. Raises UsageError.
     """
-    engine_config = _engine_config(config.engine)
+    engine = engine_config(config.engine)
     for name, head in config.heads.items():
-        _check_head(name, head, config.trunk.name)
+        check_head(name, head, config.trunk.name)
     if not config.heads:
         log.warning(
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
@@ -165,23 +165,23 @@ def build(config: ConfigDict) -> App:
         distributed.initialize(**config.distributed)
     enable_compilation_cache()
     with usage_errors():
-        trunk = checkpoint.open_trunk(config.trunk.source, engine_config.dtype)
+        trunk = checkpoint.open_trunk(config.trunk.source, engine.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
     heads: dict = {}
     for name, head in config.heads.items():
         with usage_errors(f"head {name!r}"):
-            path = _head_path(head.path)
+            path = head_path(head.path)
             if full_heads.is_full_head(path):
-                own = full_heads.load_full_head(path, head.kv, trunk, engine_config.dtype)
+                own = full_heads.load_full_head(path, head.kv, trunk, engine.dtype)
                 heads[name] = HeadConfig(name, path, head.kv), own
             else:
                 heads[name] = adapters.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
     with usage_errors():
-        engine = Engine.create(engine_config, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+        made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
     folders = [REPOSITORY / folder for folder in config.server.head_folders.split(",") if folder]
-    return App(engine, text, eos_ids, HeadLoader(engine, config.trunk.name, trunk.identity, sources, folders))
+    return App(made, text, eos_ids, HeadLoader(made, config.trunk.name, trunk.identity, sources, folders))
 
 
 def enable_compilation_cache() -> None:
@@ -247,7 +247,8 @@ def _check_overrides(config: ConfigDict, argv: Iterable[str]) -> None:
             node, walked = node[key], f"{walked}.{key}"
 
 
-def _engine_config(section: ConfigDict) -> EngineConfig:
+def engine_config(section: ConfigDict) -> EngineConfig:
+    """config.engine, checked. Raises UsageError."""
     known = [field.name for field in dataclasses.fields(EngineConfig)]
     for key in section:
         if key not in known:
@@ -256,14 +257,16 @@ def _engine_config(section: ConfigDict) -> EngineConfig:
         return EngineConfig(**section)
 
 
-def _check_head(name: str, head: ConfigDict, trunk_name: str) -> None:
+def check_head(name: str, head: ConfigDict, trunk_name: str) -> None:
+    """Raises UsageError if one of config.heads makes no sense."""
     if name == trunk_name:
         raise UsageError(f"head {name!r} has the trunk's name; give one of them another")
     if head.kv not in KV_KINDS[1:]:
         raise UsageError(f"config.heads: head {name!r}: kv={head.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
 
 
-def _head_path(path: str) -> str:
+def head_path(path: str) -> str:
+    """A head's path in a config, as the other programs take it."""
     return path if path.startswith("random:") else str(REPOSITORY / path)
 
 

@@ -19,10 +19,10 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from typing import TypeVar
 
-from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.distributed import spread
 from icarus_jax.full_heads import FullHead, PairedTrunk, make_trunk
-from icarus_jax.heads import Factors, HeadBank
+from icarus_jax.heads import Factors, make_bank
 from icarus_jax.registry import Registry
 from icarus_jax.requests import EngineStats, Request
 from icarus_jax.reuse_check import ReuseCheck
@@ -34,7 +34,6 @@ from icarus_jax.sharding import Weight, make_layout
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-DEFAULT_RANK = 16  # of an engine that starts without heads
 OnOutput = Callable[[int, TokenOutput], None]
 
 
@@ -85,11 +84,11 @@ class Engine:
         place = functools.partial(layout.place_params, dtype=config.dtype)
         trunk, adapters = make_trunk(model_config, params, list((heads or {}).values()), place)
         adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
-        num_slots = 0 if isinstance(trunk, PairedTrunk) else config.max_loras or len(adapters)
-        ranks = (a.shape[-1] for _, factors in adapters for a, _ in factors.values())
-        rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
-        targets = TARGETS if adapt_writers else LORA_TARGETS
-        bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets)) if num_slots else None
+        ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
+        num_heads = 0 if isinstance(trunk, PairedTrunk) else len(adapters)
+        bank = make_bank(model_config, config, num_heads, ranks, adapt_writers)
+        if bank is not None:
+            bank = layout.place_bank(bank)
         engine = cls(spread(Runner(trunk, bank, config, adapt_writers, layout)), trunk_name, config, eos_ids)
         for head, factors in adapters:
             engine.load_head(head, factors)

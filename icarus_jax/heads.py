@@ -18,10 +18,11 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from icarus_jax.config import ModelConfig
+from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
 from icarus_jax.sharding import FACTOR_AXES, Layout
 from pallas_kernels.lora import lora
 
+DEFAULT_RANK = 16  # of an engine that starts without heads
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]  # target -> (A f32[L, din, r], B f32[L, r, dout])
 
 
@@ -41,6 +42,16 @@ class HeadBank(nnx.Module):
             a, b = ((config.num_layers, num_slots, rank, size) for size in shape)
             factors = Lora(jnp.zeros(a, dtype), jnp.zeros(b, dtype)) if target in targets else None
             setattr(self, target, nnx.data(factors))
+
+
+def make_bank(
+    model: ModelConfig, config: EngineConfig, num_heads: int, ranks: Sequence[int], adapt_writers: bool
+) -> HeadBank | None:
+    """The bank of an engine that starts with `num_heads` heads of these ranks; None: no adapter can be loaded."""
+    num_slots = config.max_loras or num_heads
+    rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
+    targets = TARGETS if adapt_writers else LORA_TARGETS
+    return HeadBank(model, config.dtype, num_slots, rank, targets) if num_slots else None
 
 
 class Adapters(Protocol):
@@ -71,7 +82,7 @@ class LayerBank:
         return out + share if first == 0 else jnp.concatenate([out[:first], out[first:] + share])
 
     def _share(self, target: str, x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array) -> jax.Array:
-        layout, rows = self.layout, x.shape[0]
+        layout, (rows, x_lanes) = self.layout, x.shape
         din, dout = FACTOR_AXES[target]
         x_spec, a_spec, b_spec = (
             layout.spec(("rows", din), x.shape),
@@ -81,7 +92,7 @@ class LayerBank:
 
         def local(x, a, b, layer, slots, active):
             share = lora(x, a, b, layer, slots, active, implementation=self.implementation)
-            return lax.psum(share, x_spec[1]) if x_spec[1] else share
+            return lax.psum(share, x_spec[1]) if a.shape[-1] < x_lanes else share
 
         everywhere = PartitionSpec()
         sharded = jax.shard_map(

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself, for one device: memory, FLOPs, bytes, collectives, copies of the page pool."""
+"""What a compiled program says of itself, for one device: memory, FLOPs, bytes, collectives, copies of the pool."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from icarus_jax import hlo_text
+
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
 )
@@ -19,24 +21,38 @@ POOL_SHARE = 8  # temporaries of more than an eighth of the pool are taken for a
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """One device's part of a program. FLOPs and bytes are XLA's count, 0 where the compiler keeps none (GPU).
+    """One device's part of a program, in which a loop (over layers) turns `turns` times.
 
-    arguments: bytes of weights, pages and rows; outputs: bytes of what is new among the results. collectives: how many
-    of each kind the program's text holds. pool_copies: the lines of it that copy an array of the pool's shape.
+    arguments: bytes of weights, pages and rows; outputs: bytes of what is new among the results. flops: XLA's count of
+    all turns (0: the compiler keeps none, for a GPU). outside, inside: bytes moved to
+    and from main memory outside of the loop and in one turn. collectives: how many of each kind the text holds.
+    pool_copies: the lines of it that copy an array of the pool's shape.
     """
 
     arguments: int
     outputs: int
     temporaries: int
     flops: float
-    bytes: float
+    outside: int
+    inside: int
+    turns: int
     collectives: dict[str, int]
     pool_copies: tuple[str, ...]
+
+    @classmethod
+    def unknown(cls) -> Account:
+        """Of a program that does not compile."""
+        return cls(0, 0, 0, 0.0, 0, 0, 0, {}, ())
 
     @property
     def memory(self) -> int:
         """Bytes that a device needs to run it."""
         return self.arguments + self.outputs + self.temporaries
+
+    @property
+    def bytes(self) -> int:
+        """Bytes moved to and from main memory."""
+        return self.outside + self.turns * self.inside
 
 
 def shard_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
@@ -49,26 +65,23 @@ def shard_bytes(tree: Any) -> int:
     return sum(int(np.prod(shard_shape(x))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def account(compiled: Any, pool: Sequence[int]) -> Account:
-    """Reads a compiled program; pool: the shape of one device's pages."""
+def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: float = 0.0) -> Account:
+    """Reads a compiled program. pool: the shape of one device's pages; turns: of its loop over layers, of which XLA
+    counts one; flops_outside: the FLOPs outside of that loop."""
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
+    outside, inside = hlo_text.memory_traffic(text)
     shape = re.compile(r"\[" + ",".join(map(str, pool)) + r"\].* copy(-start)?\(")
     return Account(
         arguments=memory.argument_size_in_bytes,
         outputs=memory.output_size_in_bytes - memory.alias_size_in_bytes,
         temporaries=memory.temp_size_in_bytes,
-        flops=cost.get("flops", 0.0),
-        bytes=cost.get("bytes accessed", 0.0),
+        flops=max(0.0, flops_outside + turns * (cost.get("flops", 0.0) - flops_outside)),
+        outside=outside,
+        inside=inside,
+        turns=turns,
         collectives=dict(sorted(Counter(COLLECTIVE.findall(text)).items())),
         pool_copies=tuple(line.strip() for line in text.splitlines() if shape.search(line)),
     )
-
-
-def repeated(account: Account, once: Account, times: int) -> Account:
-    """XLA counts a loop's body once: the account of a program whose loop over layers runs `times` times, given that of
-    one without layers."""
-    grow = lambda whole, outside: outside + times * (whole - outside)  # noqa: E731
-    return dataclasses.replace(account, flops=grow(account.flops, once.flops), bytes=grow(account.bytes, once.bytes))
 
 
 def pool_complaint(account: Account, pool_bytes: int) -> str:

@@ -7,6 +7,7 @@ devices that it does not have.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -19,10 +20,11 @@ from icarus_jax.buckets import Bucket
 from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.heads import Factors, HeadBank, load_slot
 from icarus_jax.model import Rows, Trunk
-from icarus_jax.sampler import sample
+from icarus_jax.sampler import SampleInputs, sample
 from icarus_jax.sharding import KV_PAGES_AXES, Layout
 from pallas_kernels.paged_attention import build_work
 
+COPY_ROWS = 8  # page copies, or comparisons, of one call
 VARIANTS = ("greedy", "sample", "logprobs")
 
 
@@ -37,6 +39,7 @@ class Programs:
         model: ModelConfig = trunk.config
         self.page_size = config.page_size
         self.num_slots = bank.num_slots if bank is not None else 0
+        self._vocab, self._context = model.vocab_size, config.max_model_len
         self._max_num_seqs, self._adapt_writers = config.max_num_seqs, adapt_writers
         self.kernels = kernels = layout.kernels if config.kernels == "auto" else config.kernels
         trunk_def, trunk_state = nnx.split(trunk)
@@ -107,3 +110,23 @@ class Programs:
         nowhere = np.full(bucket.writers, -1, np.int32)
         rows = Rows(zeros(b), zeros(b), self.no_active(bucket), nowhere, zeros(bucket.logits), work)
         return self.forward.lower(self.weights, self.kv_pages, rows)
+
+    def others(self, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Callable[[], Lowered]]]:
+        """(Name, what lowers it) of each program beside `forward`: the samplers of the buckets, pages, heads."""
+        for size in sorted({bucket.logits for bucket in buckets}):
+            logits = jax.ShapeDtypeStruct((size, self._vocab), jnp.float32, sharding=self.logits)
+            inputs = SampleInputs.neutral(size, self._context, self._vocab)
+            for variant, sampler in self.samplers.items():
+                arguments = (logits, None if variant == "greedy" else inputs)
+                yield f"sample {size}, {variant}", functools.partial(sampler.lower, *arguments)
+        ids = np.zeros(COPY_ROWS, np.int32)
+        yield "copy_pages", functools.partial(self.copy_pages.lower, self.kv_pages, ids, ids)
+        yield "compare_pages", functools.partial(self.compare_pages.lower, self.kv_pages, ids, ids)
+        if self.num_slots:
+            factor = lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), jnp.float32)  # noqa: E731
+            bank = self.weights[1]
+            factors = {
+                target: (factor(bank[target]["a"].get_value()), factor(bank[target]["b"].get_value()))
+                for target in bank
+            }
+            yield "load_head", functools.partial(self.load_head.lower, bank, np.int32(1), factors)

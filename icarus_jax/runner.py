@@ -15,13 +15,12 @@ from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.full_heads import PairedTrunk
 from icarus_jax.heads import Factors, HeadBank, fit_factors
 from icarus_jax.model import Rows, Trunk
-from icarus_jax.programs import Programs
+from icarus_jax.programs import COPY_ROWS, Programs
 from icarus_jax.sampler import SampleInputs, Samples
 from icarus_jax.sequence import SampleRow, Sequence, StepPlan, TokenLogprob, Work
 from icarus_jax.sharding import Layout
 from pallas_kernels.paged_attention import SequenceRows, build_work
 
-COPY_ROWS = 8  # page copies of one call
 BAN = -1e30
 NO_PAGES = np.zeros(0, np.int32)
 

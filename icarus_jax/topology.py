@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -113,10 +114,13 @@ def _h100(name: str, devices: int) -> Topology:
 
 @contextlib.contextmanager
 def compiling_for(mesh: Mesh) -> Iterator[None]:
-    """What is lowered inside is for the mesh's devices, kernels included; nothing of it is cached on disk."""
-    option = "jax_enable_compilation_cache"  # an executable for other devices could not be read back
+    """What is lowered and compiled inside is for the mesh's devices, kernels included.
+
+    Nothing of it goes to JAX's cache on disk, from which it could not be read back without such a device.
+    """
+    option = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, option)
-    jax.config.update(option, False)
+    jax.config.update(option, math.inf)
     try:
         with jax.set_mesh(mesh), interpret_mode(False):
             yield

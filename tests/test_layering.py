@@ -22,7 +22,7 @@ LAYERS = (
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
     ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
     ("full_heads",),
-    ("buckets", "topology", "program_cost", "programs", "runner"),
+    ("buckets", "topology", "hlo_text", "program_cost", "programs", "runner"),
     ("reuse_check",),
     ("distributed",),
     ("engine",),
@@ -40,6 +40,7 @@ LAYERS = (
     ("train_loop",),
     ("kind_check",),
     ("cli",),
+    ("compile_check", "compile_report"),
     ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}

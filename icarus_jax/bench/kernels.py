@@ -1,7 +1,7 @@
 """`bench.py kernels`: what the TPU kernels cost, read from the compiler's own output; no TPU is needed.
 
-libtpu writes down the final VLIW bundles of what it compiles. One bundle takes a cycle or more, so that bundles over
-the clock are a lower bound of a straight piece of code's time: good for comparing variants, and to notice that one has
+libtpu writes down the final VLIW bundles of what it compiles. A bundle takes a cycle or more, so that bundles over the
+clock are a lower bound of a straight piece of code's time: good for comparing variants, and to notice that one has
 become worse. Waiting for memory is not in it.
 """
 

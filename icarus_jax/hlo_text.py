@@ -1,0 +1,148 @@
+"""The text of a compiled program: which bytes its instructions move to and from a device's main memory.
+
+XLA's own count ("bytes accessed") adds up the operands and results of every instruction, wherever they lie. On TPU most
+of them lie in VMEM, which the text says: a layout with S(n) is not in main memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Iterator
+
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
+BITS = re.compile(r"\d+")
+SLICES = ("dynamic-slice", "gather", "slice")
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done")
+OPENED = ("while", "conditional", "call")  # what they run is counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Instruction:
+    """result: the text of its type. operands: their names. rest: the attributes."""
+
+    name: str
+    result: str
+    opcode: str
+    operands: tuple[str, ...]
+    rest: str
+    root: bool
+
+
+Computation = dict[str, Instruction]
+
+
+def _closing(text: str) -> int:
+    """Where the bracket that `text` starts with is closed."""
+    depth = 0
+    for i, char in enumerate(text):
+        depth += (char == "(") - (char == ")")
+        if not depth:
+            return i
+    raise ValueError("a bracket is not closed")
+
+
+def _instruction(line: str) -> Instruction | None:
+    match = re.match(r"\s+(ROOT )?%([\w.\-]+) = (.*)", line)
+    if not match:
+        return None
+    text = match[3]
+    cut = _closing(text) + 1 if text.startswith("(") else text.index(" ")
+    result, text = text[:cut], text[cut:].lstrip()
+    opcode, _, text = text.partition("(")
+    end = _closing("(" + text) - 1
+    operands = tuple(re.findall(r"%([\w.\-]+)", text[:end])) if opcode != "parameter" else (text[:end],)
+    return Instruction(match[2], result, opcode, operands, text[end:], bool(match[1]))
+
+
+def parse(text: str) -> tuple[dict[str, Computation], str]:
+    """name -> computation; the name of the entry."""
+    computations: dict[str, Computation] = {}
+    entry, current = "", {}
+    for line in text.splitlines():
+        if match := re.match(r"(ENTRY )?%([\w.\-]+) \(.*\{$", line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+        elif found := _instruction(line):
+            current[found.name] = found
+    return computations, entry
+
+
+def main_memory_bytes(result: str) -> int:
+    """Bytes of the arrays of a type that lie in main memory."""
+    total = 0.0
+    for dtype, shape, layout in ARRAY.findall(result):
+        if "S(" not in layout and dtype != "token":
+            bits = BITS.search(dtype)
+            size = int(bits[0]) / 8 if bits else 1  # pred
+            total += size * math.prod(int(n) for n in shape.split(",") if n)
+    return int(total)
+
+
+def _whole_bytes(result: str) -> int:
+    return main_memory_bytes(re.sub(r"S\(\d+\)", "", result))
+
+
+def _called(instruction: Instruction, computations: dict[str, Computation]) -> Computation | None:
+    match = re.search(r"calls=%([\w.\-]+)", instruction.rest) if instruction.opcode == "fusion" else None
+    return computations[match[1]] if match else None
+
+
+def _read(instruction: Instruction, index: int, whole: int, computations: dict[str, Computation]) -> int:
+    """Bytes that an instruction reads of its operand number `index`, of `whole` bytes."""
+    if instruction.opcode in SLICES:
+        return min(whole, _whole_bytes(instruction.result))
+    inside = _called(instruction, computations)
+    if inside is None:
+        return whole
+    names = {i.name for i in inside.values() if i.opcode == "parameter" and i.operands[0] == str(index)}
+    parts = 0
+    for user in inside.values():  # in order: what a parameter is called next comes after it
+        for at in (at for at, name in enumerate(user.operands) if name in names):
+            if user.opcode == "bitcast":
+                names.add(user.name)
+            elif user.opcode != "dynamic-update-slice" or at:  # else it is written in place
+                parts += _read(user, at, whole, computations)
+    renamed = any(i.root and i.name in names for i in inside.values())  # a fusion that is a bitcast: who takes it?
+    return whole if renamed else min(whole, parts)
+
+
+def _written(instruction: Instruction, computations: dict[str, Computation]) -> int:
+    inside = _called(instruction, computations)
+    if inside is not None:
+        (root,) = (i for i in inside.values() if i.root)
+        if root.opcode == "dynamic-update-slice":
+            return _whole_bytes(inside[root.operands[1]].result)
+    return main_memory_bytes(instruction.result)
+
+
+def memory_traffic(text: str) -> tuple[int, int]:
+    """(Bytes of the entry, of one turn of each of its loops). A kernel's are those of its own cost estimate."""
+    computations, entry = parse(text)
+
+    def count(computation: Computation) -> int:
+        total = 0
+        for instruction in computation.values():
+            if instruction.opcode in FREE:
+                continue
+            estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.rest)
+            if estimate:
+                total += int(estimate[1])
+            elif instruction.opcode == "copy-start":  # its result names source and target
+                total += main_memory_bytes(instruction.result)
+            else:
+                total += _written(instruction, computations)
+                for at, name in enumerate(instruction.operands):
+                    if name in computation and (whole := main_memory_bytes(computation[name].result)):
+                        total += _read(instruction, at, whole, computations)
+        return total
+
+    def opened(computation: Computation) -> Iterator[Computation]:
+        for instruction in computation.values():
+            if instruction.opcode in OPENED:
+                for name in re.findall(r"(?:body|to_apply|branch_computations)=\{?%([\w.\-]+)", instruction.rest):
+                    yield computations[name]
+                    yield from opened(computations[name])
+
+    return count(computations[entry]), sum(map(count, opened(computations[entry])))

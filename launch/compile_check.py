@@ -1,0 +1,37 @@
+"""Compiles every program that serving would run, for devices that are not here, and says what it would cost them.
+
+    python launch/compile_check.py --config=multi.py:llama8b --topology=v5e:2x4
+    python launch/compile_check.py --config=multi.py:smollm2 --topology=h100
+
+Weights are shapes only; any machine will do. TPUs need libtpu (pip install 'jax[tpu]'), an H100 jax[cuda13-local] and a
+CUDA toolkit's ptxas. Exit code 1: something does not fit, or copies the KV pages.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a chip that is here stays free
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from icarus_jax import cli
+
+_HEADS = cli.define_heads()
+_TOPOLOGY = flags.DEFINE_string("topology", "v5e:2x4", "devices: v5e:2x4, v5e:1x1, v6e:2x4, tpu7x:2x2x1, h100, h100:8")
+_CONTEXT = flags.DEFINE_integer("context", 0, "tokens of a sequence, for the rooflines (0: half of max_model_len)")
+_ONLY = flags.DEFINE_string("only", "", "a regular expression: the programs to compile")
+
+
+def main(config: ConfigDict) -> None:
+    cli.add_heads(config, _HEADS.value or ())
+    from icarus_jax import compile_report
+
+    if not compile_report.run(config, _TOPOLOGY.value, _CONTEXT.value, _ONLY.value):
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    cli.run(main, default_config="multi.py")
