@@ -6,9 +6,11 @@ import dataclasses
 
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduler import SCORE_ROWS
-from pallas_kernels.paged_attention.work import FEW_ROWS, ITEM_PAGES, TILE_ROWS, SequenceRows, WorkShape
+from pallas_kernels.paged_attention.work import FEW_ROWS, SequenceRows, WorkShape
 
 PREFILL_WRITERS = 128  # smaller prefill bucket; the larger one is max_num_batched_tokens
+GROUP_TILES = 8  # most tiles of sequences that share pages, in one step
+TPU_TILE_ROWS = {True: 32, False: 64}  # of decode steps (groups alone), and of others (prefills): docs/kernels.md
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,50 +23,58 @@ class Bucket:
     work: WorkShape
 
     def fits(self, need: Need) -> bool:
-        counts = (self.writers, self.readers, self.logits, self.work.max_items)
+        counts = (self.writers, self.readers, self.logits, self.work.max_items, self.work.max_tiles)
         return all(have >= want for have, want in zip(counts, dataclasses.astuple(need), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one plan asks of a bucket: rows, and items of attention work if every sequence were cut into items."""
+    """What one plan asks of a bucket: rows, and attention work (items if no pages are shared, tiles of prefills)."""
 
     writers: int
     readers: int
     logits: int
     items: int
+    tiles: int
 
 
-def items_needed(sequences: list[SequenceRows], item_rows: int, page_size: int, all_items: bool) -> int:
-    """Items that these sequences are cut into; those with many rows become tiles unless `all_items`."""
-    block = ITEM_PAGES * page_size
-    total = 0
+def work_needed(sequences: list[SequenceRows], shape: WorkShape, page_size: int) -> tuple[int, int]:
+    """(The most items, the tiles) that these sequences are cut into."""
+    block = shape.item_pages * page_size
+    items = tiles = 0
     for seq in sequences:
-        n = len(seq.rows)
-        if all_items or n <= FEW_ROWS:
-            total += sum(int(seq.positions[min(i + item_rows, n) - 1]) // block + 1 for i in range(0, n, item_rows))
-    return total
+        n, r = len(seq.rows), shape.item_rows
+        if n <= FEW_ROWS or not shape.max_tiles:
+            items += sum(int(seq.positions[min(i + r, n) - 1]) // block + 1 for i in range(0, n, r))
+        else:
+            tiles += -(-n // shape.tile_rows)
+    return items, tiles
 
 
-def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool) -> WorkShape:
+def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool, kernels: str) -> WorkShape:
     rows = writers + readers
-    pages = -(-config.max_model_len // config.page_size)
-    parts = -(-pages // ITEM_PAGES)
-    item_rows = 2 if readers else 1
+    shape = WorkShape(rows, 2 if readers else 1, 0, 0, -(-config.max_model_len // config.page_size))
+    if kernels == "tpu":  # it walks over the runs one by one: long ones are best
+        shape = dataclasses.replace(shape, item_pages=shape.pages_per_seq, tile_rows=TPU_TILE_ROWS[decode])
+    parts = -(-shape.pages_per_seq // shape.item_pages)
+    groups = min(GROUP_TILES, writers // 2)
     if decode:
-        return WorkShape(rows, item_rows, writers * parts, rows, 0, pages)
-    few = min(rows, config.max_num_seqs * FEW_ROWS)
-    items = min(rows, config.max_num_seqs * -(-FEW_ROWS // item_rows)) * parts
-    return WorkShape(rows, item_rows, items, few, rows // TILE_ROWS + rows // (FEW_ROWS + 1) + 1, pages)
+        return dataclasses.replace(shape, max_items=writers * parts, max_tiles=groups)
+    seqs = min(rows, config.max_num_seqs)
+    items = min(rows, seqs * -(-FEW_ROWS // shape.item_rows)) * parts
+    return dataclasses.replace(shape, max_items=items, max_tiles=rows // shape.tile_rows + seqs + groups)
 
 
-def make_buckets(config: EngineConfig, has_heads: bool) -> list[Bucket]:
-    """Every shape that serving may need, cheapest first. Any plan that the scheduler makes fits the last one."""
+def make_buckets(config: EngineConfig, has_heads: bool, kernels: str = "xla") -> list[Bucket]:
+    """Every shape that serving may need, cheapest first. Any plan that the scheduler makes fits the last one.
+
+    kernels: the implementation of attention, which decides on the cut of its work.
+    """
     seqs = config.max_num_seqs
     top = max(SCORE_ROWS, seqs)
 
     def bucket(writers: int, readers: int, logits: int, decode: bool) -> Bucket:
-        return Bucket(writers, readers, logits, _work_shape(config, writers, readers, decode))
+        return Bucket(writers, readers, logits, _work_shape(config, writers, readers, decode, kernels))
 
     sizes = [1 << i for i in range((seqs - 1).bit_length())] + [seqs]
     buckets = [bucket(n, r, n, True) for n in sizes for r in ((0, n) if has_heads else (0,))]

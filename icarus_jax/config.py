@@ -8,12 +8,14 @@ slots, r rank.
 from __future__ import annotations
 
 import dataclasses
+import re
 
-KV_KINDS = ("base", "shared", "isolated")
+KV_KINDS = ("base", "shared", "activated", "isolated")
 FAMILIES = ("llama", "qwen2", "qwen3")
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
 TARGETS = (*KV_TARGETS, *LORA_TARGETS)
+KERNELS = ("auto", "xla", "tpu", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,11 +78,15 @@ class HeadConfig:
 
     name: str
     path: str  # a PEFT folder, or 'random:SEED' (an untrained adapter, for load tests)
-    kv: str = "shared"  # 'shared' | 'isolated'
+    kv: str = "shared"  # 'shared' | 'activated' | 'isolated'
+    invocation_tokens: tuple[int, ...] = ()  # of an `activated` head (aLoRA): where its adapter comes on
+    pinned: bool = False  # never leaves its adapter slot
 
     def __post_init__(self):
         if self.kv not in KV_KINDS[1:]:
             raise ValueError(f"head {self.name!r}: kv={self.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
+        if (self.kv == "activated") != bool(self.invocation_tokens):
+            raise ValueError(f"head {self.name!r}: kv='activated' and invocation tokens go together")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +100,32 @@ class EngineConfig:
     max_model_len: int = 2048  # prompt plus output
     dtype: str = "float32"  # weights, activations
     kv_dtype: str = "float32"
-    attention_impl: str = "auto"  # 'auto' | 'xla'
+    kernels: str = "auto"  # which implementation of the ops: one of KERNELS; 'auto' is the backend's own
     enable_prefix_caching: bool = True
+    max_loras: int = 0  # adapter slots on the device (0: one for each head given at the start); more heads take turns
+    max_lora_rank: int = 0  # largest rank that can be loaded (0: that of the heads given at the start)
+    writer_adapters: bool = False  # prepare for `isolated` and `activated` heads, even if none is given at the start
+    check_reuse: float = 0.0  # debug: fraction of the requests whose reused pages are computed again and compared
+    mesh: str = "1x1"  # devices, DATAxMODEL: `model` splits weights and KV heads, `data` the rows of a step
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < 1:
+            if field.type == "int" and value < 1 and not field.name.startswith("max_lora"):
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
-        if self.attention_impl not in ("auto", "xla"):
-            raise ValueError(f"engine.attention_impl={self.attention_impl!r}; it is one of auto, xla")
+        if self.kernels not in KERNELS:
+            raise ValueError(f"engine.kernels={self.kernels!r}; it is one of {', '.join(KERNELS)}")
+        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
+            raise ValueError(f"engine.mesh={self.mesh!r}; it is DATAxMODEL, two numbers of devices: '1x8', '2x4'")
         need = -(-self.max_model_len // self.page_size)
         if self.num_pages < need:
             raise ValueError(
                 f"engine.num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
                 f"at least {need} pages of {self.page_size} tokens are needed"
             )
+
+    @property
+    def mesh_shape(self) -> tuple[int, int]:
+        """(data, model): the mesh's devices along each axis."""
+        data, model = self.mesh.split("x")
+        return int(data), int(model)

@@ -15,52 +15,27 @@ import secrets
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future
+from typing import TypeVar
 
-import jax.numpy as jnp
-
-from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.distributed import spread
+from icarus_jax.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.heads import Factors, HeadBank
-from icarus_jax.model import Trunk
+from icarus_jax.registry import Registry
+from icarus_jax.requests import EngineStats, Request
+from icarus_jax.reuse_check import ReuseCheck
 from icarus_jax.runner import Runner
 from icarus_jax.scheduler import Scheduler
-from icarus_jax.sequence import MAX_STOPS, Model, RequestError, SamplingParams, Sequence, TokenOutput
+from icarus_jax.sequence import MAX_STOPS, Model, RequestError, Sequence, TokenOutput
+from icarus_jax.sharding import Weight, make_layout
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+DEFAULT_RANK = 16  # of an engine that starts without heads
 OnOutput = Callable[[int, TokenOutput], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """A prompt for one model. `n` streams are made of it; stream i draws with seed + i."""
-
-    model: str
-    prompt_ids: tuple[int, ...]
-    params: SamplingParams
-    n: int = 1
-
-
-@dataclasses.dataclass
-class EngineStats:
-    """Counters since the start, and gauges as of the last step. Read by any thread, written by the engine's."""
-
-    requests: int = 0  # sequences admitted (n counts n times)
-    prompt_tokens: int = 0
-    prefill_tokens: int = 0  # prompt tokens computed by writer rows (recomputation after a preemption included)
-    cached_tokens_same_model: int = 0  # prompt tokens found in the cache, first written for the same model
-    cached_tokens_cross_model: int = 0  # ... first written for another model
-    generated_tokens: int = 0
-    preemptions: int = 0
-    evictions: int = 0  # cached pages given up for others
-    steps: int = 0
-    pages_total: int = 0
-    pages_used: int = 0  # held by a running sequence
-    pages_cached: int = 0  # held by none, kept for reuse
-    running: int = 0
-    waiting: int = 0
-    host_seconds: float = 0.0  # schedule + prepare + commit
-    device_seconds: float = 0.0  # execute
 
 
 @dataclasses.dataclass
@@ -73,15 +48,18 @@ class _Live:
 
 
 class Engine:
-    """Serves the trunk and its heads from one KV cache. `submit` and `abort` are thread-safe."""
+    """Serves the trunk and its heads from one KV cache. Thread-safe: submit, abort, load_head, unload_head,
+    release_session."""
 
-    def __init__(self, runner: Runner, models: dict[str, Model], config: EngineConfig, eos_ids: Iterable[int]):
-        self.runner, self.models, self.config = runner, models, config
+    def __init__(self, runner: Runner, trunk_name: str, config: EngineConfig, eos_ids: Iterable[int]):
+        self.runner, self.config = runner, config
+        self._registry = Registry(trunk_name, runner.num_slots)
         self.model_config: ModelConfig = runner.model
         self.eos_ids = frozenset(eos_ids)
-        self.scheduler = Scheduler(config)
+        self.scheduler = Scheduler(config, runner.num_slots)
         self.stats = EngineStats(pages_total=config.num_pages)
         self.failed = False
+        self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}
         self._inbox: deque[Callable[[], None]] = deque()
         self._wake = threading.Condition()
@@ -94,36 +72,48 @@ class Engine:
         cls,
         config: EngineConfig,
         model_config: ModelConfig,
-        params: dict,
-        heads: dict[str, tuple[HeadConfig, Factors]] | None = None,
+        params: Mapping[str, Weight],
+        heads: dict[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the device. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
-        heads = heads or {}
-        if trunk_name in heads:
-            raise ValueError(f"a head and the trunk are both called {trunk_name!r}")
-        trunk = Trunk(model_config, {k: jnp.asarray(v, config.dtype) for k, v in params.items()})
-        bank = HeadBank([factors for _, factors in heads.values()], model_config, config.dtype) if heads else None
-        models = {trunk_name: Model(trunk_name, "base", 0)}
-        for slot, (name, (head, _)) in enumerate(heads.items(), 1):
-            models[name] = Model(name, head.kv, slot)
-        isolated = any(m.kind == "isolated" for m in models.values())
-        return cls(Runner(trunk, bank, config, adapt_writers=isolated), models, config, eos_ids)
+        """Puts the weights on the mesh. params: checkpoint.py's canonical dict; heads: name -> (config, weights).
+
+        Raises ValueError: a head cannot be loaded, or a fully fine-tuned one is not alone.
+        """
+        layout = make_layout(config, model_config.num_kv_heads)
+        place = functools.partial(layout.place_params, dtype=config.dtype)
+        trunk, adapters = make_trunk(model_config, params, list((heads or {}).values()), place)
+        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
+        num_slots = 0 if isinstance(trunk, PairedTrunk) else config.max_loras or len(adapters)
+        ranks = (a.shape[-1] for _, factors in adapters for a, _ in factors.values())
+        rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
+        targets = TARGETS if adapt_writers else LORA_TARGETS
+        bank = layout.place_bank(HeadBank(model_config, config.dtype, num_slots, rank, targets)) if num_slots else None
+        engine = cls(spread(Runner(trunk, bank, config, adapt_writers, layout)), trunk_name, config, eos_ids)
+        for head, factors in adapters:
+            engine.load_head(head, factors)
+        engine.stats.head_loads = 0
+        return engine
 
     # ---- any thread
 
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The served models by name."""
+        return self._registry.models
+
     def submit(self, request: Request, on_output: OnOutput) -> list[int]:
-        """Queues a request and returns its n sequence ids.
+        """Queues a request and returns the sequence ids of its choices, len(models) * n.
 
         `on_output(index, output)` is called on the engine thread for choice `index`; the last output of each has a
         finish_reason. Raises RequestError (unknown model, empty prompt, too long, token id out of range; field set).
         """
-        self._check(request)
+        models, config = self.models, self.config
+        request.check(models, config.max_model_len, self.model_config.vocab_size, config.max_num_seqs)
         seed = request.params.seed if request.params.seed is not None else secrets.randbits(32)
-        model = self.models[request.model]
         # the context may end before max_tokens does
-        room = self.config.max_model_len - len(request.prompt_ids)
+        room = config.max_model_len - len(request.prompt_ids)
         params = dataclasses.replace(
             request.params,
             max_tokens=min(request.params.max_tokens, room),
@@ -132,21 +122,59 @@ class Engine:
         with self._wake:
             if self._closing or self.failed:
                 raise RequestError("the engine is shutting down" if self._closing else "the engine has failed")
-            first = self._next_id
-            self._next_id += request.n
-            for i in range(request.n):
+            first, count = self._next_id, len(request.models) * request.n
+            self._next_id += count
+            for i in range(count):
                 seq = Sequence(
                     first + i,
-                    model,
+                    models[request.models[i // request.n]],
                     list(request.prompt_ids),
                     params,
-                    seed=seed + i,
+                    seed=seed + i % request.n,
                     eos_ids=self.eos_ids,
-                    arrival=time.monotonic(),
+                    reference=request.reference_logprobs,
+                    handoff=request.handoff and functools.partial(self._next_model, request.handoff()),
+                    session=request.session,
                 )
                 self._inbox.append(functools.partial(self._enter, _Live(seq, i, on_output)))
+            self.stats.fan_out_requests += len(request.models) > 1
             self._wake.notify()
-        return list(range(first, first + request.n))
+        return list(range(first, first + count))
+
+    def load_head(self, head: HeadConfig, factors: Factors) -> None:
+        """Serves a head from the next request on. Of a name that is served already, the new version takes over;
+        requests on their way finish on the version that they started with, and no page of the cache is lost.
+        Raises ValueError if the adapter does not fit (shapes, rank, targets, no adapter slots).
+        """
+        self.runner.check_head(head, factors)
+        self._call(lambda: self._load(head, factors))
+
+    def unload_head(self, name: str) -> None:
+        """Serves a head no longer; requests on their way finish. Raises ValueError if there is no such head."""
+        self._call(lambda: self._unload(name))
+
+    def release_session(self, session: str) -> bool:
+        """Gives back a session's pages (SessionHint); False if it had none."""
+        return self._call(lambda: self.scheduler.sessions.release(session))
+
+    def _call(self, do: Callable[[], T]) -> T:
+        """Runs something on the engine thread, between two steps, and waits for it."""
+        if self._thread is None or self._thread is threading.current_thread():
+            return do()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(do())
+            except Exception as error:
+                future.set_exception(error)
+
+        with self._wake:
+            if self._closing or self.failed:
+                raise RequestError("the engine takes no more commands")
+            self._inbox.append(run)
+            self._wake.notify()
+        return future.result()
 
     def abort(self, seq_ids: Iterable[int]) -> None:
         """Ends sequences and frees their pages; unknown ids are ignored. They get no further output."""
@@ -154,29 +182,6 @@ class Engine:
         with self._wake:
             self._inbox.append(lambda: self._abort(ids))
             self._wake.notify()
-
-    def _check(self, request: Request) -> None:
-        limit, vocab = self.config.max_model_len, self.model_config.vocab_size
-        if request.model not in self.models:
-            raise RequestError(f"the model {request.model!r} does not exist; served: {', '.join(self.models)}", "model")
-        if not request.prompt_ids:
-            raise RequestError("the prompt is empty", "prompt")
-        need = len(request.prompt_ids) + min(1, request.params.max_tokens)
-        if need > limit:
-            raise RequestError(
-                f"the prompt has {len(request.prompt_ids)} tokens; the context holds {limit}, output included", "prompt"
-            )
-        if not 1 <= request.n <= self.config.max_num_seqs:
-            raise RequestError(f"n is {request.n}; it must lie between 1 and {self.config.max_num_seqs}", "n")
-        named = {
-            "prompt": request.prompt_ids,
-            "logit_bias": [t for t, _ in request.params.logit_bias],
-            "stop_token_ids": request.params.stop_token_ids,
-        }
-        for field, ids in named.items():
-            bad = next((t for t in ids if not 0 <= t < vocab), None)
-            if bad is not None:
-                raise RequestError(f"{field} holds the token id {bad}; ids lie between 0 and {vocab - 1}", field)
 
     # ---- life
 
@@ -218,10 +223,25 @@ class Engine:
     def run_inbox(self) -> None:
         """Takes in what other threads asked for since the last step."""
         with self._wake:
-            commands = list(self._inbox)
-            self._inbox.clear()
+            commands, self._inbox = self._inbox, deque()
         for command in commands:
             command()
+
+    def _load(self, head: HeadConfig, factors: Factors) -> None:
+        old = self._registry.add(head, factors)
+        if old is not None:
+            self.scheduler.slots.retire(old)
+        self.stats.head_loads += 1
+
+    def _unload(self, name: str) -> None:
+        self.scheduler.slots.retire(self._registry.remove(name))
+        self.stats.head_unloads += 1
+
+    def _next_model(self, rule: Callable[[int], str | None], token: int) -> Model | None:
+        name = rule(token)
+        if name is not None and name not in self.models:
+            log.warning("a handoff names %r, which is not served any more; the model stays as it is", name)
+        return self.models.get(name) if name is not None else None
 
     def _enter(self, live: _Live) -> None:
         self._live[live.seq.seq_id] = live
@@ -229,8 +249,7 @@ class Engine:
 
     def _abort(self, ids: list[int]) -> None:
         for seq_id in ids:
-            live = self._live.pop(seq_id, None)
-            if live is not None:
+            if (live := self._live.pop(seq_id, None)) is not None:
                 self.scheduler.abort(live.seq)
         self._update_stats()
 
@@ -245,14 +264,22 @@ class Engine:
         begin = time.perf_counter()
         plan = self.scheduler.schedule()
         if not plan.work:
+            if self._reuse.give_up():
+                return
             raise AssertionError("the scheduler has sequences, and can run none of them")
+        self._reuse.after_schedule(plan)
+        for model in plan.loads:
+            self.runner.load_head(model.slot, model.factors)
         self.runner.copy_pages(plan.copies)
         batch = self.runner.prepare(plan)
         ready = time.perf_counter()
         rows = self.runner.execute(batch)
         done = time.perf_counter()
+        self._reuse.before_commit(plan)
+        self.stats.slot_loads += len(plan.loads)
         for output in self.scheduler.commit(plan, rows):
-            live = self._live[output.seq_id]
+            if (live := self._live.get(output.seq_id)) is None:  # a check of reused pages
+                continue
             if output.finish_reason:
                 del self._live[output.seq_id]
             live.on_output(live.index, output)
@@ -268,4 +295,5 @@ class Engine:
         for name, value in counters.items():
             setattr(stats, name, value)
         stats.evictions, stats.pages_used, stats.pages_cached = pool.evictions, pool.num_used, pool.num_cached
+        stats.slot_evictions, stats.sessions = scheduler.slots.evictions, len(scheduler.sessions)
         stats.running, stats.waiting = len(scheduler.running), len(scheduler.waiting)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
+from collections.abc import Iterator
 from typing import Any
 
 import gguf
@@ -122,24 +123,33 @@ def _tensor(data: np.ndarray, start: int, shape: tuple[int, ...], kind: gguf.GGM
 
 
 class GgufTrunk:
-    """A GGUF file's weights under Hugging Face's names and layout. See checkpoint.TensorSource."""
+    """A GGUF file's weights under Hugging Face's names and layout. See weights.TensorSource."""
 
     def __init__(self, path: epath.PathLike):
         self._file = read_gguf(path)
         self.config = _config(self._file)
         self.names = frozenset(map(_hf_name, self._file.tensors.keys() - {"rope_freqs.weight"}))
 
-    def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._file.tensors[_gguf_name(name)].shape
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         tensor = self._file.tensors[_gguf_name(name)]
+        *rows, columns = index  # the last axis is stored in blocks: read those that the columns lie in
+        block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
+        first, last = columns.start // block, -(-columns.stop // block)
+        data = np.ascontiguousarray(tensor.data[(*rows, slice(first * block_bytes, last * block_bytes))])
         try:
-            values = gguf.quants.dequantize(tensor.data, tensor.kind)
+            values = gguf.quants.dequantize(data, tensor.kind)
         except NotImplementedError:
             raise ValueError(f"{self._file.path}: {name} is {tensor.kind.name}, which cannot be read") from None
-        heads = {"q_proj": self.config.num_heads, "k_proj": self.config.num_kv_heads}
-        module = name.split(".")[-2]
-        if self.config.family == "llama" and module in heads:
-            values = _unpermute(values, heads[module])
-        return values, tensor.data
+        values = values[..., columns.start - first * block : columns.stop - first * block]
+        if self.config.family == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+            values = _unpermute(values, values.shape[0] // self.config.head_dim)  # always whole attention heads
+        return values
+
+    def stored(self, name: str) -> Iterator[np.ndarray]:
+        yield self._file.tensors[_gguf_name(name)].data  # memory-mapped: whole, but not in memory
 
 
 def _hf_name(name: str) -> str:

@@ -1,75 +1,132 @@
-"""The head bank: the adapters of every head, side by side, applied by row.
+"""The head bank: the adapters of every head, applied by row.
 
-A slot's factors lie side by side with the other slots' (a [L, din, A * r], b [L, A * r, dout]), so that one plain
-matrix product serves rows of any mixture of slots: a row keeps the lanes of its own slot and zeroes the rest. Slot 0
-is the trunk and has no lanes at all.
+Its arrays are as the `lora` op takes them: a slot's factors lie at index slot - 1, all of one largest rank. Slot 0 is
+the trunk and is not in the bank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from icarus_jax.config import ModelConfig
+from icarus_jax.sharding import FACTOR_AXES, Layout
+from pallas_kernels.lora import lora
 
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]  # target -> (A f32[L, din, r], B f32[L, r, dout])
 
 
 class Lora(nnx.Module):
-    """One projection's low-rank factors of every slot: a [.., din, A * r], b [.., A * r, dout]."""
+    """One projection's low-rank factors of every slot: a [L, A, r, din], b [L, A, r, dout]."""
 
-    def __init__(self, a: jax.Array, b: jax.Array, rank: int):
-        self.a, self.b, self.rank = nnx.Param(a), nnx.Param(b), rank
-
-    def __call__(self, x: jax.Array, slots: jax.Array) -> jax.Array:
-        """x [R, din] through the adapter of each row's slot i32[R]; zeros for slot 0. Returns [R, dout]."""
-        hidden = jnp.dot(x, self.a[...], preferred_element_type=jnp.float32)
-        lane_slot = jnp.arange(hidden.shape[-1]) // self.rank + 1
-        hidden = jnp.where(lane_slot == slots[:, None], hidden, 0.0).astype(x.dtype)
-        return jnp.dot(hidden, self.b[...], preferred_element_type=jnp.float32).astype(x.dtype)
+    def __init__(self, a: jax.Array, b: jax.Array):
+        self.a, self.b = nnx.Param(a), nnx.Param(b)
 
 
 class HeadBank(nnx.Module):
-    """The adapters of all heads, stacked over layers; a projection that no head changes is None."""
+    """`num_slots` adapters of at most `rank`, stacked over layers, all zero at first; other targets are None."""
 
-    def __init__(self, adapters: list[Factors], config: ModelConfig, dtype: str):
-        weights, rank = stack_heads(config, adapters, dtype)
-        for target in config.target_shapes:
-            factors = weights.get(target)
-            setattr(self, target, nnx.data(factors and Lora(jnp.asarray(factors[0]), jnp.asarray(factors[1]), rank)))
+    def __init__(self, config: ModelConfig, dtype: DTypeLike, num_slots: int, rank: int, targets: Sequence[str]):
+        self.num_slots, self.rank, self.targets = num_slots, rank, tuple(targets)
+        for target, shape in config.target_shapes.items():
+            a, b = ((config.num_layers, num_slots, rank, size) for size in shape)
+            factors = Lora(jnp.zeros(a, dtype), jnp.zeros(b, dtype)) if target in targets else None
+            setattr(self, target, nnx.data(factors))
+
+
+class Adapters(Protocol):
+    """What a block of layers sees of the adapters: LayerBank, or its counterpart in training."""
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
-        """`out` [B, dout] plus the adapters' share of x [B, din], for the rows from `first` on."""
-        lora = getattr(self, target)
-        if lora is None or first == out.shape[0]:
-            return out
-        adapted = out[first:] + lora(x[first:], slots[first:])
-        return adapted if first == 0 else jnp.concatenate([out[:first], adapted])
+        """`out` [B, dout] plus the adapters' share of x [B, din], for the rows from `first` on; slots i32[B]."""
 
 
-def stack_heads(config: ModelConfig, adapters: list[Factors], dtype: DTypeLike) -> tuple[dict[str, tuple], int]:
-    """Puts adapters side by side: {target: (a [L, din, A * r], b [L, A * r, dout])} and the common rank r.
+@dataclasses.dataclass(frozen=True)
+class LayerBank:
+    """A bank at one layer and in one step. layer i32[]; active i32[U] and implementation: the `lora` op's.
 
-    Slot i + 1 is `adapters[i]`; smaller ranks are padded with zeros. Targets that no adapter has are left out.
+    On a mesh every device takes its part of din or dout; parts of din are sums, which are added up.
     """
-    shapes = config.target_shapes
-    rank = max((a.shape[-1] for factors in adapters for a, _ in factors.values()), default=0)
-    lanes = rank * len(adapters)
-    bank = {}
-    for target in sorted({t for factors in adapters for t in factors}):
-        din, dout = shapes[target]
-        a = np.zeros((config.num_layers, din, lanes), np.float32)
-        b = np.zeros((config.num_layers, lanes, dout), np.float32)
-        for slot, factors in enumerate(adapters):
-            if target in factors:
-                fa, fb = factors[target]
-                at = slot * rank
-                a[:, :, at : at + fa.shape[-1]] = fa
-                b[:, at : at + fb.shape[1]] = fb
-        bank[target] = (a.astype(dtype), b.astype(dtype))
-    return bank, rank
+
+    bank: HeadBank
+    layer: Any
+    active: Any
+    implementation: str
+    layout: Layout
+
+    def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
+        factors = getattr(self.bank, target)
+        if factors is None or first == out.shape[0]:
+            return out
+        share = self._share(target, x[first:], factors.a[...], factors.b[...], slots[first:])
+        return out + share if first == 0 else jnp.concatenate([out[:first], out[first:] + share])
+
+    def _share(self, target: str, x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array) -> jax.Array:
+        layout, rows = self.layout, x.shape[0]
+        din, dout = FACTOR_AXES[target]
+        x_spec, a_spec, b_spec = (
+            layout.spec(("rows", din), x.shape),
+            *(s.spec for s in layout.factors(target, a.shape, b.shape)),
+        )
+        out_spec = layout.spec(("rows", dout), (rows, b.shape[-1]))
+
+        def local(x, a, b, layer, slots, active):
+            share = lora(x, a, b, layer, slots, active, implementation=self.implementation)
+            return lax.psum(share, x_spec[1]) if x_spec[1] else share
+
+        everywhere = PartitionSpec()
+        sharded = jax.shard_map(
+            local,
+            mesh=layout.mesh,
+            in_specs=(x_spec, a_spec, b_spec, everywhere, layout.spec(("rows",), (rows,)), everywhere),
+            out_specs=out_spec,
+            check_vma=False,
+        )
+        return sharded(x, a, b, self.layer, slots, self.active)
+
+
+def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Sequence[str]) -> Factors:
+    """An adapter as a bank takes it: every target, A f32[L, r, din] and B f32[L, r, dout], padded with zeros to `rank`.
+
+    Raises ValueError, which says what would be right, for a larger rank, a target the bank lacks, another shape or
+    values that are not finite (which would spoil the rows of other heads, too).
+    """
+    largest = max((a.shape[-1] for a, _ in factors.values()), default=0)
+    if largest > rank:
+        raise ValueError(
+            f"its rank is {largest}, the adapter slots hold {rank}: --config.engine.max_lora_rank={largest}"
+        )
+    if unknown := sorted(set(factors) - set(targets)):
+        raise ValueError(f"it changes {', '.join(unknown)}; the adapter slots hold {', '.join(targets)}")
+    fitted = {}
+    for target in targets:
+        din, dout = config.target_shapes[target]
+        a = np.zeros((config.num_layers, rank, din), np.float32)
+        b = np.zeros((config.num_layers, rank, dout), np.float32)
+        if target in factors:
+            fa, fb = factors[target]
+            if (*fa.shape[:2], fb.shape[0], fb.shape[2]) != (len(a), din, len(b), dout):
+                raise ValueError(f"its {target} has shapes {fa.shape} and {fb.shape}; the trunk's is {din} x {dout}")
+            if not (np.isfinite(fa).all() and np.isfinite(fb).all()):
+                raise ValueError(f"its {target} holds values that are not finite")
+            a[:, : fa.shape[-1]], b[:, : fb.shape[1]] = fa.swapaxes(1, 2), fb
+        fitted[target] = (a, b)
+    return fitted
+
+
+def load_slot(bank: Any, slot: jax.Array, factors: Factors) -> None:
+    """Puts an adapter (fit_factors) in place of what is in `slot` (from 1 on)."""
+    for target, pair in factors.items():
+        stored = getattr(bank, target)
+        for param, values in zip((stored.a, stored.b), pair, strict=True):
+            update = values.astype(param.dtype)[:, None]
+            param[...] = lax.dynamic_update_slice_in_dim(param[...], update, slot - 1, axis=1)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
@@ -13,11 +15,12 @@ from etils import epath
 from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
 
 INDEX = "model.safetensors.index.json"
+PIECE = 1 << 23  # values read at once for the identity
 FLOATS = ("float32", "float16", "bfloat16")
 
 
 class HfTrunk:
-    """A folder's weights. See checkpoint.TensorSource."""
+    """A folder's weights. See weights.TensorSource."""
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
@@ -37,11 +40,20 @@ class HfTrunk:
                 raise ValueError(f"{self._folder} has no {file.name}; weights are read from safetensors files only")
         return files
 
-    def read(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        values = self._where[name].get_tensor(name)
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._where[name].get_slice(name).get_shape())
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        values = self._where[name].get_slice(name)[index]
         if values.dtype.name not in FLOATS:
             raise ValueError(f"{self._folder}: {name} is {values.dtype}; weights are {', '.join(FLOATS)}")
-        return values, values
+        return values
+
+    def stored(self, name: str) -> Iterator[np.ndarray]:
+        rows, *rest = self.shape(name)
+        step = max(1, PIECE // math.prod(rest))
+        for first in range(0, rows, step):
+            yield self.read(name, (slice(first, min(first + step, rows)), *(slice(0, n) for n in rest)))
 
 
 def _open(file: epath.Path) -> Any:

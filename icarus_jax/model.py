@@ -8,6 +8,7 @@ over all rows costs less than two, and those k, v are dropped, never stored.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,11 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from icarus_jax.attention import append_and_attend
 from icarus_jax.config import ModelConfig
-from icarus_jax.heads import HeadBank
+from icarus_jax.heads import Adapters, HeadBank, LayerBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
-from pallas_kernels.kv_append import kv_append
-from pallas_kernels.paged_attention import WorkList, paged_attention
+from icarus_jax.sharding import Layout
+from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
 
@@ -28,18 +30,20 @@ from pallas_kernels.paged_attention.work import Array
 class Rows:
     """One step's rows, writers first. Padding rows write nowhere and attend to nothing.
 
-    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); slot_mapping i32[T] (where each writer row stores its K/V,
-    -1 = nowhere); sample_rows i32[S] (the rows whose logits are wanted); work: the attention work list, which holds
-    the positions i32[B].
+    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); active i32[U] (the distinct slots among them, padded with 0);
+    slot_mapping i32[T] (where each writer row stores its K/V, -1 = nowhere); sample_rows i32[S] (the rows whose logits
+    are wanted); work: the attention work list, which holds the positions i32[B].
     """
 
     tokens: Array
     slots: Array
+    active: Array
     slot_mapping: Array
     sample_rows: Array
     work: WorkList
 
 
+Pin = Callable[[jax.Array], jax.Array]
 BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
 
 
@@ -61,9 +65,20 @@ class Block(nnx.Module):
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
     def attention_inputs(
-        self, config: ModelConfig, bank: HeadBank | None, x: Array, slots: Array, first: int, tables: Tables
+        self,
+        config: ModelConfig,
+        bank: Adapters | None,
+        x: Array,
+        slots: Array,
+        first: int,
+        tables: Tables,
+        pin: Pin = lambda x: x,
     ) -> tuple[Array, Array, Array]:
-        """x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
+        """The residual stream x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated.
+
+        pin: says where normalised rows lie on a mesh (else their norm is computed in parts, where `qkv` is split by D).
+        """
+        x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
         d = config.hidden_size
@@ -72,8 +87,8 @@ class Block(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         query, key, value = (
             qkv[:, :, :-2].reshape(b, n * h),
-            qkv[:, :, -2].reshape(b, -1),
-            qkv[:, :, -1].reshape(b, -1),
+            qkv[:, :, -2].reshape(b, k * h),
+            qkv[:, :, -1].reshape(b, k * h),
         )
         if bank is not None:
             query = bank.add("q_proj", query, x, slots, first)
@@ -85,11 +100,17 @@ class Block(nnx.Module):
             key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
         return rope(query, tables), rope(key, tables), value
 
-    def mlp(self, bank: HeadBank | None, x: Array, slots: Array, first: int) -> jax.Array:
-        """SwiGLU. x [B, D] -> [B, D]."""
-        d, _, f = self.gate_up.shape
-        gate_up = jnp.dot(x, self.gate_up[...].reshape(d, 2 * f))
-        gate, up = gate_up[:, :f], gate_up[:, f:]
+    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+        """What attention adds to the residual stream. attended [B, N, H] -> [B, D]."""
+        attended = attended.reshape(-1, self.o[...].shape[0])
+        out = jnp.dot(attended, self.o[...])
+        return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
+
+    def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
+        """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
+        x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
+        gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
+        gate, up = gate_up[:, 0], gate_up[:, 1]
         if bank is not None:
             gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
         hidden = jax.nn.silu(gate) * up
@@ -107,9 +128,12 @@ class Trunk(nnx.Module):
         self.final_norm = nnx.Param(params["final_norm"])
         self.lm_head = nnx.data(None if config.tie_word_embeddings else nnx.Param(params["lm_head"]))
 
+    def normed(self, x: jax.Array, slots: Array) -> jax.Array:
+        """The final norm of the residual stream [S, D], rows of the slots i32[S]."""
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states [S, D] -> logits f32[S, V]."""
-        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        """Normalised rows [S, D] -> logits f32[S, V]."""
         weight = (self.embed if self.lm_head is None else self.lm_head)[...]
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -119,39 +143,49 @@ class Trunk(nnx.Module):
         kv_pages: jax.Array,
         rows: Rows,
         *,
+        layout: Layout,
         adapt_writers: bool = False,
-        attention: str = "auto",
+        kernels: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
         """One step. kv_pages [L, num_pages, K, page_size, 2H] -> (logits f32[S, V], kv_pages).
 
         adapt_writers: writer rows have adapters too (an `isolated` head is loaded); else only reader rows do.
+        kernels: the implementation of the ops (pallas_kernels).
         """
         config = self.config
         num_writers = rows.slot_mapping.shape[0]
-        first = 0 if adapt_writers else num_writers
+        # rows that lie on several devices are not cut in two: adapters then run over writer rows as well, as zeros
+        first = 0 if adapt_writers or layout.rows_are_split else num_writers
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
-        bank_def, bank_state = nnx.split(bank)
+
+        def pin(x: jax.Array) -> jax.Array:
+            return layout.constrain(x, "rows", "embed")
 
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
-            index, block_state, bank_state = inputs
+            index, block_state = inputs
             block: Block = nnx.merge(block_def, block_state)
-            bank = nnx.merge(bank_def, bank_state)
-            normed = rms_norm(x, block.attn_norm[...], config.rms_norm_eps)
-            q, k, v = block.attention_inputs(config, bank, normed, rows.slots, first, tables)
-            kv = kv_append(kv, index, k[:num_writers], v[:num_writers], rows.slot_mapping)
-            scale = config.head_dim**-0.5
-            attended = paged_attention(q, kv, index, rows.work, scale=scale, implementation=attention)
-            attended = attended.reshape(x.shape[0], -1)
-            out = jnp.dot(attended, block.o[...])
-            if bank is not None:
-                out = bank.add("o_proj", out, attended, rows.slots, first)
-            x = x + out
-            x = x + block.mlp(bank, rms_norm(x, block.mlp_norm[...], config.rms_norm_eps), rows.slots, first)
+            adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
+            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables, pin)
+            attended, kv = append_and_attend(
+                layout,
+                kv,
+                index,
+                q,
+                k,
+                v,
+                rows.slot_mapping,
+                rows.work,
+                scale=config.head_dim**-0.5,
+                implementation=kernels,
+            )
+            x = pin(x + block.attention_output(adapters, attended, rows.slots, first))
+            x = pin(x + block.mlp(config, adapters, x, rows.slots, first))
             return (x, kv), None
 
-        x = self.embed[...][rows.tokens]
-        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state, bank_state))
-        return self.logits(x[rows.sample_rows]), kv_pages
+        x = pin(self.embed[...][rows.tokens])
+        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state))
+        sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
+        return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages

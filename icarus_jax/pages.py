@@ -1,9 +1,9 @@
 """The page pool: allocation, reference counts and the prefix cache. Host only.
 
-A page is named by the chain of tokens up to its end: `key = hash(parent key, tokens)`, the root being the model's
-salt (empty for every model whose K/V the trunk makes). The name says nothing of the head that asked for it, which is
-why one head's pages are a hit for every other. A page that is only partly filled is cached too: it is copied, or,
-when nobody holds it and the new prompt continues it exactly, taken over.
+A page is named by the chain of tokens up to its end: `key = hash(parent key, tokens)`. The name says nothing of the
+head that asked for it, which is why one head's pages are a hit for every other; only where a head makes K/V of its own
+does its salt enter the chain. A page that is only partly filled is cached too: it is copied, or, when nobody holds it
+and the new prompt continues it exactly, taken over.
 """
 
 from __future__ import annotations
@@ -19,23 +19,31 @@ class OutOfPages(Exception):
     """No page is free and none can be evicted."""
 
 
-def root_key(salt: str) -> bytes:
-    return hashlib.blake2b(salt.encode(), digest_size=16).digest()
-
-
 def page_key(parent: bytes, tokens: Tokens[int]) -> bytes:
     """The name of a page (full or partial) that holds `tokens` after the prefix `parent`."""
     return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
 
 
-def chain_keys(salt: str, tokens: Tokens[int], page_size: int, known: list[bytes] | None = None) -> list[bytes]:
-    """Keys of the full pages of `tokens`, continuing the list `known` of its first pages."""
-    keys = list(known or ())
-    parent = keys[-1] if keys else root_key(salt)
-    for start in range(len(keys) * page_size, len(tokens) - page_size + 1, page_size):
-        parent = page_key(parent, tokens[start : start + page_size])
-        keys.append(parent)
-    return keys
+@dataclasses.dataclass(frozen=True)
+class Chain:
+    """How a sequence's pages are named: by their tokens alone, and from page `start` on by `salt` too."""
+
+    salt: str = ""
+    start: int = 0
+
+    def parent(self, keys: Tokens[bytes], page: int) -> bytes:
+        """What the name of page number `page` is derived from; `keys` are those of the pages before it."""
+        key = keys[page - 1] if page else b""
+        if self.salt and page == self.start:
+            return hashlib.blake2b(key + self.salt.encode(), digest_size=16).digest()
+        return key
+
+    def keys(self, tokens: Tokens[int], page_size: int, known: list[bytes] | None = None) -> list[bytes]:
+        """Keys of the full pages of `tokens`, continuing the list `known` of its first pages."""
+        keys = list(known or ())
+        for page in range(len(keys), len(tokens) // page_size):
+            keys.append(page_key(self.parent(keys, page), tokens[page * page_size : (page + 1) * page_size]))
+        return keys
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +96,7 @@ class PagePool:
     def is_cached(self, key: bytes) -> bool:
         return key in self._by_key
 
-    def match(self, salt: str, tokens: Tokens[int], keys: list[bytes]) -> Match:
+    def match(self, chain: Chain, tokens: Tokens[int], keys: list[bytes]) -> Match:
         """The longest cached prefix of `tokens`, whose full pages are named `keys`. Takes nothing."""
         if not self.caching:
             return Match([], None, 0)
@@ -98,7 +106,7 @@ class PagePool:
             if page is None:
                 break
             pages.append(page)
-        parent = keys[len(pages) - 1] if pages else root_key(salt)
+        parent = chain.parent(keys, len(pages))
         rest = tuple(tokens[len(pages) * self.page_size : (len(pages) + 1) * self.page_size])
         best, best_len = None, 0
         for page, held in self._children.get((parent, rest[0]), {}).items() if rest else ():
@@ -157,14 +165,22 @@ class PagePool:
         self._by_key[key] = page
         self._children[parent, content.tokens[0]][page] = content.tokens
 
-    def release(self, pages: Tokens[int]) -> None:
-        """Gives pages back; the cached ones stay until evicted, the last of a sequence first."""
+    def hold(self, pages: Tokens[int]) -> None:
+        """One more holder for each page."""
+        for page in pages:
+            self._hold(page)
+
+    def release(self, pages: Tokens[int], useful: bool = True) -> None:
+        """Gives pages back; the cached ones stay until evicted, the last of a sequence first, those not `useful`
+        before all others."""
         for page in reversed(pages):
             self.refs[page] -= 1
             assert self.refs[page] >= 0, f"page {page} was given back twice"
             if self.refs[page] == 0:
                 if page in self._content:
                     self._idle[page] = None
+                    if not useful:
+                        self._idle.move_to_end(page, last=False)
                 else:
                     self._free.append(page)
 

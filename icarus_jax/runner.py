@@ -3,29 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from icarus_jax.buckets import Bucket, Need, items_needed, make_buckets
-from icarus_jax.config import EngineConfig, ModelConfig
-from icarus_jax.heads import HeadBank
+from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
+from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.full_heads import PairedTrunk
+from icarus_jax.heads import Factors, HeadBank, fit_factors
 from icarus_jax.model import Rows, Trunk
-from icarus_jax.sampler import SampleInputs, Samples, sample
-from icarus_jax.scheduler import SampleRow
-from icarus_jax.sequence import Sequence, StepPlan, TokenLogprob, Work
+from icarus_jax.programs import Programs
+from icarus_jax.sampler import SampleInputs, Samples
+from icarus_jax.sequence import SampleRow, Sequence, StepPlan, TokenLogprob, Work
+from icarus_jax.sharding import Layout
 from pallas_kernels.paged_attention import SequenceRows, build_work
 
 COPY_ROWS = 8  # page copies of one call
 BAN = -1e30
 NO_PAGES = np.zeros(0, np.int32)
-VARIANTS = ("greedy", "sample", "logprobs")
 
 
 @dataclasses.dataclass
@@ -42,25 +40,20 @@ class StepBatch:
 class Runner:
     """Holds the weights and the KV pages on the device, and the compiled programs."""
 
-    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool):
+    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
-        self.buckets = make_buckets(config, bank is not None)
-        shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
-        self.kv_pages = jnp.zeros(shape, config.kv_dtype)
-        graphdef, self.weights = nnx.split((trunk, bank))
-
-        def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-            trunk, bank = nnx.merge(graphdef, weights)
-            return trunk(bank, kv_pages, rows, adapt_writers=adapt_writers, attention=config.attention_impl)
-
-        def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-            return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
-
-        self._forward = jax.jit(forward, donate_argnums=1)
-        self._copy_pages = jax.jit(copy_pages, donate_argnums=0)
-        self._samplers = {v: jax.jit(functools.partial(sample, logprobs=v == "logprobs")) for v in VARIANTS}
-        self._programs: dict[Bucket, Callable] = {}
+        has_heads = bank is not None or isinstance(trunk, PairedTrunk)
+        self._programs = Programs(trunk, bank, config, adapt_writers, layout)
+        self.buckets = make_buckets(config, has_heads, self._programs.kernels)
+        self.weights = (nnx.split(trunk)[1], nnx.split(bank)[1])
+        self.kv_pages = self._programs.zeros(self._programs.kv_pages)
+        self.targets = bank.targets if bank is not None else ()
+        self.rank = bank.rank if bank is not None else 0
+        # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
+        self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
+        self.adapt_writers = adapt_writers
+        self._forward: dict[Bucket, Callable] = {}  # compiled
 
     # ---- prepare
 
@@ -78,8 +71,8 @@ class Runner:
             seq, n, m = work.seq, work.num_write, work.num_read
             tokens[writer : writer + n] = seq.tokens[work.start : work.start + n]
             tokens[reader : reader + m] = seq.tokens[work.read_start : work.read_start + m]
-            slots[writer : writer + n] = seq.model.writer_slot
-            slots[reader : reader + m] = seq.model.slot
+            slots[writer : writer + n] = seq.writer_slots(work.start, n)
+            slots[reader : reader + m] = seq.reader_slots(work.read_start, m)
             written = np.arange(work.start, work.start + n)
             pages = np.asarray(seq.page_table, np.int32)
             slot_mapping[writer : writer + n] = pages[written // page_size] * page_size + written % page_size
@@ -87,26 +80,35 @@ class Runner:
                 read = position - work.read_start
                 sample_rows[logit] = reader + read if 0 <= read < m else writer + position - work.start
                 logit += 1
+            if work.reads_reference:
+                tokens[reader + m] = seq.tokens[-1]
+                sample_rows[logit] = reader + m
+            elif work.reference:
+                sample_rows[logit] = writer + n - 1 if n else sample_rows[logit - 1]
+            logit += work.reference
             sequences.append(_sequence_rows(work, writer, reader, pages))
-            counts.append(work.num_logits)
-            writer, reader = writer + n, reader + m
-        rows = Rows(tokens, slots, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
+            counts.append(work.num_logits + work.reference)
+            writer, reader = writer + n, reader + m + work.reads_reference
+        active = self._programs.no_active(bucket)
+        in_use = np.unique(slots[slots > 0])
+        active[: len(in_use)] = in_use[: len(active)]  # a fully fine-tuned head needs no adapter
+        rows = Rows(tokens, slots, active, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
         sampling, variant = self._sampling(plan, bucket)
         return StepBatch(bucket, rows, sampling, variant, counts)
 
     def _choose(self, plan: StepPlan) -> Bucket:
         sequences = [_sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
-        logits = sum(w.num_logits for w in plan.work)
+        logits = plan.num_logits
         for bucket in self.buckets:
-            items = items_needed(sequences, bucket.work.item_rows, self.config.page_size, not bucket.work.max_tiles)
-            if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items)):
+            items, tiles = work_needed(sequences, bucket.work, self.config.page_size)
+            if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items, tiles)):
                 return bucket
         raise AssertionError(f"no bucket holds {plan.num_writers} writers, {plan.num_readers} readers, {logits} logits")
 
     def _sampling(self, plan: StepPlan, bucket: Bucket) -> tuple[SampleInputs | None, str]:
         params = [w.seq.params for w in plan.work]
         wants_logprobs = any(
-            p.logprobs is not None or w.seq.wants_score for p, w in zip(params, plan.work, strict=True)
+            p.logprobs is not None or w.seq.wants_score or w.reference for p, w in zip(params, plan.work, strict=True)
         )
         plain = all(p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) for p in params)
         if plain and not wants_logprobs:
@@ -116,6 +118,9 @@ class Runner:
         for work in plan.work:
             for position in range(work.logit_start, work.logit_start + work.num_logits):
                 _fill(x, row, work.seq, position)
+                row += 1
+            if work.reference:
+                x.follow[row] = row - 1
                 row += 1
         return x, "logprobs" if wants_logprobs else "sample"
 
@@ -127,13 +132,43 @@ class Runner:
             src, dst = np.zeros(COPY_ROWS, np.int32), np.full(COPY_ROWS, self.config.num_pages, np.int32)
             part = np.array(copies[first : first + COPY_ROWS], np.int32)
             src[: len(part)], dst[: len(part)] = part.T
-            self.kv_pages = self._copy_pages(self.kv_pages, src, dst)
+            self.kv_pages = self._programs.copy_pages(self.kv_pages, src, dst)
+
+    def compare_pages(self, a: list[int], b: list[int]) -> list[tuple[bool, float, float]]:
+        """For each pair of pages: whether their bits agree, the largest difference, the largest magnitude."""
+        results = []
+        for first in range(0, len(a), COPY_ROWS):
+            pairs = np.zeros((2, COPY_ROWS), np.int32)
+            part = np.array([a[first : first + COPY_ROWS], b[first : first + COPY_ROWS]], np.int32)
+            pairs[:, : part.shape[1]] = part
+            found = zip(
+                *(x.tolist() for x in jax.device_get(self._programs.compare_pages(self.kv_pages, *pairs))), strict=True
+            )
+            results += list(found)[: part.shape[1]]
+        return results
+
+    def check_head(self, head: HeadConfig, factors: Factors) -> None:
+        """Raises ValueError if the head cannot be loaded into this runner's adapter slots."""
+        if not self.num_slots:
+            raise ValueError(f"head {head.name!r}: there are no adapter slots; start with --config.engine.max_loras=N")
+        if head.kv != "shared" and not self.adapt_writers:
+            raise ValueError(f"head {head.name!r} is {head.kv}: start with --config.engine.writer_adapters=True")
+        try:
+            fit_factors(self.model, factors, self.rank, self.targets)
+        except ValueError as error:
+            raise ValueError(f"head {head.name!r}: {error}") from None
+
+    def load_head(self, slot: int, factors: Factors) -> None:
+        """Copies an adapter into a slot (from 1 on), in place."""
+        fitted = fit_factors(self.model, factors, self.rank, self.targets)
+        if fitted:
+            self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), fitted))
 
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
         """Runs a step; returns the logits rows of each piece of work."""
-        program = self._programs.get(batch.bucket, self._forward)
+        program = self._forward.get(batch.bucket, self._programs.forward)
         logits, self.kv_pages = program(self.weights, self.kv_pages, batch.rows)
-        samples = jax.device_get(self._samplers[batch.variant](logits, batch.sampling))
+        samples = jax.device_get(self._programs.samplers[batch.variant](logits, batch.sampling))
         rows, first = [], 0
         for count in batch.counts:
             rows.append([_sample_row(samples, batch.sampling, i) for i in range(first, first + count)])
@@ -146,41 +181,39 @@ class Runner:
         """Compiles every program before the first request, two at a time; afterwards nothing compiles any more."""
 
         def compile_bucket(bucket: Bucket) -> Callable:
-            return self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
+            return self._programs.lower(bucket).compile()
 
         with ThreadPoolExecutor(2) as pool:
             for bucket, program in zip(progress(self.buckets), pool.map(compile_bucket, self.buckets), strict=True):
-                self._programs[bucket] = program
+                self._forward[bucket] = program
         self.copy_pages([(0, 0)])
+        self.compare_pages([0], [0])
         for size in sorted({b.logits for b in self.buckets}):
-            logits = jnp.zeros((size, self.model.vocab_size), jnp.float32)
+            shape = (size, self.model.vocab_size)
+            logits = self._programs.zeros(jax.ShapeDtypeStruct(shape, np.float32, sharding=self._programs.logits))
             x = SampleInputs.neutral(size, self.config.max_model_len, self.model.vocab_size)
-            for variant, sampler in self._samplers.items():
+            for variant, sampler in self._programs.samplers.items():
                 sampler(logits, None if variant == "greedy" else x)
 
     def temporary_bytes(self) -> tuple[int, int]:
         """(Temporary bytes of the largest decode program, bytes of the KV pages): in place means few of the former."""
-        bucket = [b for b in self.buckets if not b.work.max_tiles][-1]
-        compiled = self._forward.lower(self.weights, self.kv_pages, self._empty(bucket)).compile()
+        bucket = [b for b in self.buckets if b.writers == b.logits][-1]
+        compiled = self._programs.lower(bucket).compile()
         analysis = compiled.memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes, self.kv_pages.nbytes
-
-    def _empty(self, bucket: Bucket) -> Rows:
-        b = bucket.writers + bucket.readers
-        work = build_work([], bucket.work, self.config.page_size)
-        zeros = functools.partial(np.zeros, dtype=np.int32)
-        return Rows(zeros(b), zeros(b), np.full(bucket.writers, -1, np.int32), zeros(bucket.logits), work)
 
 
 def _sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:
     """The rows of one piece of work, ordered by position; its writers start at `writer`, its readers at `reader`."""
     written = np.arange(work.start, work.start + work.num_write, dtype=np.int32)
-    if not work.num_read:
+    num_read = work.num_read + work.reads_reference
+    if not num_read:
         return SequenceRows(written - work.start + writer, written, pages)
-    read = np.arange(work.read_start, work.read_start + work.num_read, dtype=np.int32)
-    positions = np.concatenate([written, read])
+    read = np.arange(work.read_start, work.read_start + num_read, dtype=np.int32)
     rows = np.concatenate([written - work.start + writer, read - work.read_start + reader])
+    read[work.num_read :] = work.logit_start + work.num_logits - 1  # the reference row is at the last position, too
+    positions = np.concatenate([written, read])
     order = np.argsort(positions, kind="stable")
     return SequenceRows(rows[order], positions[order], pages)
 

@@ -28,7 +28,7 @@ class SampleInputs:
     temperature, top_p, min_p, repetition, presence, frequency f32[S]; top_k i32[S] (0: all); seed u32[S];
     position i32[S] (of the token to be drawn); history i32[S, C] (prompt, then output; V marks padding; needed by
     penalties only) and prompt_len i32[S]; bias_ids i32[S, W] (V marks padding) and bias f32[S, W]; target i32[S] (a
-    token whose log-probability is wanted).
+    token whose log-probability is wanted); follow i32[S] (the row whose drawn token is the target instead; -1: none).
     """
 
     temperature: np.ndarray
@@ -45,6 +45,7 @@ class SampleInputs:
     bias_ids: np.ndarray
     bias: np.ndarray
     target: np.ndarray
+    follow: np.ndarray
 
     @classmethod
     def neutral(cls, rows: int, context: int, vocab: int) -> SampleInputs:
@@ -65,6 +66,7 @@ class SampleInputs:
             bias_ids=np.full((rows, BIAS_WIDTH), vocab, np.int32),
             bias=np.zeros((rows, BIAS_WIDTH), np.float32),
             target=full(0, np.int32),
+            follow=full(-1, np.int32),
         )
 
 
@@ -157,5 +159,6 @@ def sample(logits: jax.Array, x: SampleInputs | None, *, logprobs: bool) -> Samp
         return Samples(tokens)
     raw = jax.nn.log_softmax(logits, -1)
     pick = lambda ids: jnp.take_along_axis(raw, ids[:, None], -1)[:, 0]  # noqa: E731
+    target = jnp.where(x.follow < 0, x.target, tokens[x.follow])
     best, ids = lax.top_k(raw, min(MAX_LOGPROBS, raw.shape[-1]))
-    return Samples(tokens, pick(tokens), pick(x.target), ids, best)
+    return Samples(tokens, pick(tokens), pick(target), ids, best)

@@ -8,6 +8,11 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
+from collections.abc import Callable
+from collections.abc import Sequence as Seq
+from typing import Any
+
+from icarus_jax.pages import Chain
 
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
@@ -93,22 +98,55 @@ class SamplingParams:
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
-@dataclasses.dataclass(frozen=True)
+NEVER = 1 << 60  # a position that no sequence reaches
+NO_SLOT = -1
+
+
+@dataclasses.dataclass(eq=False)
 class Model:
-    """A served model, as host code sees it. `slot` 0 is the trunk."""
+    """One version of a served model, as host code sees it.
+
+    slot: the adapter slot it lies in; 0 for the trunk, NO_SLOT for a head that is not on the device now (slots.py).
+    factors: the head's adapter in host memory; host code only passes it on.
+    """
 
     name: str
-    kind: str  # 'base' | 'shared' | 'isolated'
-    slot: int
+    kind: str  # 'base' | 'shared' | 'activated' | 'isolated'
+    version: int = 0
+    invocation: tuple[int, ...] = ()
+    pinned: bool = False
+    factors: Any = None
+    slot: int = dataclasses.field(init=False)
+
+    def __post_init__(self):
+        self.slot = 0 if self.kind == "base" else NO_SLOT
 
     @property
-    def cache_salt(self) -> str:
-        """What sets this model's pages apart: empty when the trunk alone makes its K/V."""
-        return self.name if self.kind == "isolated" else ""
+    def salt(self) -> str:
+        """What sets the pages that this model makes apart: empty when the trunk alone makes its K/V."""
+        return f"{self.name}#{self.version}" if self.kind in ("activated", "isolated") else ""
 
-    @property
-    def writer_slot(self) -> int:
-        return self.slot if self.kind == "isolated" else 0
+    def adapted_from(self, tokens: Seq[int]) -> int:
+        """The first position whose K/V this model's own adapter makes: NEVER, 0, or for `activated` the start of the
+        last invocation in `tokens` (as PEFT has it)."""
+        if self.kind == "isolated":
+            return 0
+        n = len(self.invocation)
+        starts = range(len(tokens) - n, -1, -1) if self.kind == "activated" else ()
+        return next((i for i in starts if tuple(tokens[i : i + n]) == self.invocation), NEVER)
+
+
+@dataclasses.dataclass(frozen=True)
+class SessionHint:
+    """What a client says of the conversation that a request belongs to.
+
+    retain_s: seconds for which its pages are kept after the answer (inf: until released); None: as long as there is
+    room. next_model: the model that will most likely continue.
+    """
+
+    id: str
+    retain_s: float | None = None
+    next_model: str | None = None
 
 
 class Status(enum.Enum):
@@ -132,7 +170,9 @@ class TokenOutput:
 
     seq_id: int
     token_ids: list[int]
+    model: str = ""  # that wrote them
     logprobs: list[TokenLogprob] | None = None
+    reference_logprobs: list[float] | None = None  # the trunk's log-probabilities of `token_ids`
     prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt, once; its first entry is None
     finish_reason: str | None = None  # 'stop' | 'length' | 'abort' | 'error'
     cached_tokens: int = 0  # prompt tokens taken from the cache
@@ -140,7 +180,11 @@ class TokenOutput:
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """One stream of tokens of one model. `tokens` is prompt then output; K/V is stored for the first `num_computed`."""
+    """One stream of tokens of one model. `tokens` is prompt then output; K/V is stored for the first `num_computed`.
+
+    reference: the trunk's log-probabilities are wanted too. handoff: told each new token, names the model that goes on,
+    or None. private: neither takes pages from the prefix cache nor leaves any.
+    """
 
     seq_id: int
     model: Model
@@ -149,17 +193,29 @@ class Sequence:
     seed: int
     prompt_len: int = 0
     eos_ids: frozenset[int] = frozenset()
-    arrival: float = 0.0
+    reference: bool = False
+    handoff: Callable[[int], Model | None] | None = None
+    session: SessionHint | None = None
+    private: bool = False
     status: Status = Status.WAITING
     num_computed: int = 0
     num_scored: int = 0  # prompt positions whose log-probabilities are known (prompt_logprobs)
     cached_tokens: int | None = None  # set at the first admission
     page_table: list[int] = dataclasses.field(default_factory=list)
+    adapted_from: int = NEVER  # first position whose K/V the model's own adapter makes
+    chain: Chain = dataclasses.field(default_factory=Chain)  # how its pages are named
     page_keys: list[bytes] = dataclasses.field(default_factory=list)  # keys of the full pages of `tokens`
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         self.prompt_len = self.prompt_len or len(self.tokens)
+
+    def writer_slots(self, start: int, num: int) -> list[int]:
+        """Adapter slots of the rows that store positions [start, start + num)."""
+        return [self.model.slot if i >= self.adapted_from else 0 for i in range(start, start + num)]
+
+    def reader_slots(self, start: int, num: int) -> list[int]:
+        return [self.model.slot] * num if self.model.kind == "shared" else self.writer_slots(start, num)
 
     @property
     def num_output(self) -> int:
@@ -177,7 +233,8 @@ class Work:
 
     write: stored by writer rows. read: reader rows in the model's own slot. logits: the rows whose logits are wanted,
     each the reader row of its position if there is one, else the writer row. The logits of position i say which
-    token comes at i + 1; those of the last position give the next token.
+    token comes at i + 1; those of the last position give the next token. reference: one more row with logits, the
+    trunk's own of the last position (its writer row, or a reader row in slot 0 if it is stored already).
     """
 
     seq: Sequence
@@ -187,6 +244,12 @@ class Work:
     num_read: int = 0
     logit_start: int = 0
     num_logits: int = 0
+    reference: bool = False
+
+    @property
+    def reads_reference(self) -> bool:
+        """True if the reference row is an additional reader row."""
+        return self.reference and self.num_write == 0 and self.seq.model.kind == "shared"
 
     @property
     def samples(self) -> bool:
@@ -196,9 +259,10 @@ class Work:
 
 @dataclasses.dataclass
 class StepPlan:
-    """One step: the rows, and the page copies (src, dst) that must run before them."""
+    """One step: the rows, and the heads to load and page copies (src, dst) that must come before them."""
 
     work: list[Work] = dataclasses.field(default_factory=list)
+    loads: list[Model] = dataclasses.field(default_factory=list)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
 
@@ -208,4 +272,17 @@ class StepPlan:
 
     @property
     def num_readers(self) -> int:
-        return sum(w.num_read for w in self.work)
+        return sum(w.num_read + w.reads_reference for w in self.work)
+
+    @property
+    def num_logits(self) -> int:
+        return sum(w.num_logits + w.reference for w in self.work)
+
+
+@dataclasses.dataclass
+class SampleRow:
+    """What the sampler says of one row with logits: the next token, and log-probabilities if they were asked for."""
+
+    token: int
+    logprob: TokenLogprob | None = None  # of `token`
+    target: TokenLogprob | None = None  # of the prompt's own next token

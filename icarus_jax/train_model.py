@@ -4,7 +4,7 @@ The trunk runs over all tokens and yields K/V; no gradient enters it. The head m
 the completion's positions alone (the readers), where its predictions count: a head's rows elsewhere influence nothing.
 A conventional LoRA model (kv='isolated') is one stream over all tokens that makes K/V of its own, with gradients.
 
-Both are built of the blocks that serve (model.Block, heads.HeadBank): what is trained is what is served. Letters:
+Both are built of what serves (model.Block, the lora op): what is trained is what is served. Letters:
 config.py; here B packed rows, T tokens in each, R readers in each, P tokens of the common prefix, A heads.
 """
 
@@ -22,17 +22,16 @@ from flax import nnx
 from jax import lax
 
 from icarus_jax.config import TARGETS, ModelConfig
-from icarus_jax.heads import HeadBank, Lora
-from icarus_jax.layers import rms_norm, rope_tables
-from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
+from icarus_jax.full_heads import OWN_PARAMS
+from icarus_jax.layers import rope_tables
+from icarus_jax.model import Block, Trunk
 from icarus_jax.train_data import Array, Batch
+from pallas_kernels.lora import lora
 
 Params = Mapping[str, jax.Array]  # a trunk's, by checkpoint.py's names
 HeadParams = dict[str, Any]  # LoRA: target -> (A, B); full: name -> weight. Every leaf has a leading A axis
-Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # side_by_side's; empty: no adapters
+Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # stacked's; empty: no adapters
 KeyValues = tuple[jax.Array, jax.Array]  # K and V of every layer, [L, B, T, K, H]
-
-FULL_PARAMS = (*BLOCK_PARAMS, "final_norm")  # what full fine-tuning gives a head of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Method:
 def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Sequence[int]) -> HeadParams:
     """Untrained heads, one a seed, in float32: A random and B zero as in PEFT, or copies of the trunk's weights."""
     if method.full:
-        copies = {name: np.asarray(params[name], np.float32)[None] for name in FULL_PARAMS if name in params}
+        copies = {name: np.asarray(params[name], np.float32)[None] for name in OWN_PARAMS if name in params}
         return {name: jnp.asarray(np.repeat(copy, len(seeds), 0)) for name, copy in copies.items()}
     heads: HeadParams = {}
     rngs = [np.random.default_rng(seed) for seed in seeds]
@@ -64,33 +63,37 @@ def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Seque
     return heads
 
 
-class TrainingBank(HeadBank):
-    """One layer's adapters while they are trained: a HeadBank with dropout on what enters A."""
+@dataclasses.dataclass(frozen=True)
+class TrainingBank:
+    """One layer's adapters while they are trained, with dropout on what enters A: heads.LayerBank's counterpart.
 
-    def __init__(self, factors: Mapping[str, tuple[jax.Array, jax.Array]], method: Method, key: jax.Array | None):
-        self.rate, self.key = method.dropout, nnx.data(key)
-        for target in TARGETS:
-            pair = factors.get(target)
-            setattr(self, target, nnx.data(pair and Lora(pair[0], pair[1], method.rank)))
+    factors: target -> (a [A, r, din], b [A, r, dout]).
+    """
+
+    factors: Bank
+    rate: float
+    key: jax.Array | None
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
-        if self.key is not None and getattr(self, target) is not None:
+        """`out` [B, dout] plus the adapters' share of x [B, din]; all rows have adapters (first is 0)."""
+        assert first == 0
+        if target not in self.factors:
+            return out
+        if self.key is not None:
             key = jax.random.fold_in(self.key, TARGETS.index(target))
             x = jnp.where(jax.random.bernoulli(key, 1 - self.rate, x.shape), x / (1 - self.rate), 0).astype(x.dtype)
-        return super().add(target, out, x, slots, first)
+        a, b = self.factors[target]
+        return out + lora(x, a[None], b[None], 0, slots, jnp.arange(1, len(a) + 1), implementation="xla")
 
 
-def side_by_side(heads: HeadParams, method: Method, dtype: Any) -> Bank:
-    """The heads' factors as a HeadBank has them: a [L, din, A * r], b [L, A * r, dout], the scale in b."""
+def stacked(heads: HeadParams, method: Method, dtype: Any) -> Bank:
+    """The heads' factors as the lora op has them: a [L, A, r, din], b [L, A, r, dout], the scale in b."""
 
-    def lanes(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def by_layer(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, b = pair
-        (num, layers, din, rank), dout = a.shape, b.shape[-1]
-        a = jnp.moveaxis(a, 0, 2).reshape(layers, din, num * rank)
-        b = jnp.moveaxis(b, 0, 1).reshape(layers, num * rank, dout) * method.scale
-        return a.astype(dtype), b.astype(dtype)
+        return a.transpose(1, 0, 3, 2).astype(dtype), (b.swapaxes(0, 1) * method.scale).astype(dtype)
 
-    return {target: lanes(pair) for target, pair in heads.items()}
+    return {target: by_layer(pair) for target, pair in heads.items()}
 
 
 class Stream(NamedTuple):
@@ -128,21 +131,16 @@ def run_layers(
     def layer(rows, inputs):
         block_state, factors, prefix, given, key = inputs
         block: Block = nnx.merge(block_def, block_state)
-        adapters = TrainingBank(factors, method, key) if factors else None
-        normed = rms_norm(rows, block.attn_norm[...], config.rms_norm_eps)
-        q, *made = block.attention_inputs(config, adapters, normed, slots, 0, tables)
+        adapters = TrainingBank(factors, method.dropout, key) if factors else None
+        q, *made = block.attention_inputs(config, adapters, rows, slots, 0, tables)
         own = given or tuple(y.reshape(b, q_len, config.num_kv_heads, h) for y in made)
         k, v = (
             jnp.concatenate([jnp.broadcast_to(before, (b, *before.shape)), after], axis=1)
             for before, after in zip(prefix, own, strict=True)
         )
         attended = jax.nn.dot_product_attention(q.reshape(b, q_len, n, h), k, v, mask=stream.mask[:, None])
-        attended = attended.reshape(b * q_len, n * h)
-        out = jnp.dot(attended, block.o[...])
-        if adapters is not None:
-            out = adapters.add("o_proj", out, attended, slots, 0)
-        rows = rows + out
-        rows = rows + block.mlp(adapters, rms_norm(rows, block.mlp_norm[...], config.rms_norm_eps), slots, 0)
+        rows = rows + block.attention_output(adapters, attended.reshape(b * q_len, n, h), slots, 0)
+        rows = rows + block.mlp(config, adapters, rows, slots, 0)
         return rows, own if given is None else None
 
     keys = None if key is None else jax.random.split(key, config.num_layers)
@@ -187,7 +185,7 @@ def token_logprobs(
         own = {name: jnp.squeeze(leaf, 0).astype(frozen[name].dtype) for name, leaf in heads.items()}
         decoder = Trunk(config, frozen | own)
     else:
-        bank = side_by_side(heads, method, frozen["embed"].dtype)
+        bank = stacked(heads, method, frozen["embed"].dtype)
     key = None if method.dropout == 0 else key
     readers = batch.readers
     at = lambda rows: jnp.take_along_axis(rows, readers, axis=1)  # noqa: E731  [B, T] -> [B, R]
@@ -205,7 +203,8 @@ def token_logprobs(
         before = prefix_kv(config, method, decoder, bank, prefix, key)
         x, _ = run_layers(config, method, decoder, bank, everything, before, key=key)
         x = jnp.take_along_axis(x, readers[..., None], axis=1)
-    logits = decoder.logits(x.reshape(-1, config.hidden_size)).reshape(*readers.shape, -1)
+    normed = decoder.normed(x.reshape(-1, config.hidden_size), jnp.ravel(at(batch.slots)))
+    logits = decoder.logits(normed).reshape(*readers.shape, -1)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == batch.targets
 

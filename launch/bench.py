@@ -5,6 +5,8 @@
     python launch/bench.py serve --config=bench.py:once  24 sessions at once; with --config.url=... against a peer
     python launch/bench.py peers --config=multi.py:8     trunk and heads as files for vLLM and llama.cpp
     python launch/bench.py prefix                        prefill saved: one conversation handed around eight heads
+    python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads against eight isolated requests
+    python launch/bench.py kernels                       bundles of the TPU kernels, from the compiler; no TPU is needed
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    the same on chips that are not here: SIMULATED
     python launch/bench.py calibrate                     does the simulator predict what `serve` has measured here?
 
@@ -26,6 +28,7 @@ from icarus_jax import cli
 _SEQUENCES = flags.DEFINE_list("sequences", ["1", "8", "32"], "step: batch sizes")
 _CONTEXT = flags.DEFINE_integer("context", 512, "step: tokens of each sequence")
 _STEPS = flags.DEFINE_integer("steps", 10, "step: steps timed in each round")
+_PROMPT = flags.DEFINE_integer("prompt", 2000, "fanout: tokens of the prompt")
 _OUTPUT = flags.DEFINE_string("output", "results/peers", "peers: the folder to write")
 _HEADS = cli.define_heads()
 
@@ -62,6 +65,18 @@ def bench_simulate(config: ConfigDict) -> dict:
     return simulate.run(config)
 
 
+def bench_fanout(config: ConfigDict) -> dict:
+    from icarus_jax.bench import fanout
+
+    return fanout.run(config, _PROMPT.value, _STEPS.value)
+
+
+def bench_kernels(config: ConfigDict) -> dict:
+    from icarus_jax.bench import kernels
+
+    return kernels.run(config)
+
+
 # name -> (what runs, its default config)
 COMMANDS = {
     "step": (bench_step, "multi.py:8"),
@@ -69,6 +84,8 @@ COMMANDS = {
     "prefix": (bench_serve, "bench.py:prefix"),
     "calibrate": (bench_calibrate, "bench.py"),
     "peers": (write_peers, "multi.py:8"),
+    "fanout": (bench_fanout, "multi.py:8"),
+    "kernels": (bench_kernels, "single.py"),
     "simulate": (bench_simulate, "simulate.py:llama8b_a100"),
 }
 

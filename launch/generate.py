@@ -118,13 +118,13 @@ def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
 
 def ask(engine: Engine, models: list[str], prompt_ids: list[int], params: SamplingParams) -> list[Answer]:
     """Asks the first model, and the others as soon as the prompt's K/V is in the cache."""
-    from icarus_jax.engine import Request
+    from icarus_jax.requests import Request
 
     outputs: queue.SimpleQueue[tuple[Answer, TokenOutput]] = queue.SimpleQueue()
     answers = [Answer(model) for model in models]
 
     def submit(answer: Answer) -> None:
-        request = Request(answer.model, tuple(prompt_ids), params)
+        request = Request((answer.model,), tuple(prompt_ids), params)
         engine.submit(request, lambda _, output: outputs.put((answer, output)))
 
     submit(answers[0])

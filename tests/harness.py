@@ -10,7 +10,8 @@ import numpy as np
 from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk
 from icarus_jax.config import EngineConfig, HeadConfig
-from icarus_jax.engine import Engine, Request
+from icarus_jax.engine import Engine
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams, TokenLogprob
 
 SMALL = EngineConfig(page_size=4, num_pages=64, max_num_seqs=4, max_num_batched_tokens=32, max_model_len=128)
@@ -25,6 +26,8 @@ class Result:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
+    models: list[str] = dataclasses.field(default_factory=list)  # that wrote each token
+    reference: list[float] = dataclasses.field(default_factory=list)
 
 
 def make_engine(
@@ -43,9 +46,10 @@ def make_engine(
     return Engine.create(config, trunk.config, trunk.params, bank, eos_ids)
 
 
-def submit(engine: Engine, model: str, prompt: Iterable[int], n: int = 1, **params) -> list[Result]:
+def submit(engine: Engine, model: str | tuple[str, ...], prompt: Iterable[int], n: int = 1, **params) -> list[Result]:
     """Queues a greedy request (unless `params` says otherwise); the results fill as the engine steps."""
-    results = [Result() for _ in range(n)]
+    models = (model,) if isinstance(model, str) else model
+    results = [Result() for _ in range(n * len(models))]
 
     def on_output(index, output):
         result = results[index]
@@ -53,10 +57,13 @@ def submit(engine: Engine, model: str, prompt: Iterable[int], n: int = 1, **para
         result.logprobs += output.logprobs or []
         result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
         result.finish_reason = output.finish_reason
+        result.models += [output.model] * len(output.token_ids)
+        result.reference += output.reference_logprobs or []
         result.cached_tokens = output.cached_tokens
 
-    params = SamplingParams(**{"temperature": 0.0, **params})
-    engine.submit(Request(model, tuple(prompt), params, n), on_output)
+    more = {k: params.pop(k) for k in ("handoff", "reference_logprobs", "session") if k in params}
+    sampling = SamplingParams(**{"temperature": 0.0, **params})
+    engine.submit(Request(models, tuple(prompt), sampling, n, **more), on_output)
     return results
 
 

@@ -39,9 +39,9 @@ def engine_for(model, config=SMALL, **heads):
 def pages_of(engine, prompt):
     """The stored K/V of a prompt, read through the prefix cache: [L, K, len(prompt), 2H]."""
     pool, size = engine.scheduler.pool, engine.config.page_size
-    from icarus_jax.pages import chain_keys
+    from icarus_jax.pages import Chain
 
-    found = pool.match("", prompt, chain_keys("", prompt, size))
+    found = pool.match(Chain(), prompt, Chain().keys(prompt, size))
     kv = np.asarray(engine.runner.kv_pages)[:, [*found.pages, *([found.tail_page] if found.tail_len else [])]]
     flat = kv.transpose(0, 2, 1, 3, 4).reshape(kv.shape[0], kv.shape[2], -1, kv.shape[-1])
     return flat[:, :, : len(found.pages) * size + found.tail_len]

@@ -29,11 +29,15 @@ VARIANTS = {
 def engine_logits(engine, model: str, tokens) -> np.ndarray:
     """The logits of every position, from one step."""
     seen = []
-    samplers = dict(engine.runner._samplers)
+    programs = engine.runner._programs
+    samplers = dict(programs.samplers)
     for name, sampler in samplers.items():
-        engine.runner._samplers[name] = lambda x, s, sampler=sampler: (seen.append(np.asarray(x)), sampler(x, s))[1]
+        programs.samplers[name] = lambda x, s, sampler=sampler: (
+            seen.append(np.asarray(x)),
+            sampler(x, s),
+        )[1]
     generate(engine, model, tokens, max_tokens=0, prompt_logprobs=0)
-    engine.runner._samplers = samplers
+    programs.samplers = samplers
     return np.concatenate(seen)[: len(tokens)]
 
 

@@ -9,96 +9,151 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from icarus_jax.config import EngineConfig
-from icarus_jax.pages import OutOfPages, PagePool, chain_keys, page_key, root_key
-from icarus_jax.scheduler import SampleRow, Scheduler
-from icarus_jax.sequence import Model, SamplingParams, Sequence, Status, TokenLogprob
+from icarus_jax.pages import Chain, OutOfPages, PagePool, page_key
+from icarus_jax.scheduler import Scheduler
+from icarus_jax.sequence import Model, SampleRow, SamplingParams, Sequence, SessionHint, Status, TokenLogprob
 
-MODELS = [Model("trunk", "base", 0), Model("a", "shared", 1), Model("b", "shared", 2), Model("x", "isolated", 3)]
 CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=5, max_num_batched_tokens=12, max_model_len=48)
+NAMES = ("trunk", "a", "b", "c", "x", "y", "z")
+SWITCH = 5  # a sequence with a handoff goes on with the model at place SWITCH + last token
+
+
+def make_models() -> dict[str, Model]:
+    kinds = {"trunk": "base", "x": "isolated", "y": "activated", "z": "activated"}
+    invocations = {"y": (1, 2), "z": (3,)}
+    return {n: Model(n, kinds.get(n, "shared"), invocation=invocations.get(n, ())) for n in NAMES}
+
+
+def next_token(tokens: list[int], model: Model) -> int:
+    """What the double's models say: it depends on the whole text and on the model's version."""
+    return (sum(tokens) * 7 + len(tokens) + NAMES.index(model.name) + 3 * model.version) % 11
 
 
 class Device:
-    """Pages that hold (writer's salt, token, position); a step is checked before it is carried out."""
+    """Pages that hold (writer's salt, token, position), slots that hold models; each step is checked, then done."""
 
     def __init__(self, scheduler: Scheduler):
-        self.scheduler, self.held = scheduler, {}
+        self.scheduler, self.held, self.slots = scheduler, {}, {}
 
     def run(self) -> None:
         s, size = self.scheduler, self.scheduler.config.page_size
         plan = s.schedule()
         assert plan.work, "has work, plans none"
+        for model in plan.loads:
+            assert 1 <= model.slot <= s.slots.num_slots
+            self.slots[model.slot] = model
         before = dict(self.held)
         for src, dst in plan.copies:
             for i in range(size):
                 self.held[dst, i] = before.get((src, i))
         assert plan.num_writers <= s.config.max_num_batched_tokens
         assert len(plan.work) == len({w.seq.seq_id for w in plan.work}) <= s.config.max_num_seqs
+        made = lambda seq, i: (seq.model.salt if i >= seq.adapted_from else "", seq.tokens[i], i)  # noqa: E731
         for work in plan.work:
             seq = work.seq
+            assert seq.model.kind == "base" or self.slots[seq.model.slot] is seq.model, "its head is not in its slot"
             assert work.start == seq.num_computed
             for position in range(work.start, work.start + work.num_write):
                 page = seq.page_table[position // size]
                 assert s.pool.refs[page] == 1, "a shared page is written"
-                self.held[page, position % size] = (seq.model.cache_salt, seq.tokens[position], position)
+                self.held[page, position % size] = made(seq, position)
         rows = []
         for work in plan.work:
             seq, end = work.seq, work.start + work.num_write
             for position in range(end):  # what the rows attend to is this very prefix
-                want = (seq.model.cache_salt, seq.tokens[position], position)
-                assert self.held[seq.page_table[position // size], position % size] == want
+                assert self.held[seq.page_table[position // size], position % size] == made(seq, position)
             assert not work.num_logits or work.logit_start + work.num_logits <= end
             if seq.model.kind == "shared":  # logits come from the head's own reader rows
                 assert (work.read_start, work.num_read) == (work.logit_start, work.num_logits)
+            assert work.reference == (seq.reference and work.samples)
             scores = [TokenLogprob(i, 0.0) for i in range(work.logit_start, work.logit_start + work.num_logits)]
-            rows.append([SampleRow((sum(seq.tokens) * 7 + seq.model.slot) % 11, None, score) for score in scores])
+            rows.append([SampleRow(next_token(seq.tokens, seq.model), None, score) for score in scores])
+            if work.reference:
+                rows[-1].append(SampleRow(-1, None, TokenLogprob(0, -seq.num_output)))
         self.outputs = s.commit(plan, rows)
 
 
 def add(scheduler: Scheduler, seq_id: int, model: Model, prompt: list[int], **params) -> Sequence:
-    seq = Sequence(seq_id, model, list(prompt), SamplingParams(temperature=0.0, **params), seed=0)
+    more = {k: params.pop(k) for k in ("reference", "handoff", "session", "private") if k in params}
+    seq = Sequence(seq_id, model, list(prompt), SamplingParams(temperature=0.0, **params), seed=0, **more)
     scheduler.add(seq)
     return seq
 
 
+def switch_from(models: dict[str, Model]):
+    """A handoff rule: an even token names the next model."""
+    return lambda token: models[NAMES[(SWITCH + token) % len(NAMES)]] if token % 2 == 0 else None
+
+
 requests = st.tuples(
-    st.integers(0, len(MODELS) - 1),
+    st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True),  # fan-out
     st.integers(0, 3),  # which of four texts it starts with
     st.integers(0, 24),  # how much of that text
     st.lists(st.integers(0, 9), max_size=12),
     st.integers(0, 12),  # max_tokens
-    st.booleans(),  # prompt_logprobs
+    st.sampled_from(["", "score", "handoff", "reference", "private", "retain", "pin", "next"]),
 )
 events = st.one_of(
     st.tuples(st.just("add"), requests),
     st.tuples(st.just("step"), st.integers(1, 6)),
     st.tuples(st.just("abort"), st.integers(0, 30)),
+    st.tuples(st.just("reload"), st.sampled_from(NAMES[1:])),
+    st.tuples(st.just("release"), st.integers(0, 2)),
 )
+SESSIONS = {
+    "retain": SessionHint("0", 3.0),
+    "pin": SessionHint("1", float("inf")),
+    "next": SessionHint("2", None, "a"),
+}
 
 
-@settings(max_examples=300, deadline=None)
-@given(st.lists(events, max_size=40), st.integers(12, 40), st.booleans())
-def test_any_traffic_leaves_every_page_free(script, num_pages, caching):
-    scheduler = Scheduler(dataclasses.replace(CONFIG, num_pages=num_pages, enable_prefix_caching=caching))
-    device, seqs, scored = Device(scheduler), [], {}
+@settings(max_examples=400, deadline=None)
+@given(st.lists(events, max_size=40), st.integers(12, 40), st.integers(1, 4), st.booleans())
+def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, caching):
+    """The four kinds, fan-out, handoffs, aborts, reloads, sessions, pressure on pages and slots."""
+    now = [0.0]
+    config = dataclasses.replace(CONFIG, num_pages=num_pages, enable_prefix_caching=caching)
+    scheduler = Scheduler(config, num_slots, clock=lambda: now[0])
+    device, seqs, scored, started = Device(scheduler), [], {}, []
+    models = make_models()
+    references: dict[int, list[float]] = {}
+    writers: dict[int, list[tuple[int, str]]] = {}
 
     def step():
+        now[0] += 1
         device.run()
         for output in device.outputs:
             if output.prompt_logprobs is not None:
                 assert output.seq_id not in scored, "delivered twice"
                 scored[output.seq_id] = output.prompt_logprobs
+            references.setdefault(output.seq_id, []).extend(output.reference_logprobs or [])
+            writers.setdefault(output.seq_id, []).extend((token, output.model) for token in output.token_ids)
 
     for kind, value in script:
         if kind == "add":
-            model, text, length, tail, max_tokens, score = value
+            names, text, length, tail, max_tokens, mode = value
             prompt = [(text * 5 + i * i) % 10 for i in range(length)] + tail
-            if prompt:
-                extra = {"prompt_logprobs": 0} if score else {}
-                limit = min(max_tokens, scheduler.config.max_model_len - len(prompt))
-                seqs.append(add(scheduler, len(seqs), MODELS[model], prompt, max_tokens=limit, **extra))
+            limit = min(max_tokens, scheduler.config.max_model_len - len(prompt))
+            for name in names if prompt else ():
+                model = models[name]
+                extra = {
+                    "score": {"prompt_logprobs": 0},
+                    "handoff": {"handoff": switch_from(dict(models))},
+                    "reference": {"reference": not model.salt},
+                    "private": {"private": True},
+                }.get(mode, {})
+                session = SESSIONS.get(mode)
+                seqs.append(add(scheduler, len(seqs), model, prompt, max_tokens=limit, session=session, **extra))
+                started.append(model)
         elif kind == "abort" and value < len(seqs) and seqs[value].status is not Status.FINISHED:
             scheduler.abort(seqs[value])
             seqs[value].tokens = [*seqs[value].tokens[: seqs[value].prompt_len], -1]  # marks it as aborted
+        elif kind == "reload":
+            old = models[value]
+            models[value] = Model(value, old.kind, old.version + 1, old.invocation)
+            scheduler.slots.retire(old)
+        elif kind == "release":
+            scheduler.sessions.release(str(value))
         elif kind == "step":
             for _ in range(value):
                 if scheduler.has_work:
@@ -108,19 +163,32 @@ def test_any_traffic_leaves_every_page_free(script, num_pages, caching):
             break
         step()
     assert not scheduler.has_work
+    for session in "012":
+        scheduler.sessions.release(session)
     pool = scheduler.pool
     assert pool.num_free == pool.num_pages and not any(pool.refs) and not scheduler._pending
-    for seq in seqs:
+    assert not any(scheduler.slots._users.values())
+    for seq, model in zip(seqs, started, strict=True):
         assert seq.status is Status.FINISHED
         if seq.tokens[-1] == -1:
             continue
         assert seq.num_output == seq.params.max_tokens
-        expected = list(seq.tokens[: seq.prompt_len])
-        while len(expected) < len(seq.tokens):  # the tokens do not depend on batch mates, preemption or hits
-            expected.append((sum(expected) * 7 + seq.model.slot) % 11)
-        assert seq.tokens == expected
+        check_tokens(seq, model, writers.get(seq.seq_id, []))
         if seq.params.prompt_logprobs is not None:
             assert [p and p.token_id for p in scored[seq.seq_id]] == [None, *range(seq.prompt_len - 1)]
+        if seq.reference:
+            assert references.get(seq.seq_id, []) == [-i for i in range(seq.num_output)]
+
+
+def check_tokens(seq: Sequence, model: Model, written: list[tuple[int, str]]) -> None:
+    """The tokens do not depend on batch mates, preemption, hits or reloads; each names the model that wrote it."""
+    expected = list(seq.tokens[: seq.prompt_len])
+    for token, name in written:
+        assert token == next_token(expected, model) and name == model.name
+        expected.append(token)
+        if seq.handoff is not None and len(expected) < len(seq.tokens):
+            model = seq.handoff(token) or model
+    assert seq.tokens == expected
 
 
 def run_all(scheduler: Scheduler, device: Device | None = None) -> None:
@@ -132,8 +200,8 @@ def run_all(scheduler: Scheduler, device: Device | None = None) -> None:
 def test_first_come_first_served_and_chunked():
     scheduler = Scheduler(CONFIG)
     long, short = (
-        add(scheduler, 0, MODELS[0], range(30), max_tokens=2),
-        add(scheduler, 1, MODELS[0], [9, 9], max_tokens=2),
+        add(scheduler, 0, Model("trunk", "base"), range(30), max_tokens=2),
+        add(scheduler, 1, Model("trunk", "base"), [9, 9], max_tokens=2),
     )
     plan = scheduler.schedule()
     assert [(w.seq, w.num_write, w.num_logits) for w in plan.work] == [(long, 12, 0)] and short.status is Status.WAITING
@@ -141,7 +209,7 @@ def test_first_come_first_served_and_chunked():
 
 def test_latest_arrival_is_preempted():
     scheduler = Scheduler(dataclasses.replace(CONFIG, num_pages=12))
-    seqs = [add(scheduler, i, MODELS[0], [i] * 17, max_tokens=20) for i in range(2)]
+    seqs = [add(scheduler, i, Model("trunk", "base"), [i] * 17, max_tokens=20) for i in range(2)]
     device = Device(scheduler)
     while not scheduler.stats.preemptions:
         device.run()
@@ -151,8 +219,8 @@ def test_latest_arrival_is_preempted():
 
 
 def test_a_full_cache_hit_needs_no_writer():
-    for model in MODELS:
-        scheduler = Scheduler(CONFIG)
+    for model in make_models().values():
+        scheduler = Scheduler(CONFIG, num_slots=1)
         add(scheduler, 0, model, range(11), max_tokens=1)
         run_all(scheduler)
         again = add(scheduler, 1, model, range(11), max_tokens=1)
@@ -162,15 +230,15 @@ def test_a_full_cache_hit_needs_no_writer():
 
 def test_pool_evicts_the_oldest_and_the_tail_first():
     pool = PagePool(4, 2)
-    keys = chain_keys("", [1, 2, 3, 4], 2)
+    keys = Chain().keys([1, 2, 3, 4], 2)
     pages = [pool.allocate(), pool.allocate()]
-    pool.register(pages[0], root_key(""), [1, 2], "m")
+    pool.register(pages[0], b"", [1, 2], "m")
     pool.register(pages[1], keys[0], [3, 4], "m")
     pool.release(pages)
-    assert pool.match("", [1, 2, 3, 4, 5], keys).pages == pages and pool.num_cached == 2
+    assert pool.match(Chain(), [1, 2, 3, 4, 5], keys).pages == pages and pool.num_cached == 2
     for _ in range(3):
         pool.allocate()
-    assert pool.match("", [1, 2, 3, 4, 5], keys).pages == pages[:1] and pool.evictions == 1
+    assert pool.match(Chain(), [1, 2, 3, 4, 5], keys).pages == pages[:1] and pool.evictions == 1
     pool.allocate()
     with pytest.raises(OutOfPages):
         pool.allocate()
@@ -179,17 +247,17 @@ def test_pool_evicts_the_oldest_and_the_tail_first():
 def test_pool_takes_over_or_copies_a_partial_page():
     pool = PagePool(3, 4)
     page = pool.allocate()
-    pool.register(page, root_key(""), [5, 6, 7], "m")
-    match = pool.match("", [5, 6, 7, 8], [page_key(root_key(""), [5, 6, 7, 8])])
+    pool.register(page, b"", [5, 6, 7], "m")
+    match = pool.match(Chain(), [5, 6, 7, 8], [page_key(b"", [5, 6, 7, 8])])
     assert (match.tail_page, match.tail_len) == (page, 3)
     copied, copies = pool.take(match)  # still held by its writer: copied
     assert copies == [(page, copied[0])] and copied != [page]
     pool.release([page])
     table, copies = pool.take(match)  # nobody's, and continued exactly: taken over
-    assert (table, copies) == ([page], []) and pool.match("", [5, 6, 7], []).tail_page is None
+    assert (table, copies) == ([page], []) and pool.match(Chain(), [5, 6, 7], []).tail_page is None
     pool.release(copied)
-    pool.register(page, root_key(""), [5, 6, 7], "m")
-    assert pool.match("", [5, 9], []).tail_len == 1 and pool.match("s", [5, 6], []).tail_page is None
+    pool.register(page, b"", [5, 6, 7], "m")
+    assert pool.match(Chain(), [5, 9], []).tail_len == 1 and pool.match(Chain("s"), [5, 6], []).tail_page is None
 
 
 def test_pool_refuses_a_double_release():

@@ -79,8 +79,8 @@ def test_chips_split_the_work():
 
 
 def sequence(kind, tokens, computed):
-    seq = Sequence(0, Model("m", kind, 3), [1] * tokens, SamplingParams(), seed=0)
-    seq.num_computed = computed
+    seq = Sequence(0, Model("m", kind), [1] * tokens, SamplingParams(), seed=0)
+    seq.num_computed, seq.adapted_from = computed, seq.model.adapted_from(seq.tokens)
     return seq
 
 
@@ -92,7 +92,7 @@ def test_a_plans_load():
         ]
     )
     # pairs: writers at 4..7 see 5 + 6 + 7 + 8, the reader 8; the other writer 5
-    assert load_of(plan) == Load(writers=5, readers=1, logits=2, adapted=2, adapters=1, kv_tokens=13, pairs=39)
+    assert load_of(plan) == Load(writers=5, readers=1, logits=2, adapted=2, adapters=2, kv_tokens=13, pairs=39)
 
 
 ENGINE = EngineConfig(max_num_seqs=4, num_pages=1100)

@@ -48,7 +48,8 @@ def write_hf(source: Path, folder: Path) -> None:
     trunk = GgufTrunk(source)
     config = hf_config(trunk.config)
     folder.mkdir(parents=True, exist_ok=True)
-    weights = {name: np.ascontiguousarray(trunk.read(name)[0], np.float32) for name in trunk.names}
+    whole = {name: tuple(slice(0, n) for n in trunk.shape(name)) for name in trunk.names}
+    weights = {name: np.ascontiguousarray(trunk.read(name, whole[name]), np.float32) for name in trunk.names}
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=1))
     tokenizer.save_tokenizer(source, str(folder))

@@ -75,7 +75,7 @@ class Decoding:
     """
 
     def __init__(self, engine: Engine, names: list[str], context: int, steps: int):
-        from icarus_jax.engine import Request
+        from icarus_jax.requests import Request
 
         rng = np.random.default_rng(0)
         # those that are prefilled first decode while the others are prefilled
@@ -85,7 +85,7 @@ class Decoding:
         engine.scheduler.pool.clear()
         for name in names:
             prompt = tuple(rng.integers(0, engine.model_config.vocab_size, context).tolist())
-            self.ids += engine.submit(Request(name, prompt, params), lambda *_: None)
+            self.ids += engine.submit(Request((name,), prompt, params), lambda *_: None)
         engine.run_inbox()
         begin = time.perf_counter()
         scheduler = engine.scheduler

@@ -57,11 +57,11 @@ def load_of(plan: StepPlan) -> Load:
         load.kv_tokens += stored
         load.pairs += n * work.start + n * (n + 1) // 2 + m * stored
         model = work.seq.model
-        if model.slot:
-            adapted = m + (n if model.writer_slot else 0)
+        if model.kind != "base":
+            adapted = m + max(0, stored - max(work.start, work.seq.adapted_from))
             load.adapted += adapted
             if adapted:
-                slots.add(model.slot)
+                slots.add(model)
     load.adapters = len(slots)
     return load
 

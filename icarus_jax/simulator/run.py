@@ -8,8 +8,8 @@ from collections.abc import Callable, Sequence
 
 from icarus_jax.calls import Call, Counters
 from icarus_jax.config import EngineConfig
-from icarus_jax.scheduler import SampleRow, Scheduler
-from icarus_jax.sequence import Model, SamplingParams, StepPlan
+from icarus_jax.scheduler import Scheduler
+from icarus_jax.sequence import Model, SampleRow, SamplingParams, StepPlan
 from icarus_jax.sequence import Sequence as Stream
 from icarus_jax.workload import Conversation, Session, Turn, common_prefix
 
@@ -48,7 +48,7 @@ class Simulation:
         seed: int = 0,
     ):
         self._sessions, self._models, self._step_seconds = sessions, models, step_seconds
-        self._scheduler = Scheduler(engine)
+        self._scheduler = Scheduler(engine, num_slots=sum(m.kind != "base" for m in models.values()))
         self._talks = [Conversation(s[0].session, seed, VOCABULARY) for s in sessions]
         self._due = [(float(at), i, 0) for i, at in enumerate(arrivals)]  # (time, session, turn)
         heapq.heapify(self._due)
@@ -116,4 +116,4 @@ class Simulation:
 
 def make_models(count: int, kind: str) -> dict[str, Model]:
     """`count` heads h0, h1, ... of one kind."""
-    return {f"h{i}": Model(f"h{i}", kind, i + 1) for i in range(count)}
+    return {f"h{i}": Model(f"h{i}", kind) for i in range(count)}

@@ -4,40 +4,67 @@ from __future__ import annotations
 
 import numpy as np
 
-from pallas_kernels.paged_attention.work import ITEM_PAGES, Array, WorkList
+from pallas_kernels.paged_attention.work import Array, Runs, WorkList
 
 
-def row_pages(work: WorkList, page_size: int) -> dict[int, dict[int, int]]:
-    """For each live row: KV block index -> page id, read back from the items and tiles that name the row."""
-    pages: dict[int, dict[int, int]] = {}
-    none = len(work.positions)
-    for i in range(int(work.num_items)):
-        first = int(work.item_start[i]) // page_size
-        for row in work.item_rows[i]:
-            if row < none:
-                pages.setdefault(int(row), {}).update(
-                    {first + j: int(work.item_pages[i, j]) for j in range(ITEM_PAGES)}
-                )
-    for i in range(int(work.num_tiles)):
-        for row in work.tile_rows[i]:
-            if row < none:
-                pages.setdefault(int(row), {}).update(enumerate(map(int, work.tile_pages[i])))
-    return pages
+def _runs_of_rows(runs: Runs) -> dict[int, list[tuple[int, int, np.ndarray]]]:
+    """row -> [(start, length, pages)]."""
+    found: dict[int, list[tuple[int, int, np.ndarray]]] = {}
+    for i in range(int(runs.num)):
+        for row, position in zip(runs.rows[i], runs.positions[i], strict=True):
+            if position >= 0:
+                found.setdefault(int(row), []).append((int(runs.start[i]), int(runs.length[i]), runs.pages[i]))
+    return found
 
 
-def paged_attention(q: Array, kv_pages: Array, layer: Array, work: WorkList, *, scale: float) -> np.ndarray:
-    """Same signature as the public op (api.py); rows that no item or tile names come out as zeros."""
-    q = np.asarray(q, np.float64)
-    kv = np.asarray(kv_pages[int(layer)]).astype(np.float64)
-    _, heads, dim = q.shape
+def paged_attention(
+    q: Array,
+    kv_pages: Array,
+    layer: Array,
+    work: WorkList,
+    *,
+    scale: float,
+    window: int | None = None,
+    soft_cap: float | None = None,
+    kv_scales: Array | None = None,
+    page_stride: int | None = None,
+    page_offset: Array = 0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Same signature as the public op (api.py). Returns (out f64[B, N, H], log-sum-exp f64[B, N]).
+
+    Rows that see nothing come out as zeros, with a log-sum-exp of -inf.
+    """
+    q = np.asarray(q).astype(np.float64)
+    kv = np.asarray(kv_pages[int(layer)]).astype(np.float64)  # [P, K, page_size, 2H]
+    rows, heads, dim = q.shape
     kv_heads, page_size = kv.shape[1:3]
-    out = np.zeros(q.shape, np.float64)
-    for row, blocks in row_pages(work, page_size).items():
-        length = int(work.positions[row]) + 1
-        ids = [blocks[b] for b in range(-(-length // page_size))]
-        tokens = kv[ids].transpose(1, 0, 2, 3).reshape(kv_heads, -1, 2 * dim)[:, :length]
-        tokens = np.repeat(tokens, heads // kv_heads, axis=0)  # [N, length, 2H]
+    stride = page_stride or page_size
+    if kv_scales is not None:
+        factor = np.asarray(kv_scales[int(layer)], np.float64)  # [K, 2]
+        kv = kv * np.repeat(factor, dim, axis=1)[None, :, None]
+    out, lse = np.zeros(q.shape), np.full((rows, heads), -np.inf)
+    found = _runs_of_rows(work.items)
+    for row, more in _runs_of_rows(work.tiles).items():
+        found.setdefault(row, []).extend(more)
+    for row, runs in found.items():
+        position = int(work.positions[row])
+        keys = []
+        for start, length, pages in runs:
+            for j in range(-(-length // stride)):
+                for t in range(page_size):
+                    at = start + j * stride + int(page_offset) + t
+                    seen = at <= position and at < start + length and (window is None or at > position - window)
+                    if seen:
+                        keys.append(kv[pages[j], :, t])
+        if not keys:
+            continue
+        tokens = np.repeat(np.stack(keys, 1), heads // kv_heads, axis=0)  # [N, seen, 2H]
         scores = np.einsum("nh,nth->nt", q[row], tokens[..., :dim]) * scale
-        p = np.exp(scores - scores.max(-1, keepdims=True))
-        out[row] = np.einsum("nt,nth->nh", p / p.sum(-1, keepdims=True), tokens[..., dim:])
-    return out
+        if soft_cap is not None:
+            scores = soft_cap * np.tanh(scores / soft_cap)
+        high = scores.max(-1, keepdims=True)
+        p = np.exp(scores - high)
+        total = p.sum(-1, keepdims=True)
+        out[row] = np.einsum("nt,nth->nh", p / total, tokens[..., dim:])
+        lse[row] = (high + np.log(total))[:, 0]
+    return out, lse

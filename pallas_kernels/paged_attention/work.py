@@ -1,10 +1,12 @@
 """The work list: which rows attend to which pages. Built on the host; NumPy only.
 
-Two kinds of work, both lists of (rows, pages):
+Work is a list of *runs*: some rows against a stretch of pages. Every KV position that a row may see lies in exactly one
+of its runs; a row's partial results are merged by their log-sum-exp. Runs come in two shapes:
 
-* an *item* is up to `item_rows` rows of one sequence against one block of pages (split-KV decode): long and short
-  sequences fill the same fixed shape, and a row's partial results are merged by their log-sum-exp at the end;
-* a *tile* is up to `tile_rows` rows of one sequence against all its pages (chunked prefill, online softmax).
+* an *item*: up to `item_rows` rows of one sequence, up to `item_pages` pages (split-KV decode: long and short sequences
+  fill the same fixed shape);
+* a *tile*: up to `tile_rows` rows and any number of pages: a chunk of a prefill, or the rows of several sequences
+  against the pages that all of them stand on, which are then read once for the whole group.
 
 A row attends to every KV position <= its own, so `positions` is the whole mask.
 """
@@ -12,62 +14,71 @@ A row attends to every KV position <= its own, so `positions` is the whole mask.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
 Array = Any  # np.ndarray on the host, jax.Array in a traced program
 
-ITEM_GROUP = 4  # items computed together; measured on CPU, see docs/benchmarks.md
-ITEM_PAGES = 16
-TILE_ROWS = 32
-TILE_PAGES = 16
 FEW_ROWS = 4  # a sequence with at most this many rows is cut into items, else into tiles
+GROUP_TOKENS = 128  # fewer shared tokens are not worth a tile
+GROUP_LEVELS = 3  # shared prefixes within shared prefixes
 
 
 @dataclasses.dataclass(frozen=True)
 class WorkShape:
     """The padded sizes of a work list: one compiled program a shape.
 
-    rows: B. item_rows: rows an item (1, or 2 when sequences have a writer and a reader). max_items, max_split_rows:
-    how many items, and rows cut into items. max_tiles. pages_per_seq: P.
+    rows: B. item_rows: rows an item (1, or 2 when sequences have a writer and a reader). max_items, max_tiles.
+    pages_per_seq: P. item_pages, tile_rows: see above.
     """
 
     rows: int
     item_rows: int
     max_items: int
-    max_split_rows: int
     max_tiles: int
     pages_per_seq: int
+    item_pages: int = 16
+    tile_rows: int = 32
 
     @property
     def parts(self) -> int:
-        """M: the most items that one row takes part in."""
-        return -(-self.pages_per_seq // ITEM_PAGES)
+        """M: the most runs that one row takes part in."""
+        return -(-self.pages_per_seq // self.item_pages) + GROUP_LEVELS
+
+
+@dataclasses.dataclass
+class Runs:
+    """X runs of one shape: R rows, p pages.
+
+    rows i32[X, R] (B: none); positions i32[X, R] (theirs; -1: none); pages i32[X, p] (unused: 0); start i32[X] (KV
+    position of the first page's first token); length i32[X] (KV positions); num i32[]: the runs in use come first.
+    """
+
+    rows: Array
+    positions: Array
+    pages: Array
+    start: Array
+    length: Array
+    num: Array
 
 
 @dataclasses.dataclass
 class WorkList:
-    """Arrays of one step's attention work. Unused entries of row lists hold B (out of range), of pages 0.
+    """One step's attention work.
 
-    positions i32[B]; item_rows i32[I, r], item_pages i32[I, ITEM_PAGES], item_start i32[I] (KV position of the
-    block's first token), num_items i32[]; split_rows i32[U], parts i32[U, M] (index item * r + place, or -1);
-    tile_rows i32[J, TILE_ROWS], tile_pages i32[J, P] (P padded to whole blocks), tile_len i32[J] (KV positions
-    that the tile's last row sees), num_tiles i32[].
+    positions i32[B] (-1: a padding row); items, tiles: Runs; parts i32[B, M]: each row's partial results, item i's
+    place r being i * item_rows + r and tile j's max_items * item_rows + j * tile_rows + r (-1: none); num_parts i32[]:
+    columns of `parts` in use.
     """
 
     positions: Array
-    item_rows: Array
-    item_pages: Array
-    item_start: Array
-    num_items: Array
-    split_rows: Array
+    items: Runs
+    tiles: Runs
     parts: Array
-    tile_rows: Array
-    tile_pages: Array
-    tile_len: Array
-    num_tiles: Array
+    num_parts: Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,61 +90,124 @@ class SequenceRows:
     page_table: Sequence[int] | np.ndarray
 
 
-def _empty(shape: WorkShape) -> WorkList:
-    none = shape.rows
-    padded = -(-shape.pages_per_seq // TILE_PAGES) * TILE_PAGES
+def _empty_runs(num: int, rows: int, pages: int, none: int) -> Runs:
     i32 = np.int32
-    items = -(-shape.max_items // ITEM_GROUP) * ITEM_GROUP
-    return WorkList(
-        positions=np.full(shape.rows, -1, i32),
-        item_rows=np.full((items, shape.item_rows), none, i32),
-        item_pages=np.zeros((items, ITEM_PAGES), i32),
-        item_start=np.zeros(items, i32),
-        num_items=np.zeros((), i32),
-        split_rows=np.full(shape.max_split_rows, none, i32),
-        parts=np.full((shape.max_split_rows, shape.parts), -1, i32),
-        tile_rows=np.full((shape.max_tiles, TILE_ROWS), none, i32),
-        tile_pages=np.zeros((shape.max_tiles, padded), i32),
-        tile_len=np.zeros(shape.max_tiles, i32),
-        num_tiles=np.zeros((), i32),
+    return Runs(
+        rows=np.full((num, rows), none, i32),
+        positions=np.full((num, rows), -1, i32),
+        pages=np.zeros((num, pages), i32),
+        start=np.zeros(num, i32),
+        length=np.zeros(num, i32),
+        num=np.zeros((), i32),
     )
+
+
+class _Builder:
+    """Fills a work list run by run."""
+
+    def __init__(self, shape: WorkShape, page_size: int):
+        self.shape, self.page_size = shape, page_size
+        self.work = WorkList(
+            positions=np.full(shape.rows, -1, np.int32),
+            items=_empty_runs(shape.max_items, shape.item_rows, shape.item_pages, shape.rows),
+            tiles=_empty_runs(shape.max_tiles, shape.tile_rows, shape.pages_per_seq, shape.rows),
+            parts=np.full((shape.rows, shape.parts), -1, np.int32),
+            num_parts=np.zeros((), np.int32),
+        )
+        self.counts = np.zeros(shape.rows, np.int32)  # parts of each row so far
+
+    def add(self, runs: Runs, rows: np.ndarray, pages: np.ndarray, start: int, length: int) -> None:
+        """One run; raises ValueError when the shape has no room for it."""
+        i = int(runs.num)
+        if i == len(runs.start):
+            raise ValueError(f"the step's attention work does not fit {self.shape}")
+        n = len(rows)
+        runs.rows[i, :n], runs.positions[i, :n] = rows, self.work.positions[rows]
+        runs.pages[i, : len(pages)], runs.start[i], runs.length[i] = pages, start, length
+        base = 0 if runs is self.work.items else self.shape.max_items * self.shape.item_rows
+        self.work.parts[rows, self.counts[rows]] = base + i * runs.rows.shape[1] + np.arange(n)
+        self.counts[rows] += 1
+        runs.num += 1
+
+    def add_tiles(self, rows: np.ndarray, pages: np.ndarray, start: int) -> None:
+        """Rows against `pages` from KV position `start` on; the last row of a tile sees the furthest."""
+        for first in range(0, len(rows), self.shape.tile_rows):
+            some = rows[first : first + self.shape.tile_rows]
+            length = min(int(self.work.positions[some].max()) + 1 - start, len(pages) * self.page_size)
+            self.add(self.work.tiles, some, pages[: -(-length // self.page_size)], start, length)
+
+    def add_items(self, seq: SequenceRows, pages: np.ndarray, first_page: int) -> None:
+        """A sequence's few rows against its pages from `first_page` on."""
+        for at in range(0, len(seq.rows), self.shape.item_rows):
+            rows = seq.rows[at : at + self.shape.item_rows]
+            end = int(seq.positions[at + len(rows) - 1]) + 1
+            for page in range(first_page, -(-end // self.page_size), self.shape.item_pages):
+                some, start = pages[page : page + self.shape.item_pages], page * self.page_size
+                self.add(self.work.items, rows, some, start, min(end - start, len(some) * self.page_size))
+
+    def add_groups(self, sequences: list[SequenceRows], tables: list[np.ndarray]) -> list[int]:
+        """Tiles for the pages that several sequences stand on, while there is room. Returns each one's pages done."""
+        done = [0] * len(sequences)
+        least = -(-GROUP_TOKENS // self.page_size)
+        for members, start, end in _shared(tables, list(range(len(sequences))), 0, 0, least, GROUP_LEVELS):
+            rows = np.concatenate([sequences[m].rows for m in members])
+            room = self.shape.max_tiles - int(self.work.tiles.num)
+            if -(-len(rows) // self.shape.tile_rows) > room or any(done[m] != start for m in members):
+                continue
+            self.add_tiles(rows, tables[members[0]][start:end], start * self.page_size)
+            for m in members:
+                done[m] = end
+        return done
+
+
+def _shared(
+    tables: list[np.ndarray], members: list[int], start: int, split: int, least: int, levels: int
+) -> Iterator[tuple[list[int], int, int]]:
+    """Groups (members, first page, end page) that share at least `least` pages, outer groups before inner ones.
+
+    `members` agree on the pages before `split`, and those before `start` are taken care of.
+    """
+    if not levels:
+        return
+    by_page: defaultdict[int, list[int]] = defaultdict(list)
+    for m in members:
+        if len(tables[m]) > split:
+            by_page[int(tables[m][split])].append(m)
+    for group in by_page.values():
+        if len(group) < 2:
+            continue
+        shortest = min(len(tables[m]) for m in group)
+        stacked = np.stack([tables[m][split:shortest] for m in group])
+        differs = np.flatnonzero((stacked != stacked[0]).any(0))
+        end = split + int(differs[0]) if len(differs) else shortest
+        worth = end - start >= least
+        if worth:
+            yield group, start, end
+        yield from _shared(tables, group, end if worth else start, end, least, levels - worth)
+
+
+def pages_read(work: WorkList, page_size: int) -> int:
+    """How many pages a kernel reads that reads each run's once."""
+    pages = 0
+    for runs in (work.items, work.tiles):
+        ends = np.minimum(runs.positions.max(1, initial=-1) + 1, runs.start + runs.length)
+        pages += int((-(-(ends - runs.start)[: int(runs.num)] // page_size)).sum())
+    return pages
 
 
 def build_work(sequences: Sequence[SequenceRows], shape: WorkShape, page_size: int) -> WorkList:
     """Cuts the sequences' rows into items and tiles, padded to `shape`. Raises ValueError if they do not fit it."""
-    work = _empty(shape)
-    block = ITEM_PAGES * page_size
-    items = splits = tiles = 0
+    build = _Builder(shape, page_size)
+    few: list[SequenceRows] = []
     for seq in sequences:
-        n = len(seq.rows)
-        work.positions[seq.rows] = seq.positions
-        pages = np.asarray(seq.page_table, np.int32)
-        if n <= FEW_ROWS or not shape.max_tiles:
-            r = shape.item_rows
-            for first in range(0, n, r):
-                rows = seq.rows[first : first + r]
-                count = int(seq.positions[first + len(rows) - 1]) // block + 1
-                if items + count > shape.max_items or splits + len(rows) > shape.max_split_rows:
-                    raise ValueError(f"the step's decode work does not fit {shape}")
-                work.item_rows[items : items + count, : len(rows)] = rows
-                used = pages[: count * ITEM_PAGES]
-                work.item_pages[items : items + count].reshape(-1)[: len(used)] = used
-                work.item_start[items : items + count] = np.arange(count) * block
-                index = np.arange(items, items + count) * r
-                for place, row in enumerate(rows):
-                    work.split_rows[splits] = row
-                    work.parts[splits, :count] = index + place
-                    splits += 1
-                items += count
-            continue
-        for first in range(0, n, TILE_ROWS):
-            if tiles == shape.max_tiles:
-                raise ValueError(f"the step's prefill work does not fit {shape}")
-            rows = seq.rows[first : first + TILE_ROWS]
-            work.tile_rows[tiles, : len(rows)] = rows
-            work.tile_pages[tiles, : len(pages)] = pages
-            work.tile_len[tiles] = seq.positions[first + len(rows) - 1] + 1
-            tiles += 1
-    work.num_items[...] = items
-    work.num_tiles[...] = tiles
-    return work
+        build.work.positions[seq.rows] = seq.positions
+        if len(seq.rows) <= FEW_ROWS or not shape.max_tiles:
+            few.append(seq)
+        else:
+            build.add_tiles(seq.rows, np.asarray(seq.page_table, np.int32), 0)
+    tables = [np.asarray(seq.page_table, np.int32) for seq in few]
+    done = build.add_groups(few, tables)
+    for seq, table, first_page in zip(few, tables, done, strict=True):
+        build.add_items(seq, table, first_page)
+    build.work.num_parts[...] = build.counts.max(initial=0)
+    return build.work

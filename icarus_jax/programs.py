@@ -1,0 +1,109 @@
+"""The programs of serving: functions of weights, KV pages and a step's rows, compiled for a mesh.
+
+They need shapes and shardings alone: with weights that are jax.ShapeDtypeStruct they are lowered on any machine, for
+devices that it does not have.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.stages import Lowered
+
+from icarus_jax.buckets import Bucket
+from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.heads import Factors, HeadBank, load_slot
+from icarus_jax.model import Rows, Trunk
+from icarus_jax.sampler import sample
+from icarus_jax.sharding import KV_PAGES_AXES, Layout
+from pallas_kernels.paged_attention import build_work
+
+VARIANTS = ("greedy", "sample", "logprobs")
+
+
+class Programs:
+    """forward, copy_pages, compare_pages, load_head, and a sampler for each of VARIANTS, all jitted.
+
+    Shapes, dtypes and shardings: weights, (trunk's state, bank's state) as the programs take them, and kv_pages.
+    logits: the sharding of f32[S, V].
+    """
+
+    def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
+        model: ModelConfig = trunk.config
+        self.page_size = config.page_size
+        self.num_slots = bank.num_slots if bank is not None else 0
+        self._max_num_seqs, self._adapt_writers = config.max_num_seqs, adapt_writers
+        self.kernels = kernels = layout.kernels if config.kernels == "auto" else config.kernels
+        trunk_def, trunk_state = nnx.split(trunk)
+        bank_def, bank_state = nnx.split(bank)
+        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+        self.weights = jax.tree.map(abstract, (trunk_state, bank_state))
+        shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
+        pages, everywhere = layout.named(KV_PAGES_AXES, shape), layout.named()
+        self.logits = layout.named(("samples", "vocab"), (1, model.vocab_size))
+        self.kv_pages = jax.ShapeDtypeStruct(shape, config.kv_dtype, sharding=pages)
+
+        def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
+            trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
+            return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, kernels=kernels)
+
+        def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
+            return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
+
+        def load_head(state: Any, slot: jax.Array, factors: Factors) -> Any:
+            bank = nnx.merge(bank_def, state)
+            load_slot(bank, slot, factors)
+            return nnx.state(bank)
+
+        def compare_pages(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+            left, right = kv_pages[:, a], kv_pages[:, b]
+            most = lambda x: jnp.abs(x.astype(jnp.float32)).max((0, 2, 3, 4))  # noqa: E731
+            return (left == right).all((0, 2, 3, 4)), most(left - right), most(left)
+
+        weights = jax.tree.map(lambda x: x.sharding, self.weights)
+        inputs = functools.partial(jax.jit, in_shardings=(pages, everywhere, everywhere))
+        self.forward = jax.jit(
+            forward,
+            donate_argnums=1,
+            in_shardings=(weights, pages, everywhere),
+            out_shardings=(self.logits, pages),
+        )
+        self.load_head = jax.jit(
+            load_head,
+            donate_argnums=0,
+            in_shardings=(weights[1], everywhere, everywhere),
+            out_shardings=weights[1],
+        )
+        self.copy_pages = inputs(copy_pages, donate_argnums=0, out_shardings=pages)
+        self.compare_pages = inputs(compare_pages, out_shardings=everywhere)
+        self.samplers = {
+            variant: jax.jit(
+                functools.partial(sample, logprobs=variant == "logprobs"),
+                in_shardings=(self.logits, everywhere),
+                out_shardings=everywhere,
+            )
+            for variant in VARIANTS
+        }
+
+    def zeros(self, like: jax.ShapeDtypeStruct) -> jax.Array:
+        """Zeros of a shape, dtype and sharding, made where they lie."""
+        return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+
+    def no_active(self, bucket: Bucket) -> np.ndarray:
+        """Zeros i32[U]: room for the adapter slots that a step of this shape can use."""
+        rows = bucket.readers + (bucket.writers if self._adapt_writers else 0)
+        return np.zeros(min(rows, self._max_num_seqs, self.num_slots), np.int32)
+
+    def lower(self, bucket: Bucket) -> Lowered:
+        """The forward program of a bucket, not compiled yet."""
+        b = bucket.writers + bucket.readers
+        work = build_work([], bucket.work, self.page_size)
+        zeros = functools.partial(np.zeros, dtype=np.int32)
+        nowhere = np.full(bucket.writers, -1, np.int32)
+        rows = Rows(zeros(b), zeros(b), self.no_active(bucket), nowhere, zeros(bucket.logits), work)
+        return self.forward.lower(self.weights, self.kv_pages, rows)

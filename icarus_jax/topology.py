@@ -1,0 +1,134 @@
+"""Devices that are not here, to compile for: libtpu and JAX's CUDA plugin as plain compilers."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import importlib.util
+import os
+import re
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+# libtpu reads these when it is loaded: it is not to look for a chip, nor to say that there is none.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from icarus_jax.simulator.chips import CHIPS, Chip
+from pallas_kernels.interpret import interpret_mode
+
+EXAMPLES = "v5e:2x4 (also v4, v5p, v6e, tpu7x), v5e:1x1, h100 or h100:8"
+# libtpu's name of a kind of chip, how many dimensions its slices have, and into how many devices it makes a chip
+TPUS = {"v4": ("v4", 3, 2), "v5e": ("v5e", 2, 1), "v5p": ("v5p", 3, 1), "v6e": ("v6e", 2, 1), "tpu7x": ("v7x", 3, 2)}
+# What XLA knows of an H100 (SXM5): data sheet figures, in the form of openxla/xla's own target_config files.
+H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
+  threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Topology:
+    """`devices` of a slice, and the public figures of one of them (a chip may hold two)."""
+
+    name: str
+    chip: Chip
+    devices: tuple[Any, ...]
+
+
+def find_topology(name: str, wait_s: float = 240) -> Topology:
+    """'v5e:2x4' or 'h100:8'. Raises ValueError if there is no such thing, or nothing here can compile for it.
+
+    One process at a time can compile for TPUs; waits up to wait_s for another one to end.
+    """
+    kind, _, size = name.partition(":")
+    if kind == "h100" and re.fullmatch(r"[1-8]?", size):
+        return _h100(name, int(size or 1))
+    if kind not in TPUS:
+        raise ValueError(f"topology {name!r}: no such kind of device; for example {EXAMPLES}")
+    chip, dimensions, cores = TPUS[kind]
+    if not re.fullmatch("x".join([r"[1-9]\d?"] * dimensions), size):
+        example = "x".join("222"[:dimensions])
+        raise ValueError(f"topology {name!r}: a {kind} slice has {dimensions} dimensions, for example {kind}:{example}")
+    figures = CHIPS[chip]
+    part = lambda whole: whole / cores  # noqa: E731
+    device = dataclasses.replace(
+        figures,
+        flops=part(figures.flops),
+        memory=part(figures.memory),
+        bandwidth=part(figures.bandwidth),
+        link=part(figures.link),
+    )
+    return Topology(name, device, _tpu_devices(kind, size, wait_s))
+
+
+@functools.cache
+def _tpu_devices(kind: str, size: str, wait_s: float) -> tuple[Any, ...]:
+    if importlib.util.find_spec("libtpu") is None:
+        raise ValueError("libtpu is not installed, the compiler for TPUs: pip install 'jax[tpu]'")
+    whole = {} if size.strip("1x") else {"chips_per_host_bounds": (1, 1, 1)}  # a single chip is a host of its own
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{size}", **whole)
+            return tuple(found.devices)
+        except Exception as error:  # whatever libtpu may raise
+            reason = " ".join(str(error).split())
+        if "lockfile" not in reason:
+            raise ValueError(f"topology '{kind}:{size}': libtpu knows no such slice ({reason[:150]})")
+        if time.monotonic() > deadline:
+            raise ValueError(
+                f"another process has held libtpu for {wait_s:.0f} s, and one at a time can compile with it"
+            )
+        time.sleep(1)
+
+
+@functools.cache
+def _h100(name: str, devices: int) -> Topology:
+    plugins = ("jax_cuda13_plugin", "jax_cuda12_plugin")
+    if not any(map(importlib.util.find_spec, plugins)) or shutil.which("ptxas") is None:
+        raise ValueError(f"topology {name!r}: compiling for it needs jax[cuda13-local] and a CUDA toolkit's ptxas")
+    found = topologies.get_topology_desc("", platform="cuda", target_config=H100, topology=f"1x1x{devices}")
+    return Topology(name, CHIPS["h100"], tuple(found.devices))
+
+
+@contextlib.contextmanager
+def compiling_for(mesh: Mesh) -> Iterator[None]:
+    """What is lowered inside is for the mesh's devices, kernels included; nothing of it is cached on disk."""
+    option = "jax_enable_compilation_cache"  # an executable for other devices could not be read back
+    before = getattr(jax.config, option)
+    jax.config.update(option, False)
+    try:
+        with jax.set_mesh(mesh), interpret_mode(False):
+            yield
+    finally:
+        jax.config.update(option, before)
+
+
+def compile_for_one(topology: Topology, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
+    """Compiles function(*args) for one of the devices; args: trees of arrays or jax.ShapeDtypeStruct."""
+    mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
+    sharding = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
+    with compiling_for(mesh):
+        # a function of its own: jax.jit would otherwise hand out a program traced for another target
+        return jax.jit(lambda *a: function(*a), donate_argnums=donate).lower(*args).compile()

@@ -1,0 +1,166 @@
+"""A trunk's canonical parameters, read from the tensors of a file: whole, or the part that one device holds.
+
+Nothing is read before it is asked for. Names and shapes: checkpoint.py.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import hashlib
+import math
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, Protocol
+
+import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16)
+import numpy as np
+
+from icarus_jax.config import ModelConfig
+
+# The tensors that a layer of each parameter is made of (Hugging Face's names), and the part of it that each fills.
+LAYER_TENSORS: dict[str, dict[str, Any]] = {
+    "attn_norm": {"input_layernorm.weight": np.s_[:]},
+    "qkv": {
+        "self_attn.q_proj.weight": np.s_[:, :, :-2],
+        "self_attn.k_proj.weight": np.s_[:, :, -2],
+        "self_attn.v_proj.weight": np.s_[:, :, -1],
+    },
+    "qkv_bias": {
+        "self_attn.q_proj.bias": np.s_[:, :-2],
+        "self_attn.k_proj.bias": np.s_[:, -2],
+        "self_attn.v_proj.bias": np.s_[:, -1],
+    },
+    "q_norm": {"self_attn.q_norm.weight": np.s_[:]},
+    "k_norm": {"self_attn.k_norm.weight": np.s_[:]},
+    "o": {"self_attn.o_proj.weight": np.s_[:]},
+    "mlp_norm": {"post_attention_layernorm.weight": np.s_[:]},
+    "gate_up": {"mlp.gate_proj.weight": np.s_[:, 0], "mlp.up_proj.weight": np.s_[:, 1]},
+    "down": {"mlp.down_proj.weight": np.s_[:]},
+}
+ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1}  # the axis of a layer whose entries are a tensor's rows; else 0
+TENSORS = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+
+
+class TensorSource(Protocol):
+    """A file format's weights, under Hugging Face's names and in its layout ([out, in])."""
+
+    config: ModelConfig
+    names: frozenset[str]
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """That part of the values (float32, float16 or bfloat16); each slice has a start and a stop."""
+        ...
+
+    def stored(self, name: str) -> Iterator[np.ndarray]:
+        """The tensor as stored, in pieces along its first axis: what the identity is made of."""
+        ...
+
+
+def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The canonical parameters' names and shapes."""
+    c, layers, group = config, config.num_layers, config.group_size + 2
+    shapes: dict[str, tuple[int, ...]] = {
+        "embed": (c.vocab_size, c.hidden_size),
+        "final_norm": (c.hidden_size,),
+        "attn_norm": (layers, c.hidden_size),
+        "qkv": (layers, c.hidden_size, c.num_kv_heads, group, c.head_dim),
+        "o": (layers, c.num_heads * c.head_dim, c.hidden_size),
+        "mlp_norm": (layers, c.hidden_size),
+        "gate_up": (layers, c.hidden_size, 2, c.intermediate_size),
+        "down": (layers, c.intermediate_size, c.hidden_size),
+    }
+    if not c.tie_word_embeddings:
+        shapes["lm_head"] = (c.vocab_size, c.hidden_size)
+    if c.qkv_bias:
+        shapes["qkv_bias"] = (layers, c.num_kv_heads, group, c.head_dim)
+    if c.qk_norm:
+        shapes["q_norm"] = shapes["k_norm"] = (layers, c.head_dim)
+    return shapes
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredParam:
+    """A parameter on disk: `param[index]` reads that part of it into memory, cast to `dtype`.
+
+    What is cut of a layer is D, and the axis ROWS or all of it: that is how rows and columns of tensors lie.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    tensors: TensorSource
+
+    def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
+        parts = [slice(*part.indices(n)[:2]) for part, n in zip(index, self.shape, strict=True)]
+        if self.name in TENSORS:
+            return self.tensors.read(TENSORS[self.name], tuple(parts)).astype(self.dtype, copy=False)
+        values = np.empty([part.stop - part.start for part in parts], self.dtype)
+
+        def fill(layer: int, tensor: str, place: Any) -> None:
+            slot = values[layer - parts[0].start][place]  # [in, *out]; a vector's is [*out]
+            stored = self.tensors.read(_tensor(layer, tensor), self._region(slot.shape, parts[1:]))
+            slot[...] = stored.T.reshape(slot.shape)
+
+        # NumPy lets go of the interpreter's lock, so that threads help; few, as each holds a part of a tensor
+        with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+            layers, tensors = range(parts[0].start, parts[0].stop), LAYER_TENSORS[self.name].items()
+            list(pool.map(lambda job: fill(*job), [(i, *tensor) for i in layers for tensor in tensors]))
+        return values
+
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The tensors that it is made of, and their shapes."""
+        if self.name in TENSORS:
+            return {TENSORS[self.name]: self.shape}
+        layer = np.broadcast_to(np.int8(0), self.shape[1:])
+        whole = [slice(0, n) for n in layer.shape]
+        shapes = {
+            tensor: tuple(part.stop for part in self._region(layer[place].shape, whole))
+            for tensor, place in LAYER_TENSORS[self.name].items()
+        }
+        return {_tensor(i, tensor): shape for i in range(self.shape[0]) for tensor, shape in shapes.items()}
+
+    def _region(self, slot: tuple[int, ...], parts: Sequence[slice]) -> tuple[slice, ...]:
+        """The rows and columns of a tensor [out, in] (or [out]) that fill a slot [in, *out] (or [*out])."""
+        axis = ROWS.get(self.name, 0)  # 0: a vector
+        inner = math.prod(slot[2:] if axis else slot[1:])
+        rows = slice(parts[axis].start * inner, parts[axis].stop * inner)
+        return (rows, parts[0]) if axis else (rows,)
+
+
+def _tensor(layer: int, name: str) -> str:
+    return f"model.layers.{layer}.{name}"
+
+
+def stored_params(tensors: TensorSource, dtype: str, where: str) -> dict[str, StoredParam]:
+    """A file's canonical parameters, none of them read yet. Raises ValueError if its tensors are not the config's."""
+    config = tensors.config
+    params = {name: StoredParam(name, shape, dtype, tensors) for name, shape in param_shapes(config).items()}
+    expected = {tensor: shape for param in params.values() for tensor, shape in param.tensor_shapes().items()}
+    if missing := expected.keys() - tensors.names:
+        raise ValueError(f"{where}: the tensor {min(missing)} is missing ({len(missing)} in all)")
+    if unknown := tensors.names - expected.keys() - {"lm_head.weight"}:
+        raise ValueError(f"{where}: the tensor {min(unknown)} is no part of a {config.family} model that we support")
+    for name, shape in expected.items():
+        if (found := tensors.shape(name)) != shape:
+            raise ValueError(f"{where}: {name} has the shape {found}; the config asks for {shape}")
+    return params
+
+
+def identify(params: Iterable[StoredParam]) -> str:
+    """The name of the weights: a hash of all their tensors as stored, read piece by piece."""
+
+    def digest(name: str) -> bytes:
+        whole, kind = hashlib.sha256(), ""
+        for piece in tensors.stored(name):
+            whole.update(np.ascontiguousarray(piece).view(np.uint8).data)
+            kind = piece.dtype.name
+        return f"{name} {tensors.shape(name)} {kind}".encode() + whole.digest()
+
+    params = list(params)
+    tensors = params[0].tensors
+    names = sorted(tensor for param in params for tensor in param.tensor_shapes())
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        return hashlib.sha256(b"".join(pool.map(digest, names))).hexdigest()

@@ -1,0 +1,57 @@
+"""Says how a PEFT adapter may be served: shared (ICaRus), activated (aLoRA) or isolated (an ordinary LoRA).
+
+    python launch/check.py --head=heads/sql --config.task=sql --config.data.path=geography_dev.jsonl
+
+Runs rows of the adapter's own task through the engine under each kind, and prints for each the loss (nats a completion
+token), how far the greedy answers agree with isolated's, which are PEFT's own, and how many are exactly right. The last
+line on stdout is one JSON object with the figures and the recommended kind.
+"""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from absl import flags
+from ml_collections import ConfigDict
+
+from icarus_jax import cli
+from icarus_jax.task_formats import TASKS
+
+_HEAD = flags.DEFINE_string("head", None, "the adapter: a PEFT folder, or random:SEED")
+
+
+def main(config: ConfigDict) -> None:
+    if not _HEAD.value:
+        raise cli.UsageError("--head=DIR is missing: the adapter to check")
+    if config.task and config.task not in TASKS:
+        raise cli.UsageError(f"--config.task={config.task}: no such task; the tasks are {', '.join(TASKS)}")
+    from icarus_jax import adapters, kind_check, train_data
+
+    app = cli.build(config)
+    encoder = train_data.Encoder(app.tokenizer, app.eos_ids, app.engine.config.max_model_len - 1)
+    with cli.usage_errors():
+        adapter = adapters.load_adapter(_HEAD.value, app.engine.model_config)
+        path = Path(config.data.path).expanduser()
+        examples, _ = train_data.read_examples(path, encoder, TASKS.get(config.task), skip_long=True)
+        examples = examples[: config.limit]
+        if config.invocation:
+            invocation = tuple(app.tokenizer(config.invocation, add_special_tokens=False)["input_ids"])
+        else:
+            invocation = adapter.invocation_tokens or kind_check.invocation_of(examples)
+        models = kind_check.load_kinds(app.engine, adapter, invocation)
+    app.start()
+    found = kind_check.measure(app.engine, models, examples)
+    reports = {kind: found[model] for kind, model in zip(kind_check.KINDS, models, strict=True)}
+    kind_check.table(reports, print)
+    kind, why = kind_check.recommend(reports)
+    print(f"recommended: {kind} ({why})")
+    figures = {name: dataclasses.asdict(report) for name, report in reports.items()}
+    print(json.dumps({"head": _HEAD.value, "rows": len(examples), "recommended": kind, "kinds": figures}))
+    app.engine.shutdown()
+
+
+if __name__ == "__main__":
+    cli.run(main, "check.py")
