@@ -35,7 +35,7 @@ def _row_tile(rows: int, row_bytes: int) -> int:
 
 
 def _lane_tile(lanes: int, most: int) -> int:
-    """`lanes` if they are not above `most`; else whole 128-lane tiles that divide them, at most `most` if that can be."""
+    """`lanes` if not above `most`; else whole 128-lane tiles that divide them, at most `most` if that can be."""
     if lanes <= most:
         return lanes
     tiles = [n for n in range(LANES, lanes, LANES) if lanes % n == 0]
