@@ -23,5 +23,4 @@ def get_config(arg: str = "") -> ConfigDict:
         config.engine.writer_adapters = True
         config.engine.max_loras = 3
         config.engine.max_lora_rank = 64
-        del config.server
     return config

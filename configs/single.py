@@ -26,4 +26,6 @@ def get_config(arg: str = "") -> ConfigDict:
     # Several hosts: coordinator is HOST:PORT of process 0, or 'auto' (a TPU slice says who is who); '' is one process.
     config.distributed = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
     config.server = ConfigDict({"host": "127.0.0.1", "port": 8000})
+    # What may be loaded while the server runs: over HTTP, from these folders (DIR,DIR); by itself, from this one.
+    config.server.update(head_folders="", watch_heads="")
     return config.lock()

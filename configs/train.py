@@ -5,10 +5,10 @@
     python launch/train.py --config=train.py:sql       text to SQL (GeoQuery)  about 25 minutes
     python launch/train.py --config=train.py:math      GSM8K, worked answers   about 55 minutes
 
-The times are estimates from the speed of the first steps on an idle machine; no full run was made on a CPU.
+The times are estimates from the speed of the first steps on an idle machine; no run of these sizes was made on a CPU.
 
     --config.head.kv=isolated          a conventional LoRA instead (k and v too): the baseline
-    --config.head.method=full          all weights of the head's decoder instead of LoRA
+    --config.head.method=full          all weights of the head's decoder instead of LoRA (served alone beside the trunk)
     --config=train.py:intent,sql       two heads in one pass
     --config=train.py:NAME --config.data.path=FILE.jsonl
                                        a head for your own data: {"messages": [..]} or {"prompt": .., "completion": ..}

@@ -1,4 +1,4 @@
-"""Adapters: the LoRA weights of one task model, read from and written to PEFT folders.
+"""Adapters: the LoRA weights of one task model, read from and written to PEFT folders (or read from Orbax).
 
 A projection with an adapter gives `x @ W + x @ A @ B`. PEFT's scaling (alpha / r, or alpha / sqrt(r)) is folded into B.
 """
@@ -14,15 +14,15 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
+from icarus_jax import adapter_files
+from icarus_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Tensors
+from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, HeadConfig, ModelConfig
 
-CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 MARK = "icarus"  # our key in adapter_config.json (PEFT skips it with a warning): {"kv": "shared", "trunk": identity}
+INVOCATION = "alora_invocation_tokens"  # PEFT's
 RANDOM_RANK = 16
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -34,7 +34,6 @@ _UNSUPPORTED = (
     ("trainable_token_indices", "trained embeddings"),
     ("target_parameters", "adapters on bare parameters"),
     ("lora_bias", "a bias on B"),
-    ("alora_invocation_tokens", "activation by an invocation sequence"),
     ("layer_replication", "repeated layers"),
     ("fan_in_fan_out", "transposed weights"),
     ("use_qalora", "QA-LoRA"),
@@ -53,7 +52,8 @@ class Adapter:
     """One task model's weights: by target, (A float32[L, din, r], B float32[L, r, dout]); an absent layer is zeros.
 
     q_proj's outputs are in the order of query heads n = k * G + g. kv_trained: 'shared' if it was trained to read the
-    trunk's K/V, None if nothing says so. trunk_identity: the trunk that it was trained on, if known.
+    trunk's K/V, 'activated' if it comes on at its invocation_tokens (aLoRA), None if nothing says so. trunk_identity:
+    the trunk that it was trained on, if known.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Adapter:
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]]
     kv_trained: str | None = None
     trunk_identity: str | None = None
+    invocation_tokens: tuple[int, ...] = ()
 
     def check(self, kv: str, trunk_identity: str | None = None) -> None:
         """Says whether the adapter can be served as `kv` on a trunk. Raises ValueError with the reason if it cannot.
@@ -74,6 +75,17 @@ class Adapter:
                 f"adapter {self.name} was trained on the trunk {self.trunk_identity[:12]}, not on the one loaded, "
                 f"{trunk_identity[:12]}: serve it with its own trunk, or train it again on this one"
             )
+        if kv == "activated" and not self.invocation_tokens:
+            raise ValueError(
+                f"adapter {self.name} names no alora_invocation_tokens and cannot be kv='activated': nothing says "
+                f"where it comes on; serve it as kv='shared' or kv='isolated'"
+            )
+        if kv != "activated" and self.invocation_tokens:
+            log.warning(
+                "adapter %s was trained to come on at its invocation tokens; as kv='%s' it is on from the first token, "
+                "and its outputs will differ from those of its training: serve it as kv='activated'",
+                *(self.name, kv),
+            )
         if kv != "shared":
             return
         if own_kv := [target for target in KV_TARGETS if target in self.weights]:
@@ -82,7 +94,7 @@ class Adapter:
                 f"differ from the trunk's, so that nothing could be shared; serve it as kv='isolated', or train an "
                 f"adapter on {', '.join(LORA_TARGETS)} alone"
             )
-        if self.kv_trained != "shared":
+        if self.kv_trained is None:
             log.warning(
                 "adapter %s is not marked as trained for a shared trunk: it will attend to the trunk's K/V, whereas it "
                 "was probably trained on K/V of its own, so its outputs will differ from those of its training and may "
@@ -92,26 +104,52 @@ class Adapter:
 
 
 def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
-    """Loads a PEFT LoRA folder, or makes 'random:SEED[:RANK]'. Raises ValueError, in one line, if it cannot."""
+    """Loads a LoRA in either form of adapter_files.py, or makes 'random:SEED[:RANK]'.
+
+    Raises ValueError, in one line, if it cannot.
+    """
     if source.startswith("random:"):
         if not (match := re.fullmatch(r"random:(\d+)(?::([1-9]\d*))?", source)):
             raise ValueError(f"adapter {source!r}: a random adapter is written 'random:SEED' or 'random:SEED:RANK'")
         return random_adapter(int(match[1]), int(match[2] or RANDOM_RANK), model_config)
     folder = pathlib.Path(source).expanduser()
-    config = _read_config(folder)
-    pieces = _read_weights(folder, model_config)
+    config, tensors = adapter_files.read(folder)
+    _check_config(config, folder)
+    pieces = _pieces(tensors, folder, model_config)
     for (layer, target), (a, b) in pieces.items():
         b *= _scaling(config, layer, target, rank=a.shape[1], folder=folder)
     mark = config.get(MARK) or {}
     rank = max(a.shape[1] for a, _ in pieces.values())
-    return Adapter(str(folder), rank, _stack(pieces, rank, model_config), mark.get("kv"), mark.get("trunk"))
+    invocation = _invocation(config, folder, model_config)
+    kv = "activated" if invocation else mark.get("kv")
+    return Adapter(str(folder), rank, _stack(pieces, rank, model_config), kv, mark.get("trunk"), invocation)
+
+
+def read_head(
+    name: str,
+    source: str,
+    kv: str | None,
+    model_config: ModelConfig,
+    *,
+    trunk_identity: str | None = None,
+    pinned: bool = False,
+) -> tuple[HeadConfig, Mapping[str, tuple[np.ndarray, np.ndarray]]]:
+    """An adapter as a head for the engine: its configuration, and its weights by target. Raises ValueError.
+
+    kv None: what the adapter was trained for; if nothing says so 'isolated', which is right for any ordinary LoRA.
+    """
+    adapter = load_adapter(source, model_config)
+    kv = kv or adapter.kv_trained or "isolated"
+    adapter.check(kv, trunk_identity)
+    tokens = adapter.invocation_tokens if kv == "activated" else ()
+    return HeadConfig(name, source, kv, tokens, pinned), adapter.weights
 
 
 def adapter_rank(source: str) -> int:
     """The rank of load_adapter(source), without its weights. Raises ValueError."""
     if match := re.fullmatch(r"random:\d+(?::([1-9]\d*))?", source):
         return int(match[1] or RANDOM_RANK)
-    return int(_read_config(pathlib.Path(source).expanduser())["r"])
+    return int(adapter_files.read(source)[0]["r"])
 
 
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
@@ -146,6 +184,8 @@ def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: 
         "target_modules": sorted(adapter.weights),
         MARK: {"kv": adapter.kv_trained, "trunk": adapter.trunk_identity},
     }
+    if adapter.invocation_tokens:
+        config[INVOCATION] = list(adapter.invocation_tokens)
     tensors = {}
     for target, (a, b) in adapter.weights.items():
         for layer in range(len(a)):
@@ -161,14 +201,8 @@ def _module(layer: int, target: str) -> str:
     return f"model.layers.{layer}.{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
 
 
-def _read_config(folder: pathlib.Path) -> dict[str, Any]:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise ValueError(f"{folder} is no adapter: it has no {file} (a PEFT folder holds it)")
-    try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{folder / CONFIG_FILE} is no JSON: {error}") from None
+def _check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
+    """Raises ValueError if the adapter is more than A and B."""
     if config.get("peft_type") != "LORA":
         raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
     for key, words in _UNSUPPORTED:
@@ -181,15 +215,23 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
             f"adapter {folder}: init_lora_weights={init!r} changes the trunk itself; save it with PEFT's "
             f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
         )
-    return config
 
 
-def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """A float32[din, r] and B float32[r, dout] of each (layer, target) in the file."""
-    try:
-        tensors = safetensors.numpy.load_file(folder / WEIGHTS_FILE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{folder / WEIGHTS_FILE} is not a whole safetensors file: {error}") from None
+def _invocation(config: dict[str, Any], folder: pathlib.Path, model_config: ModelConfig) -> tuple[int, ...]:
+    """The token ids at whose last occurrence an aLoRA comes on; empty for any other adapter."""
+    ids = config.get(INVOCATION)
+    if ids is None:
+        return ()
+    vocab = model_config.vocab_size
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab for i in ids):
+        raise ValueError(f"adapter {folder}: {INVOCATION}={ids!r}; it is a list of token ids in 0..{vocab - 1}")
+    return tuple(ids)
+
+
+def _pieces(
+    tensors: Tensors, folder: pathlib.Path, config: ModelConfig
+) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
+    """A float32[din, r] and B float32[r, dout] of each (layer, target)."""
     shapes = config.target_shapes
     sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
@@ -200,7 +242,7 @@ def _read_weights(folder: pathlib.Path, config: ModelConfig) -> dict[tuple[int, 
             raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
         sides.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.T.astype(np.float32)
     if not sides:
-        raise ValueError(f"adapter {folder}: {WEIGHTS_FILE} is empty")
+        raise ValueError(f"adapter {folder}: it has no tensors")
     for (layer, target), pair in sides.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"adapter {folder}: {_module(layer, target)} has lora_{min(pair)} only")

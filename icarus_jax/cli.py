@@ -21,13 +21,14 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
-from icarus_jax.config import EngineConfig, HeadConfig
+from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig
 from icarus_jax.sequence import RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from icarus_jax.engine import Engine
+    from icarus_jax.head_loader import HeadLoader
 
 log = logging.getLogger(__name__)
 FLAGS = flags.FLAGS
@@ -58,6 +59,7 @@ class App:
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
+    loader: HeadLoader
 
     def start(self) -> None:
         """Compiles the engine's programs, with a progress bar on a terminal, and lets it run.
@@ -90,7 +92,7 @@ def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
 
 def define_heads() -> flags.FlagHolder[list[str] | None]:
     """Defines --heads; its value goes to `add_heads`."""
-    text = "NAME=PATH[:isolated],...: heads to add; PATH is a PEFT adapter folder, or random:SEED"
+    text = "NAME=PATH[:KV],...: heads to add; PATH: a PEFT folder, or random:SEED; KV: shared, activated or isolated"
     return flags.DEFINE_list("heads", None, text)
 
 
@@ -100,7 +102,7 @@ def add_heads(config: ConfigDict, items: Iterable[str]) -> None:
     A relative PATH is the user's: it counts from the working directory. Raises UsageError.
     """
     for item in items:
-        match = re.fullmatch(r"([\w-]+)=(.+?)(?::(shared|isolated))?", item)
+        match = re.fullmatch(r"([\w-]+)=(.+?)(?::(shared|activated|isolated))?", item)
         if not match:
             raise UsageError(
                 f"--heads={item}: not of the form NAME=PATH or NAME=PATH:isolated (NAME: letters, digits, - and _)"
@@ -148,14 +150,16 @@ def build(config: ConfigDict) -> App:
     A relative path of a head counts from the repository. Raises UsageError.
     """
     engine = engine_config(config.engine)
-    head_configs = [head_config(name, head, config.trunk.name) for name, head in config.heads.items()]
-    if not head_configs:
+    for name, head in config.heads.items():
+        check_head(name, head, config.trunk.name)
+    if not config.heads:
         log.warning(
             "no heads: heads/ is empty or not in this config, and --heads names none; the trunk is served alone"
         )
 
-    from icarus_jax import adapters, checkpoint, distributed, tokenizer
+    from icarus_jax import adapters, checkpoint, distributed, full_heads, tokenizer
     from icarus_jax.engine import Engine
+    from icarus_jax.head_loader import HeadLoader
 
     with usage_errors("config.distributed"):
         distributed.initialize(**config.distributed)
@@ -163,16 +167,21 @@ def build(config: ConfigDict) -> App:
     with usage_errors():
         trunk = checkpoint.open_trunk(config.trunk.source, engine.dtype)
         text = tokenizer.load_tokenizer(trunk.path)
-    heads = {}
-    for head in head_configs:
-        with usage_errors(f"head {head.name!r}"):
-            adapter = adapters.load_adapter(head.path, trunk.config)
-            adapter.check(head.kv, trunk.identity)
-        heads[head.name] = (head, adapter.weights)
+    heads: dict = {}
+    for name, head in config.heads.items():
+        with usage_errors(f"head {name!r}"):
+            path = head_path(head.path)
+            if full_heads.is_full_head(path):
+                own = full_heads.load_full_head(path, head.kv, trunk, engine.dtype)
+                heads[name] = HeadConfig(name, path, head.kv), own
+            else:
+                heads[name] = adapters.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
     with usage_errors():
         made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
-    return App(made, text, eos_ids)
+    sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
+    folders = [REPOSITORY / folder for folder in config.server.head_folders.split(",") if folder]
+    return App(made, text, eos_ids, HeadLoader(made, config.trunk.name, trunk.identity, sources, folders))
 
 
 def enable_compilation_cache() -> None:
@@ -248,13 +257,17 @@ def engine_config(section: ConfigDict) -> EngineConfig:
         return EngineConfig(**section)
 
 
-def head_config(name: str, head: ConfigDict, trunk_name: str) -> HeadConfig:
-    """One of config.heads, checked. Raises UsageError."""
+def check_head(name: str, head: ConfigDict, trunk_name: str) -> None:
+    """Raises UsageError if one of config.heads makes no sense."""
     if name == trunk_name:
         raise UsageError(f"head {name!r} has the trunk's name; give one of them another")
-    path = head.path if head.path.startswith("random:") else str(REPOSITORY / head.path)
-    with usage_errors("config.heads"):
-        return HeadConfig(name=name, path=path, kv=head.kv)
+    if head.kv not in KV_KINDS[1:]:
+        raise UsageError(f"config.heads: head {name!r}: kv={head.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
+
+
+def head_path(path: str) -> str:
+    """A head's path in a config, as the other programs take it."""
+    return path if path.startswith("random:") else str(REPOSITORY / path)
 
 
 def _help(default_config: str) -> str:

@@ -25,9 +25,11 @@ MIB = 2**20
 def make_plan(config: ConfigDict) -> Plan:
     """What a config would serve; nothing of the weights is read. Raises UsageError."""
     engine = cli.engine_config(config.engine)
-    heads = [cli.head_config(name, head, config.trunk.name) for name, head in config.heads.items()]
+    heads = list(config.heads.values())
+    for name, head in config.heads.items():
+        cli.check_head(name, head, config.trunk.name)
     with cli.usage_errors("config.heads"):
-        ranks = [adapters.adapter_rank(head.path) for head in heads]
+        ranks = [adapters.adapter_rank(cli.head_path(head.path)) for head in heads]
     with cli.usage_errors():
         model = _model(config.trunk.source, engine)
     return Plan(model, engine, ranks, engine.writer_adapters or any(head.kv != "shared" for head in heads))

@@ -21,8 +21,8 @@ from typing import TypeVar
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.distributed import spread
+from icarus_jax.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.heads import Factors, make_bank
-from icarus_jax.model import Trunk
 from icarus_jax.registry import Registry
 from icarus_jax.requests import EngineStats, Request
 from icarus_jax.reuse_check import ReuseCheck
@@ -72,21 +72,25 @@ class Engine:
         config: EngineConfig,
         model_config: ModelConfig,
         params: Mapping[str, Weight],
-        heads: dict[str, tuple[HeadConfig, Factors]] | None = None,
+        heads: dict[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
-        """Puts the weights on the mesh. params: checkpoint.py's canonical dict; heads: name -> (config, factors)."""
-        heads = heads or {}
+        """Puts the weights on the mesh. params: checkpoint.py's canonical dict; heads: name -> (config, weights).
+
+        Raises ValueError: a head cannot be loaded, or a fully fine-tuned one is not alone.
+        """
         layout = make_layout(config, model_config.num_kv_heads)
-        trunk = Trunk(model_config, layout.place_params(params, config.dtype))
-        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in heads.values())
-        ranks = [a.shape[-1] for _, factors in heads.values() for a, _ in factors.values()]
-        bank = make_bank(model_config, config, len(heads), ranks, adapt_writers)
+        place = functools.partial(layout.place_params, dtype=config.dtype)
+        trunk, adapters = make_trunk(model_config, params, list((heads or {}).values()), place)
+        adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
+        ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
+        num_heads = 0 if isinstance(trunk, PairedTrunk) else len(adapters)
+        bank = make_bank(model_config, config, num_heads, ranks, adapt_writers)
         if bank is not None:
             bank = layout.place_bank(bank)
         engine = cls(spread(Runner(trunk, bank, config, adapt_writers, layout)), trunk_name, config, eos_ids)
-        for head, factors in heads.values():
+        for head, factors in adapters:
             engine.load_head(head, factors)
         engine.stats.head_loads = 0
         return engine
@@ -149,7 +153,7 @@ class Engine:
         self._call(lambda: self._unload(name))
 
     def release_session(self, session: str) -> bool:
-        """Gives back the pages kept for a session (SessionHint); False if there were none."""
+        """Gives back a session's pages (SessionHint); False if it had none."""
         return self._call(lambda: self.scheduler.sessions.release(session))
 
     def _call(self, do: Callable[[], T]) -> T:
@@ -166,7 +170,7 @@ class Engine:
 
         with self._wake:
             if self._closing or self.failed:
-                raise ValueError("the engine takes no more commands")
+                raise RequestError("the engine takes no more commands")
             self._inbox.append(run)
             self._wake.notify()
         return future.result()
@@ -218,8 +222,7 @@ class Engine:
     def run_inbox(self) -> None:
         """Takes in what other threads asked for since the last step."""
         with self._wake:
-            commands = list(self._inbox)
-            self._inbox.clear()
+            commands, self._inbox = self._inbox, deque()
         for command in commands:
             command()
 
@@ -245,8 +248,7 @@ class Engine:
 
     def _abort(self, ids: list[int]) -> None:
         for seq_id in ids:
-            live = self._live.pop(seq_id, None)
-            if live is not None:
+            if (live := self._live.pop(seq_id, None)) is not None:
                 self.scheduler.abort(live.seq)
         self._update_stats()
 
@@ -275,8 +277,7 @@ class Engine:
         self._reuse.before_commit(plan)
         self.stats.slot_loads += len(plan.loads)
         for output in self.scheduler.commit(plan, rows):
-            live = self._live.get(output.seq_id)
-            if live is None:  # a check of reused pages
+            if (live := self._live.get(output.seq_id)) is None:  # a check of reused pages
                 continue
             if output.finish_reason:
                 del self._live[output.seq_id]

@@ -9,6 +9,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+import numpy as np
+
 from icarus_jax.adapters import Adapter
 from icarus_jax.config import LORA_TARGETS, HeadConfig
 from icarus_jax.engine import Engine
@@ -88,7 +90,7 @@ def recommend(reports: dict[str, KindReport]) -> tuple[str, str]:
 Answer = tuple[list[int], list[float]]  # generated tokens, the prompt tokens' log-probabilities
 
 
-def _ask(engine: Engine, model: str, tokens: Sequence[int], max_tokens: int) -> Future[Answer]:
+def _ask(engine: Engine, model: str, tokens: np.ndarray, max_tokens: int) -> Future[Answer]:
     """Greedy tokens after `tokens`; with max_tokens 0 their log-probabilities."""
     future: Future[Answer] = Future()
     generated: list[int] = []
@@ -102,7 +104,7 @@ def _ask(engine: Engine, model: str, tokens: Sequence[int], max_tokens: int) -> 
 
     score = None if max_tokens else 0
     params = SamplingParams(max_tokens=max_tokens, temperature=0.0, prompt_logprobs=score)
-    engine.submit(Request((model,), tuple(map(int, tokens)), params), on_output)
+    engine.submit(Request((model,), tuple(tokens.tolist()), params), on_output)
     return future
 
 

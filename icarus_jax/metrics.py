@@ -28,6 +28,15 @@ _COUNTERS = (
     ("icarus_prefill_tokens", "prefill_tokens", "Prompt tokens computed by the trunk, recomputation included."),
     ("icarus_num_preemptions", "preemptions", "Sequences preempted for want of pages."),
     ("icarus_page_evictions", "evictions", "Cached pages given up for others."),
+    ("icarus_fan_out_requests", "fan_out_requests", "Requests for several models at once."),
+    ("icarus_handoffs", "handoffs", "Sequences that went over to another model."),
+    ("icarus_head_loads", "head_loads", "Heads loaded while the server runs, new versions included."),
+    ("icarus_head_unloads", "head_unloads", "Heads unloaded."),
+    ("icarus_slot_loads", "slot_loads", "Adapters copied into a slot on the device."),
+    ("icarus_slot_evictions", "slot_evictions", "Adapters that gave their slot to another."),
+    ("icarus_reuse_pages_checked", "reuse_pages_checked", "Reused pages computed again (engine.check_reuse)."),
+    ("icarus_reuse_pages_identical", "reuse_pages_identical", "... with the same bits."),
+    ("icarus_reuse_pages_different", "reuse_pages_different", "... with a difference beyond rounding: a fault."),
     ("icarus_engine_steps", "steps", "Engine steps."),
     ("icarus_engine_host_seconds", "host_seconds", "Seconds spent scheduling, preparing and committing steps."),
     ("icarus_engine_device_seconds", "device_seconds", "Seconds spent executing steps."),
@@ -35,6 +44,7 @@ _COUNTERS = (
 _GAUGES = (
     ("icarus_num_requests_running", "running", "Sequences running."),
     ("icarus_num_requests_waiting", "waiting", "Sequences waiting."),
+    ("icarus_sessions", "sessions", "Sessions that hold pages."),
 )
 
 

@@ -8,6 +8,7 @@ over all rows costs less than two, and those k, v are dropped, never stored.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -42,6 +43,7 @@ class Rows:
     work: WorkList
 
 
+Pin = Callable[[jax.Array], jax.Array]
 BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
 
 
@@ -63,9 +65,20 @@ class Block(nnx.Module):
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
     def attention_inputs(
-        self, config: ModelConfig, bank: Adapters | None, x: Array, slots: Array, first: int, tables: Tables
+        self,
+        config: ModelConfig,
+        bank: Adapters | None,
+        x: Array,
+        slots: Array,
+        first: int,
+        tables: Tables,
+        pin: Pin = lambda x: x,
     ) -> tuple[Array, Array, Array]:
-        """x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated."""
+        """The residual stream x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated.
+
+        pin: says where normalised rows lie on a mesh (else their norm is computed in parts, where `qkv` is split by D).
+        """
+        x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
         d = config.hidden_size
@@ -74,8 +87,8 @@ class Block(nnx.Module):
             qkv = qkv + self.qkv_bias[...]
         query, key, value = (
             qkv[:, :, :-2].reshape(b, n * h),
-            qkv[:, :, -2].reshape(b, -1),
-            qkv[:, :, -1].reshape(b, -1),
+            qkv[:, :, -2].reshape(b, k * h),
+            qkv[:, :, -1].reshape(b, k * h),
         )
         if bank is not None:
             query = bank.add("q_proj", query, x, slots, first)
@@ -87,8 +100,15 @@ class Block(nnx.Module):
             key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
         return rope(query, tables), rope(key, tables), value
 
-    def mlp(self, bank: Adapters | None, x: Array, slots: Array, first: int) -> jax.Array:
-        """SwiGLU. x [B, D] -> [B, D]."""
+    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+        """What attention adds to the residual stream. attended [B, N, H] -> [B, D]."""
+        attended = attended.reshape(-1, self.o[...].shape[0])
+        out = jnp.dot(attended, self.o[...])
+        return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
+
+    def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
+        """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
+        x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
         gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
         gate, up = gate_up[:, 0], gate_up[:, 1]
         if bank is not None:
@@ -108,9 +128,12 @@ class Trunk(nnx.Module):
         self.final_norm = nnx.Param(params["final_norm"])
         self.lm_head = nnx.data(None if config.tie_word_embeddings else nnx.Param(params["lm_head"]))
 
+    def normed(self, x: jax.Array, slots: Array) -> jax.Array:
+        """The final norm of the residual stream [S, D], rows of the slots i32[S]."""
+        return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+
     def logits(self, x: jax.Array) -> jax.Array:
-        """Hidden states [S, D] -> logits f32[S, V]."""
-        x = rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
+        """Normalised rows [S, D] -> logits f32[S, V]."""
         weight = (self.embed if self.lm_head is None else self.lm_head)[...]
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
@@ -137,13 +160,15 @@ class Trunk(nnx.Module):
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
 
+        def pin(x: jax.Array) -> jax.Array:
+            return layout.constrain(x, "rows", "embed")
+
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
             index, block_state = inputs
             block: Block = nnx.merge(block_def, block_state)
             adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
-            normed = layout.constrain(rms_norm(x, block.attn_norm[...], config.rms_norm_eps), "rows", "embed")
-            q, k, v = block.attention_inputs(config, adapters, normed, rows.slots, first, tables)
+            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables, pin)
             attended, kv = append_and_attend(
                 layout,
                 kv,
@@ -156,14 +181,11 @@ class Trunk(nnx.Module):
                 scale=config.head_dim**-0.5,
                 implementation=kernels,
             )
-            attended = attended.reshape(x.shape[0], -1)
-            out = jnp.dot(attended, block.o[...])
-            if adapters is not None:
-                out = adapters.add("o_proj", out, attended, rows.slots, first)
-            x = layout.constrain(x + out, "rows", "embed")
-            x = x + block.mlp(adapters, rms_norm(x, block.mlp_norm[...], config.rms_norm_eps), rows.slots, first)
-            return (layout.constrain(x, "rows", "embed"), kv), None
+            x = pin(x + block.attention_output(adapters, attended, rows.slots, first))
+            x = pin(x + block.mlp(config, adapters, x, rows.slots, first))
+            return (x, kv), None
 
-        x = layout.constrain(self.embed[...][rows.tokens], "rows", "embed")
+        x = pin(self.embed[...][rows.tokens])
         (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state))
-        return self.logits(layout.constrain(x[rows.sample_rows], "samples", "embed")), kv_pages
+        sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
+        return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages

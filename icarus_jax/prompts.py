@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
-from icarus_jax.protocol import ApiError, ChatPrompt
+from icarus_jax.body import ApiError
+from icarus_jax.protocol import ChatPrompt
 from icarus_jax.text import Vocabulary
 
 

@@ -1,53 +1,14 @@
-"""The request bodies of the HTTP API: OpenAI's fields, and vLLM's extra ones under vLLM's names.
-
-A null is an absent field, types must be right (ranges are SamplingParams' business), unknown fields are ignored.
-"""
+"""The bodies of generation requests: OpenAI's fields, vLLM's extra ones under vLLM's names, and routing.py's."""
 
 from __future__ import annotations
 
-import functools
-import logging
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from icarus_jax.body import Body, Int32, Int64
+from icarus_jax.routing import MAX_N, Routing
 from icarus_jax.sequence import RequestError, SamplingParams
-
-log = logging.getLogger(__name__)
-
-MAX_N = 128
-Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
-Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-B = TypeVar("B", bound="Body")
-
-
-class ApiError(Exception):
-    """An answer other than 200: the HTTP status, and the fields of OpenAI's error object."""
-
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.status = status
-        self.param = param
-        self.code = code
-
-
-@functools.lru_cache(maxsize=256)
-def _note_unknown(name: str) -> None:
-    log.debug("requests carry the unknown field %r; it is ignored", name)
-
-
-class Body(BaseModel):
-    model_config = ConfigDict(strict=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _drop_nulls(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        if cls.model_config.get("extra") != "allow":
-            for name in data.keys() - cls.model_fields.keys():
-                _note_unknown(name[:64])
-        return {name: value for name, value in data.items() if value is not None}
 
 
 class StreamOptions(Body):
@@ -58,10 +19,9 @@ class ResponseFormat(Body):
     type: str
 
 
-class _Generate(Body):
+class Generate(Routing):
     """What completions and chat completions share. Ranges that the engine knows are checked by SamplingParams."""
 
-    model: str
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -74,9 +34,9 @@ class _Generate(Body):
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
-    logit_bias: dict[str, float] = {}
-    stop: Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = []
-    stop_token_ids: list[Int32] = []
+    logit_bias: dict[str, float] = Field({})
+    stop: Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field([])
+    stop_token_ids: list[Int32] = Field([])
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     ignore_eos: bool = False
@@ -87,7 +47,7 @@ class _Generate(Body):
     user: str | None = None
 
     @model_validator(mode="after")
-    def _check_shared(self) -> _Generate:
+    def _check_shared(self) -> Generate:
         if self.stream_options and not self.stream:
             raise RequestError("stream_options is only allowed with stream=true", "stream_options")
         if self.stream and self.prompt_logprobs is not None:
@@ -96,9 +56,14 @@ class _Generate(Body):
             raise RequestError("the only response_format is {'type': 'text'}", "response_format")
         return self
 
+    def named_logprobs(self) -> int | None:
+        """How many alternatives the request wants of a generated token; None: it says nothing of log-probabilities."""
+        raise NotImplementedError
+
     def asked_logprobs(self) -> int | None:
         """How many alternatives to report for a generated token; None: no log-probabilities."""
-        raise NotImplementedError
+        named = self.named_logprobs()
+        return 0 if named is None and self.reference_logprobs else named
 
     def asked_prompt_logprobs(self) -> int | None:
         return self.prompt_logprobs
@@ -145,7 +110,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
     raise ValueError("it must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
 
 
-class CompletionRequest(_Generate):
+class CompletionRequest(Generate):
     prompt: Annotated[list[Any], BeforeValidator(_prompts)]  # list[str | list[int]]
     echo: bool = False
     logprobs: Int32 | None = None
@@ -161,11 +126,11 @@ class CompletionRequest(_Generate):
             raise RequestError(f"best_of is {self.best_of}; it must equal n, which is {self.n}", "best_of")
         return self
 
-    def asked_logprobs(self) -> int | None:
+    def named_logprobs(self) -> int | None:
         return self.logprobs
 
     def asked_prompt_logprobs(self) -> int | None:
-        echoed = self.logprobs if self.echo else None
+        echoed = self.asked_logprobs() if self.echo else None
         asked = [count for count in (self.prompt_logprobs, echoed) if count is not None]
         return max(asked, default=None)
 
@@ -194,7 +159,7 @@ class ChatPrompt(Body):
 
     messages: list[Message] = Field(min_length=1)
     tools: list[dict[str, Any]] | None = None
-    chat_template_kwargs: dict[str, Any] = {}
+    chat_template_kwargs: dict[str, Any] = Field({})
     add_generation_prompt: bool | None = None  # default: unless the final message is continued
     continue_final_message: bool = False
     add_special_tokens: bool = False  # the template writes them itself
@@ -210,7 +175,7 @@ class ChatPrompt(Body):
         return self
 
 
-class ChatRequest(ChatPrompt, _Generate):
+class ChatRequest(ChatPrompt, Generate):
     max_completion_tokens: Int32 | None = None
     logprobs: bool = False
     top_logprobs: Int32 | None = None
@@ -224,7 +189,7 @@ class ChatRequest(ChatPrompt, _Generate):
             raise RequestError("tool_choice must be 'auto' or 'none': a tool call cannot be forced", "tool_choice")
         return self
 
-    def asked_logprobs(self) -> int | None:
+    def named_logprobs(self) -> int | None:
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def asked_tokens(self) -> int | None:
@@ -244,7 +209,7 @@ class TokenizeRequest(ChatPrompt):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = []
+    messages: list[Message] = Field([])
     return_token_strs: bool = False
 
     @model_validator(mode="after")
@@ -261,17 +226,3 @@ class TokenizeRequest(ChatPrompt):
 class DetokenizeRequest(Body):
     model: str | None = None
     tokens: list[Int32]
-
-
-def parse(kind: type[B], raw: bytes) -> B:
-    """A request body from its JSON. Raises ApiError that names the field of the first error."""
-    try:
-        return kind.model_validate_json(raw)
-    except ValidationError as error:
-        first = error.errors(include_url=False, include_input=False)[0]
-    cause = first.get("ctx", {}).get("error")
-    if isinstance(cause, RequestError):
-        raise ApiError(400, str(cause), cause.field)
-    where = ".".join(map(str, first["loc"])) or "the body"
-    reason = first["msg"] if cause is None else str(cause)
-    raise ApiError(400, f"{where}: {reason}", str(first["loc"][0]) if first["loc"] else None)

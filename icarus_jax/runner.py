@@ -12,6 +12,7 @@ from flax import nnx
 
 from icarus_jax.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.full_heads import PairedTrunk
 from icarus_jax.heads import Factors, HeadBank, fit_factors
 from icarus_jax.model import Rows, Trunk
 from icarus_jax.programs import COPY_ROWS, Programs
@@ -41,13 +42,15 @@ class Runner:
     def __init__(self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: Layout):
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
+        has_heads = bank is not None or isinstance(trunk, PairedTrunk)
         self._programs = Programs(trunk, bank, config, adapt_writers, layout)
-        self.buckets = make_buckets(config, bank is not None, self._programs.kernels)
+        self.buckets = make_buckets(config, has_heads, self._programs.kernels)
         self.weights = (nnx.split(trunk)[1], nnx.split(bank)[1])
         self.kv_pages = self._programs.zeros(self._programs.kv_pages)
         self.targets = bank.targets if bank is not None else ()
         self.rank = bank.rank if bank is not None else 0
-        self.num_slots = bank.num_slots if bank is not None else 0
+        # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
+        self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
         self.adapt_writers = adapt_writers
         self._forward: dict[Bucket, Callable] = {}  # compiled
 
@@ -87,7 +90,7 @@ class Runner:
             writer, reader = writer + n, reader + m + work.reads_reference
         active = self._programs.no_active(bucket)
         in_use = np.unique(slots[slots > 0])
-        active[: len(in_use)] = in_use
+        active[: len(in_use)] = in_use[: len(active)]  # a fully fine-tuned head needs no adapter
         rows = Rows(tokens, slots, active, slot_mapping, sample_rows, build_work(sequences, bucket.work, page_size))
         sampling, variant = self._sampling(plan, bucket)
         return StepBatch(bucket, rows, sampling, variant, counts)
@@ -157,7 +160,8 @@ class Runner:
     def load_head(self, slot: int, factors: Factors) -> None:
         """Copies an adapter into a slot (from 1 on), in place."""
         fitted = fit_factors(self.model, factors, self.rank, self.targets)
-        self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), fitted))
+        if fitted:
+            self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), fitted))
 
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
         """Runs a step; returns the logits rows of each piece of work."""

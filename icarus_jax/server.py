@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 import uvicorn
@@ -16,13 +17,19 @@ from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
+from icarus_jax.body import ApiError, parse, read_body
 from icarus_jax.engine import Engine
+from icarus_jax.handoff import Handoff
+from icarus_jax.head_loader import HeadLoader
+from icarus_jax.head_routes import HeadRoutes
 from icarus_jax.lifecycle import Drain, DrainingServer, Gate
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt, PromptReader
-from icarus_jax.protocol import ApiError, ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest, parse
+from icarus_jax.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Generate, TokenizeRequest
+from icarus_jax.requests import Request
 from icarus_jax.responses import ChatView, CompletionView, error_body, internal_error, model_card
-from icarus_jax.sequence import RequestError, SamplingParams
+from icarus_jax.routing import ReleaseRequest, Routing
+from icarus_jax.sequence import Model, RequestError, SamplingParams
 from icarus_jax.streams import Choice, ClientGone, Delta, Generation
 from icarus_jax.text import Vocabulary
 
@@ -30,24 +37,20 @@ log = logging.getLogger(__name__)
 
 VERSION = "0.1.0"
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
-MAX_BODY_BYTES = 32 << 20
-MAX_CHOICES = 1024  # prompts times n
+MAX_CHOICES = 1024  # prompts times models times n
 
 
 class Api:
     """The endpoints. Handlers return what is to be sent as JSON, or a Response."""
 
-    def __init__(
-        self, engine: Engine, tokenizer: Any, eos_ids: Iterable[int], trunk_name: str, sources: Mapping[str, str]
-    ):
+    def __init__(self, engine: Engine, tokenizer: Any, eos_ids: Iterable[int], loader: HeadLoader):
         self.engine = engine
         self.vocabulary = Vocabulary(tokenizer)
         self.metrics = Metrics(engine)
         self.limit = engine.config.max_model_len
         self.reader = PromptReader(self.vocabulary, engine.model_config.vocab_size, self.limit)
         self.eos_ids = frozenset(eos_ids)
-        self.trunk_name = trunk_name
-        self.sources = sources
+        self.loader = loader
         self.created = int(time.time())
 
     # What is served.
@@ -64,25 +67,41 @@ class Api:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4")
 
     async def list_models(self) -> Any:
-        return {"object": "list", "data": [self._card(name) for name in self.engine.models]}
+        return {"object": "list", "data": [self.card(model) for model in list(self.engine.models.values())]}
 
     async def show_model(self, name: str) -> Any:
         self._check_model(name)
-        return self._card(name)
+        return self.card(self.engine.models[name])
 
-    def _card(self, name: str) -> dict[str, Any]:
-        model = self.engine.models[name]
-        return model_card(model, self.trunk_name, self.sources.get(name, name), self.limit, self.created)
+    def card(self, model: Model) -> dict[str, Any]:
+        loader = self.loader
+        return model_card(model, loader.trunk_name, loader.source(model.name), self.limit, self.created)
 
-    def _check_model(self, name: str | None) -> None:
+    def _check_model(self, name: str | None, field: str = "model") -> None:
         if name is not None and name not in self.engine.models:
             names = ", ".join(self.engine.models)
-            raise ApiError(404, f"the model {name[:64]!r} is not served; served: {names}", "model", "model_not_found")
+            raise ApiError(404, f"the model {name[:64]!r} is not served; served: {names}", field, "model_not_found")
+
+    def _check_routing(self, body: Routing) -> None:
+        for name in body.answering:
+            self._check_model(name, "model" if body.models is None else "models")
+        named = [("handoff", rule.model) for rule in body.handoff]
+        if body.session and body.session.next_model is not None:
+            named.append(("session", body.session.next_model))
+        models = self.engine.models
+        for field, name in named:
+            if name not in models:
+                message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
+                raise ApiError(400, message, field)
+        if body.reference_logprobs and (own := [r.model for r in body.handoff if models[r.model].salt]):
+            message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
+            raise ApiError(400, message, "handoff")
+        self.reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")
 
     # Text to ids and back.
 
     async def tokenize(self, http: HttpRequest) -> Any:
-        body = parse(TokenizeRequest, await _read_body(http))
+        body = parse(TokenizeRequest, await read_body(http))
         self._check_model(body.model)
         text = self.reader.render(body) if body.prompt is None else body.prompt
         # Unlike a prompt, the text may be of any length: the event loop must not wait for it.
@@ -91,7 +110,7 @@ class Api:
         return {"count": len(ids), "max_model_len": self.limit, "tokens": ids, "token_strs": pieces}
 
     async def detokenize(self, http: HttpRequest) -> Any:
-        body = parse(DetokenizeRequest, await _read_body(http))
+        body = parse(DetokenizeRequest, await read_body(http))
         self._check_model(body.model)
         self.reader.check_ids(body.tokens, "tokens")
         return {"prompt": self.vocabulary.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)}
@@ -99,10 +118,10 @@ class Api:
     # Generation.
 
     async def completions(self, http: HttpRequest) -> Response:
-        body = parse(CompletionRequest, await _read_body(http))
-        self._check_model(body.model)
-        if len(body.prompt) * body.n > MAX_CHOICES:
-            raise ApiError(400, f"prompts times n is above {MAX_CHOICES}", "prompt")
+        body = parse(CompletionRequest, await read_body(http))
+        self._check_routing(body)
+        if len(body.prompt) * len(body.answering) * body.n > MAX_CHOICES:
+            raise ApiError(400, f"prompts times models times n is above {MAX_CHOICES}", "prompt")
         prompts = [self.reader.read(prompt, "prompt", body.add_special_tokens) for prompt in body.prompt]
         if not prompts:
             raise ApiError(400, "prompt is empty; it must have at least one token", "prompt")
@@ -114,14 +133,19 @@ class Api:
         return await self._answer(http, CompletionView(body, self.vocabulary), jobs)
 
     async def chat(self, http: HttpRequest) -> Response:
-        body = parse(ChatRequest, await _read_body(http))
-        self._check_model(body.model)
+        body = parse(ChatRequest, await read_body(http))
+        self._check_routing(body)
         prompt = self.reader.read_chat(body)
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         room = self.reader.room(prompt, body.asked_tokens(), field)
         return await self._answer(http, ChatView(body, self.vocabulary), [(prompt, self._params(body, room))])
 
-    def _params(self, body: CompletionRequest | ChatRequest, default_tokens: int) -> SamplingParams:
+    async def release_session(self, http: HttpRequest) -> Any:
+        body = parse(ReleaseRequest, await read_body(http))
+        released = await asyncio.to_thread(self.engine.release_session, body.id)  # waits for the step's end
+        return {"id": body.id, "object": "session", "released": released}
+
+    def _params(self, body: Generate, default_tokens: int) -> SamplingParams:
         params = body.sampling_params(default_tokens)
         self.reader.check_ids([token_id for token_id, _ in params.logit_bias], "logit_bias")
         self.reader.check_ids(list(params.stop_token_ids), "stop_token_ids")
@@ -131,16 +155,13 @@ class Api:
         self, http: HttpRequest, view: CompletionView | ChatView, jobs: list[tuple[Prompt, SamplingParams]]
     ) -> Response:
         body = view.request
-        echo = isinstance(body, CompletionRequest) and body.echo
-        generation = Generation(self.engine, self.metrics, body.model, http)
+        generation = Generation(self.engine, self.metrics, http)
         try:
             for prompt, params in jobs:
                 first = len(generation.choices)
-                choices = [
-                    Choice(i, prompt, params, self.vocabulary, self.eos_ids, body.skip_special_tokens, echo)
-                    for i in range(first, first + body.n)
-                ]
-                generation.submit(prompt, params, choices)
+                writers = [model for model in body.answering for _ in range(body.n)]
+                choices = [self._choice(i, model, prompt, params, body) for i, model in enumerate(writers, first)]
+                generation.submit(self._request(prompt, params, body), choices)
             if not body.stream:
                 return await self._whole(generation, view)
         except BaseException:
@@ -148,6 +169,19 @@ class Api:
             raise
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
         return StreamingResponse(self._events(generation, view), media_type="text/event-stream", headers=headers)
+
+    def _choice(self, index: int, model: str, prompt: Prompt, params: SamplingParams, body: Generate) -> Choice:
+        echo = isinstance(body, CompletionRequest) and body.echo
+        return Choice(index, model, prompt, params, self.vocabulary, self.eos_ids, body.skip_special_tokens, echo)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, body: Generate) -> Request:
+        handoff = functools.partial(Handoff, body.handoff, self.vocabulary, body.skip_special_tokens, prompt.ids)
+        return Request(
+            *(body.answering, prompt.ids, params, body.n),
+            handoff=handoff if body.handoff else None,
+            reference_logprobs=body.reference_logprobs,
+            session=body.session.hint() if body.session else None,
+        )
 
     async def _whole(self, generation: Generation, view: CompletionView | ChatView) -> Response:
         deltas: dict[int, list[Delta]] = {choice.index: [] for choice in generation.choices}
@@ -184,15 +218,6 @@ def _event(body: dict[str, Any]) -> str:
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"
 
 
-async def _read_body(http: HttpRequest) -> bytes:
-    raw = bytearray()
-    async for chunk in http.stream():
-        raw += chunk
-        if len(raw) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
-    return bytes(raw)
-
-
 def _error(status: int, message: str, param: str | None = None, code: str | None = None) -> JSONResponse:
     return JSONResponse(error_body(status, message, param, code), status)
 
@@ -225,11 +250,10 @@ def create_app(
     engine: Engine,
     tokenizer: Any,
     eos_ids: Iterable[int],
-    trunk_name: str,
-    sources: Mapping[str, str] | None = None,
+    loader: HeadLoader,
 ) -> FastAPI:
-    """The app. tokenizer: a Hugging Face fast tokenizer; sources: where each model's weights come from (its `root`)."""
-    api = Api(engine, tokenizer, eos_ids, trunk_name, sources or {})
+    """The app. tokenizer: a Hugging Face fast tokenizer; loader: knows the heads, and may take in more."""
+    api = Api(engine, tokenizer, eos_ids, loader)
     app = FastAPI(title="icarus-jax", version=VERSION)
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("GET", "/health", api.health),
@@ -241,6 +265,8 @@ def create_app(
         ("POST", "/v1/chat/completions", api.chat),
         ("POST", "/tokenize", api.tokenize),
         ("POST", "/detokenize", api.detokenize),
+        ("POST", "/v1/release_session", api.release_session),
+        *HeadRoutes(loader, api.card).routes(),
     ]
     for method, path, handler in routes:
         app.add_api_route(path, handler, methods=[method], response_model=None)

@@ -10,15 +10,21 @@ from collections.abc import AsyncIterator, Iterable
 
 from starlette.requests import Request as HttpRequest
 
+from icarus_jax.body import ApiError
 from icarus_jax.engine import Engine
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt
-from icarus_jax.protocol import ApiError
 from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.text import Detokenizer, Vocabulary
 
 log = logging.getLogger(__name__)
+
+LOWEST_LOGPROB = -9999.0  # JSON has no -inf
+
+
+def finite(value: float) -> float:
+    return max(LOWEST_LOGPROB, value)  # in this order: a NaN gives the lowest too
 
 
 class ClientGone(Exception):
@@ -27,17 +33,26 @@ class ClientGone(Exception):
 
 @dataclasses.dataclass
 class Scored:
-    """A token, its log-probability (None for a prompt's first), and where it starts in the text, in characters."""
+    """A token, its log-probability (None for a prompt's first), and where it starts in the text, in characters.
+
+    reference: the trunk's log-probability of a generated token, if it was asked for.
+    """
 
     token_id: int
     logprob: TokenLogprob | None
     offset: int
+    reference: float | None = None
 
 
 @dataclasses.dataclass
 class Delta:
-    """What one stream gained: text, tokens, their scores if wanted, and at the end the reason."""
+    """What one stream gained: text, tokens, their scores if wanted, and at the end the reason.
 
+    model: that wrote the tokens (of joined deltas, the first). Text that was held back, as it could have become a stop
+    string or was no whole character yet, comes with the token that decides it.
+    """
+
+    model: str = ""
     text: str = ""
     token_ids: list[int] = dataclasses.field(default_factory=list)
     scored: list[Scored] | None = None
@@ -49,6 +64,7 @@ class Delta:
     def join(deltas: Iterable[Delta]) -> Delta:
         whole = Delta()
         for delta in deltas:
+            whole.model = whole.model or delta.model
             whole.text += delta.text
             whole.token_ids += delta.token_ids
             if delta.scored is not None:
@@ -64,11 +80,15 @@ class Delta:
 
 
 class Choice:
-    """One stream of an answer: engine outputs in, text out."""
+    """One stream of an answer: engine outputs in, text out.
+
+    model: that writes now. handoffs: (index of a generated token, the model that writes from there on).
+    """
 
     def __init__(
         self,
         index: int,
+        model: str,
         prompt: Prompt,
         params: SamplingParams,
         vocabulary: Vocabulary,
@@ -77,8 +97,11 @@ class Choice:
         echo: bool = False,
     ):
         self.index = index
+        self.model = model
         self.prompt = prompt
-        self.num_tokens = 0
+        self.tokens_by_model = {model: 0}
+        self.handoffs: list[tuple[int, str]] = []
+        self.kl_to_base = 0.0  # sum over its tokens of logprob - reference
         self.cached_tokens = 0
         self.finish_reason: str | None = None
         self.role_sent = False  # of a streamed chat message
@@ -91,9 +114,16 @@ class Choice:
             self._echo = (text if prompt.text is None else prompt.text, offsets)
         self._base = len(self._echo[0]) if self._echo else 0
 
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.tokens_by_model.values())
+
     def feed(self, output: TokenOutput) -> Delta:
         """Takes an output in. A stop string may end the stream before the engine does: see `finish_reason`."""
-        delta = Delta(prompt_logprobs=output.prompt_logprobs)
+        if output.token_ids and output.model != self.model:
+            self.model = output.model
+            self.handoffs.append((self.num_tokens, self.model))
+        delta = Delta(self.model, prompt_logprobs=output.prompt_logprobs)
         if self._params.logprobs is not None:
             delta.scored = []
         if self._echo:
@@ -110,13 +140,17 @@ class Choice:
                 delta.finish_reason = output.finish_reason
                 if output.finish_reason == "stop" and delta.token_ids and delta.token_ids[-1] not in self._eos_ids:
                     delta.stop_reason = delta.token_ids[-1]
-        self.num_tokens += len(delta.token_ids)
+        self.tokens_by_model[self.model] = self.tokens_by_model.get(self.model, 0) + len(delta.token_ids)
         self.finish_reason = delta.finish_reason
         return delta
 
     def _add_token(self, delta: Delta, output: TokenOutput, i: int, token_id: int) -> None:
         if delta.scored is not None and output.logprobs is not None:
-            delta.scored.append(Scored(token_id, output.logprobs[i], self._base + self._detokenizer.length))
+            logprob, reference = output.logprobs[i], None
+            if output.reference_logprobs is not None:
+                reference = output.reference_logprobs[i]
+                self.kl_to_base += finite(logprob.logprob) - finite(reference)
+            delta.scored.append(Scored(token_id, logprob, self._base + self._detokenizer.length, reference))
         delta.token_ids.append(token_id)
         is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
         if not is_stop or self._params.include_stop_str_in_output:  # the token that stopped it is no text
@@ -146,20 +180,19 @@ class Generation:
     client leaves. `close` (also called when the client leaves) aborts what still runs.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, model: str, http: HttpRequest):
+    def __init__(self, engine: Engine, metrics: Metrics, http: HttpRequest):
         self.choices: list[Choice] = []
         self._engine = engine
         self._metrics = metrics
-        self._model = model
         self._loop = asyncio.get_running_loop()
         self._arrival = time.monotonic()
         self._last: dict[int, float] = {}  # choice index -> time of its last token
-        self._seq_ids: dict[int, int] = {}  # choice index -> sequence, while it runs
+        self._running: dict[int, tuple[Choice, int]] = {}  # by index, while it runs: the choice and its sequence
         self._gone = False
         self._queue: asyncio.Queue[_Arrival | None] = asyncio.Queue()  # None: the client has gone
         self._watcher = asyncio.create_task(self._watch(http))
 
-    def submit(self, prompt: Prompt, params: SamplingParams, choices: list[Choice]) -> None:
+    def submit(self, request: Request, choices: list[Choice]) -> None:
         """Asks the engine for one prompt's choices. Raises RequestError."""
 
         def on_output(i: int, output: TokenOutput) -> None:  # on the engine's thread
@@ -168,17 +201,18 @@ class Generation:
             except RuntimeError:  # the loop is closed: a server that was stopped at once
                 log.debug("an output came after the server's end")
 
-        seq_ids = self._engine.submit(Request((self._model,), prompt.ids, params, len(choices)), on_output)
+        seq_ids = self._engine.submit(request, on_output)
         self.choices += choices
-        self._seq_ids |= {choice.index: seq_id for choice, seq_id in zip(choices, seq_ids, strict=True)}
-        self._metrics.prompt(self._model, len(prompt.ids))
+        self._running |= {choice.index: (choice, seq_id) for choice, seq_id in zip(choices, seq_ids, strict=True)}
+        for model in request.models:
+            self._metrics.prompt(model, len(request.prompt_ids))
 
     async def __aiter__(self) -> AsyncIterator[tuple[Choice, Delta]]:
-        while self._seq_ids:
+        while self._running:
             arrival = await self._queue.get()
             if arrival is None:
                 raise ClientGone
-            if arrival.choice.index in self._seq_ids:  # not one that a stop string has ended
+            if arrival.choice.index in self._running:  # not one that a stop string has ended
                 yield arrival.choice, self._take(arrival)
         if self._gone:  # it left between two deltas
             raise ClientGone
@@ -189,11 +223,11 @@ class Generation:
         if delta.token_ids:
             last = self._last.get(choice.index)
             since = arrival.time - (self._arrival if last is None else last)
-            self._metrics.tokens(self._model, len(delta.token_ids), since, first=last is None)
+            self._metrics.tokens(choice.model, len(delta.token_ids), since, first=last is None)
             self._last[choice.index] = arrival.time
         if delta.finish_reason:
-            seq_id = self._seq_ids.pop(choice.index)
-            self._metrics.finished(self._model, delta.finish_reason, arrival.time - self._arrival)
+            _, seq_id = self._running.pop(choice.index)
+            self._metrics.finished(choice.model, delta.finish_reason, arrival.time - self._arrival)
             if delta.finish_reason == "error":
                 raise ApiError(500, "the engine failed while it worked on this request", code="engine_error")
             if delta.finish_reason == "abort":
@@ -208,11 +242,11 @@ class Generation:
         self._abort()
 
     def _abort(self) -> None:
-        if self._seq_ids:
-            self._engine.abort(list(self._seq_ids.values()))
-            for _ in self._seq_ids:
-                self._metrics.finished(self._model, "abort", time.monotonic() - self._arrival)
-            self._seq_ids.clear()
+        if self._running:
+            self._engine.abort([seq_id for _, seq_id in self._running.values()])
+            for choice, _ in self._running.values():
+                self._metrics.finished(choice.model, "abort", time.monotonic() - self._arrival)
+            self._running.clear()
 
     async def _watch(self, http: HttpRequest) -> None:
         while (await http.receive())["type"] != "http.disconnect":

@@ -94,7 +94,7 @@ class Vocabulary:
         return text, offsets
 
 
-class _Stop:
+class Finder:
     """Finds one string in a stream of characters (Knuth, Morris and Pratt). `matched` is how much of it is seen."""
 
     def __init__(self, text: str):
@@ -110,9 +110,12 @@ class _Stop:
         return matched + (self.text[matched] == char)
 
     def advance(self, char: str) -> bool:
-        """True if `char` completes the string; nothing may follow then."""
+        """True if `char` completes the string; the next occurrence is looked for behind this one."""
         self.matched = self._next(char, self.matched)
-        return self.matched == len(self.text)
+        if self.matched < len(self.text):
+            return False
+        self.matched = 0
+        return True
 
 
 class Detokenizer:
@@ -137,7 +140,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._params = params
         self._hidden = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
-        self._stops = [_Stop(text) for text in params.stop]
+        self._stops = [Finder(text) for text in params.stop]
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._count = 0

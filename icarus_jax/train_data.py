@@ -158,10 +158,13 @@ def read_examples(
     return examples, skipped
 
 
-def split(examples: Sequence[Example]) -> tuple[list[Example], list[Example]]:
-    """(training, validation): every HELD_OUT-th example is held out, if there are that many."""
+def split(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+    """(training, validation): every HELD_OUT-th example is held out, and at most `count` of those are validated on,
+    from the whole of the file: its rows may be sorted by class."""
     held = [e for i, e in enumerate(examples) if i % HELD_OUT == HELD_OUT - 1]
-    return [e for i, e in enumerate(examples) if i % HELD_OUT != HELD_OUT - 1], held
+    count = min(count, len(held))
+    validation = [held[i * len(held) // count] for i in range(count)]
+    return [e for i, e in enumerate(examples) if i % HELD_OUT != HELD_OUT - 1], validation
 
 
 def common_prefix(examples: Iterable[Example]) -> np.ndarray:

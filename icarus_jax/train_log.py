@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar or log lines, metrics.jsonl, TensorBoard scalars and a plot."""
+"""What a training run tells: a progress bar or log lines, metrics.jsonl, TensorBoard scalars and plots."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 METRICS = "metrics.jsonl"
+RECORD = "config.json"  # in a run's folder: what its checkpoints were made with
 
 log = logging.getLogger(__name__)
 
@@ -97,3 +98,34 @@ def plot_losses(folder: Path, names: Sequence[str]) -> Path:
     path = folder / "loss.png"
     figure.savefig(path, dpi=120)
     return path
+
+
+def compare_runs(folders: Sequence[Path], picture: Path) -> None:
+    """Draws the validation losses of runs as train_loop.py leaves them, one panel a head. Raises ValueError.
+
+    A run's label is its kv and its seed; seeds of one kv have one colour.
+    """
+    from matplotlib.figure import Figure
+
+    curves: dict[str, list[tuple[str, str, list[tuple[float, float]]]]] = {}
+    for folder in folders:
+        if not (folder / RECORD).exists():
+            raise ValueError(f"{folder} is no training run: it has no {RECORD}")
+        record = json.loads((folder / RECORD).read_text())
+        kv = record["config.head.kv"]
+        for name in record["config.head.names"].split(","):
+            key = f"{name}/val_loss"
+            points = [(row["step"], row[key]) for row in read_metrics(folder) if key in row]
+            curves.setdefault(name, []).append((kv, f"{kv}, seed {record['config.train.seed']}", points))
+    figure = Figure(figsize=(3.6 * len(curves), 3.4), layout="constrained")
+    panels = figure.subplots(1, len(curves), squeeze=False)[0]
+    kinds = sorted({kv for lines in curves.values() for kv, _, _ in lines}, reverse=True)  # shared first
+    for axes, (name, lines) in zip(panels, curves.items(), strict=True):
+        for kv, label, points in lines:
+            style = "o-" if label.endswith(" 0") else "o--"
+            axes.plot(*zip(*points, strict=True), style, ms=3, color=f"C{kinds.index(kv)}", label=label)
+        axes.set(title=name, xlabel="step", yscale="log")
+        axes.grid(alpha=0.3)
+        axes.legend()
+    panels[0].set_ylabel("validation loss per completion token")
+    figure.savefig(picture, dpi=100)

@@ -23,8 +23,9 @@ from ml_collections import ConfigDict
 
 from icarus_jax import train_data
 from icarus_jax.adapters import Adapter, save_adapter
-from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk, save_orbax
+from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk
 from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS
+from icarus_jax.full_heads import FullHead, save_full_head
 from icarus_jax.task_formats import TASKS
 from icarus_jax.tokenizer import eos_token_ids, load_tokenizer
 from icarus_jax.train import (
@@ -37,11 +38,9 @@ from icarus_jax.train import (
     train_step,
     validate,
 )
-from icarus_jax.train_log import TrainLog, plot_losses
+from icarus_jax.train_log import RECORD, TrainLog, plot_losses
 from icarus_jax.train_model import Method, init_heads
 
-RECORD = "config.json"  # in the output folder: what its checkpoints were made with
-HEAD_MARK = "icarus_head.json"  # beside a fully trained head's weights: its kv and its trunk
 METHODS = ("lora", "full")
 
 log = logging.getLogger(__name__)
@@ -109,10 +108,10 @@ def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> D
     for slot, (name, path) in enumerate(zip(names, paths, strict=True), 1):
         file = Path(path).expanduser()
         examples, skipped = train_data.read_examples(file, encoder, TASKS.get(name), slot, section.skip_long)
-        train_part, held = train_data.split(examples)
+        train_part, held = train_data.split(examples, section.validation)
         log.info("%s: %d examples, %d more for validation, %d too long", file, len(train_part), len(held), skipped)
         training += train_part
-        validation += held[: section.validation] if section.validation else []
+        validation += held
     prefix = train_data.common_prefix(training + validation)
     shape = train_data.row_shape(training + validation, prefix, section.rows, section.length)
     return Data(training, validation, prefix, shape)
@@ -271,7 +270,4 @@ def _save_head(path: Path, head: dict[str, Any], config: ConfigDict, method: Met
         adapter = Adapter(path.name, method.rank, weights, method.kv, trunk.identity)
         save_adapter(str(path), adapter, base_model_name=config.trunk.name, alpha=config.head.alpha)
         return
-    params = {**trunk.params, **head}
-    digest = hashlib.sha256(b"".join(np.ascontiguousarray(params[name]).tobytes() for name in sorted(params)))
-    save_orbax(TrunkCheckpoint(trunk.config, params, digest.hexdigest, trunk.path), str(path))
-    (path / HEAD_MARK).write_text(json.dumps({"kv": method.kv, "trunk": trunk.identity}) + "\n")
+    save_full_head(str(path), FullHead(head), method.kv, trunk)

@@ -22,8 +22,9 @@ from flax import nnx
 from jax import lax
 
 from icarus_jax.config import TARGETS, ModelConfig
-from icarus_jax.layers import rms_norm, rope_tables
-from icarus_jax.model import BLOCK_PARAMS, Block, Trunk
+from icarus_jax.full_heads import OWN_PARAMS
+from icarus_jax.layers import rope_tables
+from icarus_jax.model import Block, Trunk
 from icarus_jax.train_data import Array, Batch
 from pallas_kernels.lora import lora
 
@@ -31,8 +32,6 @@ Params = Mapping[str, jax.Array]  # a trunk's, by checkpoint.py's names
 HeadParams = dict[str, Any]  # LoRA: target -> (A, B); full: name -> weight. Every leaf has a leading A axis
 Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # stacked's; empty: no adapters
 KeyValues = tuple[jax.Array, jax.Array]  # K and V of every layer, [L, B, T, K, H]
-
-FULL_PARAMS = (*BLOCK_PARAMS, "final_norm")  # what full fine-tuning gives a head of its own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +50,7 @@ class Method:
 def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Sequence[int]) -> HeadParams:
     """Untrained heads, one a seed, in float32: A random and B zero as in PEFT, or copies of the trunk's weights."""
     if method.full:
-        copies = {name: np.asarray(params[name], np.float32)[None] for name in FULL_PARAMS if name in params}
+        copies = {name: np.asarray(params[name], np.float32)[None] for name in OWN_PARAMS if name in params}
         return {name: jnp.asarray(np.repeat(copy, len(seeds), 0)) for name, copy in copies.items()}
     heads: HeadParams = {}
     rngs = [np.random.default_rng(seed) for seed in seeds]
@@ -133,20 +132,15 @@ def run_layers(
         block_state, factors, prefix, given, key = inputs
         block: Block = nnx.merge(block_def, block_state)
         adapters = TrainingBank(factors, method.dropout, key) if factors else None
-        normed = rms_norm(rows, block.attn_norm[...], config.rms_norm_eps)
-        q, *made = block.attention_inputs(config, adapters, normed, slots, 0, tables)
+        q, *made = block.attention_inputs(config, adapters, rows, slots, 0, tables)
         own = given or tuple(y.reshape(b, q_len, config.num_kv_heads, h) for y in made)
         k, v = (
             jnp.concatenate([jnp.broadcast_to(before, (b, *before.shape)), after], axis=1)
             for before, after in zip(prefix, own, strict=True)
         )
         attended = jax.nn.dot_product_attention(q.reshape(b, q_len, n, h), k, v, mask=stream.mask[:, None])
-        attended = attended.reshape(b * q_len, n * h)
-        out = jnp.dot(attended, block.o[...])
-        if adapters is not None:
-            out = adapters.add("o_proj", out, attended, slots, 0)
-        rows = rows + out
-        rows = rows + block.mlp(adapters, rms_norm(rows, block.mlp_norm[...], config.rms_norm_eps), slots, 0)
+        rows = rows + block.attention_output(adapters, attended.reshape(b * q_len, n, h), slots, 0)
+        rows = rows + block.mlp(config, adapters, rows, slots, 0)
         return rows, own if given is None else None
 
     keys = None if key is None else jax.random.split(key, config.num_layers)
@@ -209,7 +203,8 @@ def token_logprobs(
         before = prefix_kv(config, method, decoder, bank, prefix, key)
         x, _ = run_layers(config, method, decoder, bank, everything, before, key=key)
         x = jnp.take_along_axis(x, readers[..., None], axis=1)
-    logits = decoder.logits(x.reshape(-1, config.hidden_size)).reshape(*readers.shape, -1)
+    normed = decoder.normed(x.reshape(-1, config.hidden_size), jnp.ravel(at(batch.slots)))
+    logits = decoder.logits(normed).reshape(*readers.shape, -1)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == batch.targets
 

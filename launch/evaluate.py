@@ -101,7 +101,7 @@ def serve(config: ConfigDict) -> Iterator[tuple[ASGIApp, int]]:
 
     app.start()
     try:
-        api = create_app(app.engine, app.tokenizer, app.eos_ids, config.trunk.name)
+        api = create_app(app.engine, app.tokenizer, app.eos_ids, app.loader)
         yield api, 2 * app.engine.config.max_num_seqs  # the next ones wait in the engine
     finally:
         app.engine.shutdown(drain=False)

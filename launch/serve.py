@@ -5,14 +5,21 @@
 SIGTERM or Ctrl-C lets running requests finish, then stops.
 """
 
+from __future__ import annotations
+
+import contextlib
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
+
+if TYPE_CHECKING:
+    from icarus_jax.head_loader import HeadLoader
 
 _HEADS = cli.define_heads()
 
@@ -22,10 +29,21 @@ def main(config: ConfigDict) -> None:
     app = cli.build(config)
     from icarus_jax import server
 
-    sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, head in config.heads.items()}
+    watcher = watching(app.loader, config.server.watch_heads)
     app.start()
-    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, config.trunk.name, sources)
-    server.run(api, app.engine, config.server.host, config.server.port)
+    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader)
+    with watcher:
+        server.run(api, app.engine, config.server.host, config.server.port)
+
+
+def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:
+    """Watches a folder of heads, if one is named; a relative one counts from the repository."""
+    if not folder:
+        return contextlib.nullcontext()
+    from icarus_jax.head_watch import HeadWatcher
+
+    with cli.usage_errors("config.server.watch_heads"):
+        return HeadWatcher(loader, cli.REPOSITORY / folder)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterable
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.heads import Factors
 from icarus_jax.requests import EngineStats, Request
 from icarus_jax.sequence import Model, RequestError, TokenLogprob, TokenOutput
 
@@ -64,6 +65,8 @@ def byte_fallback_tokenizer() -> PreTrainedTokenizerFast:
 class _Stream:
     request: Request
     index: int
+    model: Model
+    handoff: Callable[[int], str | None] | None
     on_output: Callable[[int, TokenOutput], None]
     num_output: int = 0
     cached: int = 0
@@ -73,9 +76,10 @@ class FakeEngine:
     """The engine's interface. Output token i of the models, for a prompt p of length n and a vocabulary of V ids:
 
     'trunk' counts: (p[n-1] + 1 + i) mod V. 'parrot' repeats its prompt: p[i mod n]. 'broken' counts too, and ends
-    with an error in place of output token p[0]. A chosen token's log-probability is -0.5, and its k alternatives
-    are itself and its successors, at -0.5, -1.5, ...; prompt token j has -j. A prompt given before is cached but for
-    its last token.
+    with an error in place of output token p[0]. A head loaded later says 100 + v, over and over, where v counts the
+    loads; an adapter of a rank above 8 is refused. A chosen token's log-probability is -0.5, the trunk's of it -0.5 if
+    the trunk chose it and -2 if not, and its k alternatives are itself and its successors, at -0.5, -1.5, ...; prompt
+    token j has -j. A prompt given before is cached but for its last token.
     As in the engine, an abort takes effect between two steps: an output on its way still comes.
     """
 
@@ -92,6 +96,9 @@ class FakeEngine:
         self.aborted: list[int] = []  # of sequences that were running
         self._to_abort: list[int] = []
         self.requests: list[Request] = []
+        self.loaded: list[HeadConfig] = []
+        self.released: list[str] = []  # sessions
+        self._says: dict[Model, int] = {}
         self.failed = False
         self.fail: Exception | None = None  # raised by submit
         self._streams: dict[int, _Stream] = {}
@@ -121,15 +128,17 @@ class FakeEngine:
             raise self.fail
         if self.failed:
             raise RequestError("the engine has failed")
-        for name in request.models:
-            if name not in self.models:
-                raise RequestError(f"no model {name}", "model")
+        if missing := set(request.models) - self.models.keys():
+            raise RequestError(f"no model {missing}", "model")
         with self._lock:
             seen = any(r.prompt_ids == request.prompt_ids for r in self.requests)
             self.requests.append(request)
-            ids = [next(self._ids) for _ in range(request.n * len(request.models))]
+            writers = [self.models[name] for name in request.models for _ in range(request.n)]
+            ids = [next(self._ids) for _ in writers]
             cached = len(request.prompt_ids) - 1 if seen else 0
-            self._streams |= {seq: _Stream(request, i, on_output, cached=cached) for i, seq in enumerate(ids)}
+            for i, (seq, model) in enumerate(zip(ids, writers, strict=True)):
+                watch = request.handoff and request.handoff()
+                self._streams[seq] = _Stream(request, i, model, watch, on_output, cached=cached)
             self.stats.requests += len(ids)
             self.stats.cached_tokens_cross_model += cached
             self._lock.notify()
@@ -138,6 +147,23 @@ class FakeEngine:
     def abort(self, seq_ids: Iterable[int]) -> None:
         with self._lock:
             self._to_abort += seq_ids
+
+    def load_head(self, head: HeadConfig, factors: Factors) -> None:
+        if any(a.shape[-1] > 8 for a, _ in factors.values()):
+            raise ValueError("the rank is above 8")
+        with self._lock:
+            model = Model(head.name, head.kv)
+            self.loaded.append(head)
+            self._says[model] = 99 + len(self.loaded)
+            self.models = self.models | {head.name: model}
+
+    def unload_head(self, name: str) -> None:
+        with self._lock:
+            self.models = {other: model for other, model in self.models.items() if other != name}
+
+    def release_session(self, session: str) -> bool:
+        self.released.append(session)
+        return any(r.session and r.session.id == session for r in self.requests)
 
     def _loop(self) -> None:
         while True:
@@ -162,19 +188,22 @@ class FakeEngine:
     def _step(self, seq_id: int, stream: _Stream) -> TokenOutput:
         request, params = stream.request, stream.request.params
         prompt, i = request.prompt_ids, stream.num_output
-        model = request.models[stream.index // request.n]
-        output = TokenOutput(seq_id, [], model, cached_tokens=stream.cached)
+        output = TokenOutput(seq_id, [], stream.model.name, cached_tokens=stream.cached)
         if params.prompt_logprobs is not None and i == 0:
             scores = [self._scored(token, -float(j), params.prompt_logprobs) for j, token in enumerate(prompt)]
             output.prompt_logprobs = [None, *scores[1:]]
-        if model == "broken" and i == prompt[0]:
+        if stream.model.name == "broken" and i == prompt[0]:
             output.finish_reason = "error"
         elif params.max_tokens > 0:
-            token = prompt[i % len(prompt)] if model == "parrot" else prompt[-1] + 1 + i
-            token %= self.model_config.vocab_size
+            token = prompt[i % len(prompt)] if stream.model.name == "parrot" else prompt[-1] + 1 + i
+            token = self._says.get(stream.model, token % self.model_config.vocab_size)
             output.token_ids = [token]
             if params.logprobs is not None:
                 output.logprobs = [self._scored(token, -0.5, params.logprobs)]
+            if request.reference_logprobs:
+                output.reference_logprobs = [-0.5 if stream.model.kind == "base" else -2.0]
+            if stream.handoff and (name := stream.handoff(token)):
+                stream.model = self.models[name]
             ends = token in params.stop_token_ids or (token in self.eos_ids and not params.ignore_eos)
             if ends and i >= params.min_tokens:
                 output.finish_reason = "stop"
@@ -186,6 +215,7 @@ class FakeEngine:
 
 def main() -> None:
     """Serves the double, in a process of its own (for tests of signals)."""
+    from icarus_jax.head_loader import HeadLoader
     from icarus_jax.server import create_app, run
 
     parser = argparse.ArgumentParser()
@@ -195,7 +225,7 @@ def main() -> None:
     tokenizer = byte_level_tokenizer()
     engine = FakeEngine(len(tokenizer), (), args.step_seconds)
     engine.start()
-    run(create_app(engine, tokenizer, (), "trunk"), engine, "127.0.0.1", args.port)
+    run(create_app(engine, tokenizer, (), HeadLoader(engine, "trunk")), engine, "127.0.0.1", args.port)
 
 
 if __name__ == "__main__":

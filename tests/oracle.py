@@ -58,19 +58,23 @@ def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
     return x, made
 
 
-def logits(trunk: TrunkCheckpoint, tokens, adapter=None, *, shared: bool = True) -> np.ndarray:
-    """Logits f64[len(tokens), V] of a head. shared: over the trunk's K/V; else over its own (an ordinary LoRA)."""
-    kv = _run(trunk, tokens, None, None)[1] if adapter and shared else None
+def logits(trunk: TrunkCheckpoint, tokens, adapter=None, *, shared: bool = True, decoder=None) -> np.ndarray:
+    """Logits f64[len(tokens), V] of a head. shared: over the trunk's K/V; else over its own (an ordinary LoRA).
+
+    decoder: a checkpoint whose weights are the head's own (full fine-tuning); none: the trunk's.
+    """
+    kv = _run(trunk, tokens, None, None)[1] if (adapter or decoder) and shared else None
+    trunk = decoder or trunk
     x, _ = _run(trunk, tokens, adapter, kv)
     head = trunk.params["embed" if trunk.config.tie_word_embeddings else "lm_head"]
     norm = np.asarray(trunk.params["final_norm"], np.float64)
     return _norm(x, norm, trunk.config.rms_norm_eps) @ np.asarray(head, np.float64).T
 
 
-def greedy(trunk: TrunkCheckpoint, prompt, steps: int, adapter=None, *, shared: bool = True) -> list[int]:
+def greedy(trunk: TrunkCheckpoint, prompt, steps: int, adapter=None, *, shared=True, decoder=None) -> list[int]:
     tokens = list(prompt)
     for _ in range(steps):
-        tokens.append(int(logits(trunk, tokens, adapter, shared=shared)[-1].argmax()))
+        tokens.append(int(logits(trunk, tokens, adapter, shared=shared, decoder=decoder)[-1].argmax()))
     return tokens[len(prompt) :]
 
 

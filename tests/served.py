@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import pathlib
 import re
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import httpx
 import openai
 import uvicorn
 
+from icarus_jax.head_loader import HeadLoader
 from icarus_jax.server import create_app
 from tests import doubles
 
@@ -24,10 +26,18 @@ LIMIT = 128  # the double's max_model_len
 class Served:
     """An app on a real socket, in a thread."""
 
-    def __init__(self, engine, tokenizer, eos_ids: tuple[int, ...] = (), sources: dict[str, str] | None = None):
+    def __init__(
+        self,
+        engine,
+        tokenizer,
+        eos_ids: tuple[int, ...] = (),
+        sources: dict[str, str] | None = None,
+        head_folders: Iterable[pathlib.Path] = (),
+    ):
         self.engine = engine
         engine.start()
-        app = create_app(engine, tokenizer, eos_ids, next(iter(engine.models)), sources)
+        self.loader = HeadLoader(engine, next(iter(engine.models)), None, sources, head_folders)
+        app = create_app(engine, tokenizer, eos_ids, self.loader)
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -62,10 +72,12 @@ def wait_for(condition: Callable[[], object], seconds: float = 10.0) -> None:
 
 
 @contextlib.contextmanager
-def serving(step_seconds: float = 0.0, eos_ids: tuple[int, ...] = ()) -> Iterator[Served]:
+def serving(
+    step_seconds: float = 0.0, eos_ids: tuple[int, ...] = (), head_folders: Iterable[pathlib.Path] = ()
+) -> Iterator[Served]:
     """The double, served."""
     engine = doubles.FakeEngine(V, eos_ids, step_seconds, LIMIT)
-    served = Served(engine, TOKENIZER, eos_ids, {"parrot": "heads/parrot"})
+    served = Served(engine, TOKENIZER, eos_ids, {"parrot": "heads/parrot"}, head_folders)
     try:
         yield served
     finally:

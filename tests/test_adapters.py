@@ -145,7 +145,8 @@ def test_check_of_the_trunk(config):
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
-        ({"alora_invocation_tokens": [1, 2]}, "alora_invocation_tokens"),
+        ({"alora_invocation_tokens": []}, r"alora_invocation_tokens=\[\]; it is a list of token ids in 0..319"),
+        ({"alora_invocation_tokens": [1, 320]}, r"alora_invocation_tokens=\[1, 320\]"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"peft_type": "IA3"}, "peft_type 'IA3'"),
         ({"peft_type": None}, "peft_type None"),
@@ -175,7 +176,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (None, {f"{Q0}.lora_A.weight": (4, 47)}, "self_attn.q_proj maps 47 to 48, the trunk's 48 to 48"),
         (None, {Q0.replace("layers.0", "layers.3") + ".lora_A.weight": (4, 48)}, "a layer that the trunk, of 3, lacks"),
         (f"{Q0}.lora_B.weight", {}, "q_proj has lora_A only"),
-        ("", {}, "is empty"),
+        ("", {}, "it has no tensors"),
     ],
 )
 def test_wrong_tensors_are_refused_by_name(remove, add, message, folder, config, tmp_path):

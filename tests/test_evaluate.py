@@ -16,6 +16,7 @@ import pytest
 
 from icarus_jax import batch_eval, task_sets, tokenizer
 from icarus_jax.config import EngineConfig
+from icarus_jax.head_loader import HeadLoader
 from icarus_jax.result_file import ResultFile
 from icarus_jax.server import create_app
 from tests import doubles, harness, tiny
@@ -47,11 +48,11 @@ class Double:
 
     @contextlib.contextmanager
     def serve(self):
-        yield create_app(self.engine, TOKENIZER, (), "trunk"), 4
+        yield create_app(self.engine, TOKENIZER, (), HeadLoader(self.engine, "trunk")), 4
 
     @property
     def asked(self) -> list[str]:
-        return [request.model for request in self.engine.requests]
+        return [request.models[0] for request in self.engine.requests]
 
 
 @pytest.fixture
@@ -318,7 +319,7 @@ def truth(folders, tmp_path_factory):
 
     @contextlib.contextmanager
     def serve():
-        yield create_app(engine, tokenizer.load_tokenizer(folder), (258,), "trunk"), 8
+        yield create_app(engine, tokenizer.load_tokenizer(folder), (258,), HeadLoader(engine, "trunk")), 8
 
     rows = [{"text": f"question number {i}", "category": "?"} for i in range(24)]
     draft = write(path / "draft.jsonl", rows)

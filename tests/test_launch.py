@@ -33,20 +33,20 @@ def test_help_is_short(program, tmp_path):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--config=mutli.py"], ["mutli.py", "did you mean multi.py?", "multi.py, single.py"]),
-        (["--config=nowhere/multi.py"], ["nowhere/multi.py", "multi.py, single.py"]),
-        (["--config="], ["multi.py, single.py"]),
+        (["--config=mutli.py"], ["mutli.py", "did you mean multi.py?", "multi.py, simulate.py, single.py"]),
+        (["--config=nowhere/multi.py"], ["nowhere/multi.py", "multi.py, simulate.py, single.py"]),
+        (["--config="], ["multi.py, simulate.py, single.py"]),
         (["--config=multi.py:many"], ["'many'", "N,isolated"]),
         (["--config=multi.py:0"], ["'0'", "N,isolated"]),
         (["--config=multi.py:2,isolatd"], ["'2,isolatd'", "N,isolated"]),
         (["--config=single.py:2"], ["'2'", "no argument"]),
-        (["--config.server.prot=1"], ["'prot'", "did you mean port?", "host, port"]),
+        (["--config.server.prot=1"], ["'prot'", "did you mean port?", "head_folders, host, port"]),
         (["--config.sever.port=1"], ["'sever'", "did you mean server?", "engine, heads, server, trunk"]),
         (["--config.server.port.x=1"], ["'x'", "config.server.port has no keys"]),
         (["--config=multi.py:1", "--config.heads.h1.kv=isolated"], ["'h1'", "the keys of config.heads are h0"]),
         (["--config.server.port=http"], ["config.server.port", "'http'"]),
         (["--config.engine.num_pages=4"], ["num_pages=4", "at least 128"]),
-        (["--config=multi.py:1", "--config.heads.h0.kv=mine"], ["'h0'", "'mine'", "shared, isolated"]),
+        (["--config=multi.py:1", "--config.heads.h0.kv=mine"], ["'h0'", "'mine'", "shared, activated, isolated"]),
         (["--haeds=a=b"], ["haeds", "heads"]),
         (["--heads=a"], ["--heads=a", "NAME=PATH"]),
         (["--heads=smollm2-135m-instruct=random:1"], ["trunk's name"]),
@@ -101,7 +101,7 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
     config = cli.load_config(spec + arg)
     assert config.is_locked
     assert config.trunk.to_dict() == {"source": SOURCE, "name": "smollm2-135m-instruct"}
-    assert config.server.to_dict() == {"host": "127.0.0.1", "port": 8000}
+    assert config.server.to_dict() == {"host": "127.0.0.1", "port": 8000, "head_folders": "", "watch_heads": ""}
     if arg:
         count, kv = int(arg[1]), "isolated" if "isolated" in arg else "shared"
         assert {name: dict(head) for name, head in config.heads.items()} == {
@@ -157,11 +157,11 @@ class SlowEngine:
 
     def submit(self, request, on_output):
         def answer():
-            self.events.append(f"{request.model} answered")
-            on_output(0, TokenOutput(0, [7], cached_tokens=len(request.model)))
+            self.events.append(f"{request.models[0]} answered")
+            on_output(0, TokenOutput(0, [7], cached_tokens=len(request.models[0])))
             on_output(0, TokenOutput(0, [8, 9], finish_reason="length"))
 
-        self.events.append(f"{request.model} asked")
+        self.events.append(f"{request.models[0]} asked")
         threading.Timer(0.05, answer).start()
         return [0]
 

@@ -12,19 +12,24 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
 LAYERS = (
-    ("config",),
+    ("config", "calls", "workload"),
+    ("model_zoo", "agents"),
     ("pages",),
     ("sequence",),
     ("slots", "sessions", "requests", "registry"),
     ("scheduler",),
+    ("simulator",),
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
-    ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapters"),
-    ("buckets", "programs", "runner"),
+    ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
+    ("full_heads",),
+    ("buckets", "topology", "hlo_text", "program_cost", "programs", "runner"),
     ("reuse_check",),
     ("distributed",),
     ("engine",),
-    ("text", "protocol", "metrics"),
-    ("prompts", "streams", "responses", "lifecycle"),
+    ("text", "metrics"),
+    ("body", "routing", "protocol", "handoff"),
+    ("head_loader", "head_watch"),
+    ("prompts", "streams", "responses", "lifecycle", "head_routes"),
     ("server",),
     ("task_formats", "sandbox"),
     ("scoring",),
@@ -35,10 +40,15 @@ LAYERS = (
     ("train_loop",),
     ("kind_check",),
     ("cli",),
+    ("compile_check", "compile_report"),
     ("bench",),
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = ("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler")
+NO_JAX = (
+    *("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
+    *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
+    *("workload", "agents", "calls", "model_zoo", "simulator"),
+)
 MAX_LINES = 300
 
 

@@ -20,6 +20,7 @@ import pytest
 
 from icarus_jax.metrics import Metrics
 from icarus_jax.prompts import Prompt
+from icarus_jax.requests import Request
 from icarus_jax.sequence import SamplingParams
 from icarus_jax.streams import Choice, ClientGone, Generation
 from icarus_jax.text import Vocabulary
@@ -74,10 +75,10 @@ def test_a_client_that_left_before_the_answer_began():
             return {"type": "http.disconnect"}
 
         http = types.SimpleNamespace(receive=receive)
-        generation = Generation(engine, Metrics(engine), "trunk", http)
+        generation = Generation(engine, Metrics(engine), http)
         prompt, params = Prompt((5,), None, "prompt"), SamplingParams(max_tokens=100)
-        choices = [Choice(0, prompt, params, Vocabulary(TOKENIZER), frozenset(), True)]
-        generation.submit(prompt, params, choices)
+        choices = [Choice(0, "trunk", prompt, params, Vocabulary(TOKENIZER), frozenset(), True)]
+        generation.submit(Request(("trunk",), prompt.ids, params), choices)
         await asyncio.sleep(0.2)
         assert engine.aborted == [0]
         with pytest.raises(ClientGone):
@@ -131,6 +132,27 @@ def test_metrics():
         assert one.metric("icarus_sequences_total") == 2
         assert one.metric("icarus_kv_pages_capacity") == one.engine.stats.pages_total
         assert other.metric(f"icarus_prompt_tokens_total{{{model}}}") == 0  # a registry an app
+
+
+COUNTED = {
+    "icarus_fan_out_requests_total": "fan_out_requests",
+    "icarus_handoffs_total": "handoffs",
+    "icarus_head_loads_total": "head_loads",
+    "icarus_head_unloads_total": "head_unloads",
+    "icarus_slot_loads_total": "slot_loads",
+    "icarus_slot_evictions_total": "slot_evictions",
+    "icarus_reuse_pages_checked_total": "reuse_pages_checked",
+    "icarus_reuse_pages_identical_total": "reuse_pages_identical",
+    "icarus_reuse_pages_different_total": "reuse_pages_different",
+    "icarus_sessions": "sessions",
+}
+
+
+def test_metrics_of_heads_and_sessions():
+    with serving() as served:
+        for value, attribute in enumerate(COUNTED.values(), 7):
+            setattr(served.engine.stats, attribute, value)
+        assert [served.metric(name) for name in COUNTED] == list(range(7, 7 + len(COUNTED)))
 
 
 def start_process(step_seconds: float) -> tuple[subprocess.Popen, str]:

@@ -106,11 +106,8 @@ def test_heads_are_split_like_their_projections():
     for target in TARGETS:
         din, dout = QWEN.target_shapes[target]
         got[target] = tuple(s.spec for s in layout.factors(target, (24, 4, 16, din), (24, 4, 16, dout)))
-    column, row = (
-        (P(None, None, None, None), P(None, None, None, BOTH)),
-        (P(None, None, None, BOTH), P(None, None, None, None)),
-    )
-    queries = (P(None, None, None, None), P(None, None, None, ("model",)))
+    whole, split = P(None, None, None, None), P(None, None, None, BOTH)
+    column, row, queries = (whole, split), (split, whole), (whole, P(None, None, None, ("model",)))
     assert got == {
         **dict.fromkeys(("q_proj", "k_proj", "v_proj"), queries),
         **dict.fromkeys(("o_proj", "down_proj"), row),

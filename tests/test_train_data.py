@@ -52,6 +52,16 @@ def test_data_position_is_exact():
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
+def test_validation_is_of_the_whole_file():
+    """A file that is sorted by class must not be validated on its first classes alone."""
+    examples = make_examples(400)
+    training, validation = train_data.split(examples, 10)
+    at = {id(e): i for i, e in enumerate(examples)}
+    assert [at[id(e)] for e in validation] == [19 + 40 * i for i in range(10)]
+    assert len(training) == 380 and not {id(e) for e in training} & {id(e) for e in validation}
+    assert [len(train_data.split(examples, n)[1]) for n in (0, 3, 99)] == [0, 3, 20]
+
+
 def test_common_prefix_is_less_than_a_prompt():
     examples = [train_data.Example(np.array(t, np.int32), n, 1) for t, n in [([1, 2, 3, 9], 3), ([1, 2, 3, 4, 9], 4)]]
     assert train_data.common_prefix(examples).tolist() == [1, 2]

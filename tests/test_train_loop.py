@@ -16,11 +16,14 @@ import pytest
 from safetensors.numpy import load_file
 
 from configs import train as train_config
-from icarus_jax import train_data, train_loop
-from icarus_jax.adapters import CONFIG_FILE, WEIGHTS_FILE, load_adapter
+from icarus_jax import full_heads, train_data, train_loop
+from icarus_jax.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.adapters import load_adapter
 from icarus_jax.checkpoint import load_trunk
+from icarus_jax.config import HeadConfig
+from icarus_jax.engine import Engine
 from icarus_jax.tokenizer import load_tokenizer
-from icarus_jax.train_log import read_metrics
+from icarus_jax.train_log import compare_runs, read_metrics
 from icarus_jax.train_model import token_logprobs
 from tests import harness, oracle, tiny
 
@@ -156,6 +159,10 @@ def test_a_run_learns_and_tells_of_it(trunk, data, tmp_path):
     assert {"lr", "epoch", "tokens_per_s", "examples_per_s", "words/grad_norm"} < rows[-2].keys()
     assert (tmp_path / "run" / "loss.png").stat().st_size > 5000
     assert list((tmp_path / "run" / "tensorboard").iterdir())
+    compare_runs([tmp_path / "run"] * 2, tmp_path / "both.png")
+    assert (tmp_path / "both.png").stat().st_size > 5000
+    with pytest.raises(ValueError, match=r"is no training run: it has no config\.json"):
+        compare_runs([tmp_path], tmp_path / "none.png")
     a, b = (load_file(folder / WEIGHTS_FILE) for folder in (one, two))
     assert any((a[name] != b[name]).any() for name in a)  # two heads, not one twice
     assert json.loads((one / CONFIG_FILE).read_text())["r"] == 8
@@ -163,14 +170,30 @@ def test_a_run_learns_and_tells_of_it(trunk, data, tmp_path):
 
 def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     more = {"head__method": "full", "optimiser__lr": 1e-3, "head__dropout": 0.0, "optimiser__steps": 2}
-    _, (folder,) = train_here("words", trunk, data, tmp_path / "run", **more)
+    config, (folder,) = train_here("words", trunk, data, tmp_path / "run", **more)
     before, after = load_trunk(trunk), load_trunk(str(folder))
     assert after.identity != before.identity
     np.testing.assert_array_equal(after.params["embed"], before.params["embed"])
     np.testing.assert_array_equal(after.params["qkv"][..., -2:, :], before.params["qkv"][..., -2:, :])
     assert (after.params["gate_up"] != before.params["gate_up"]).any()
-    assert json.loads((folder / train_loop.HEAD_MARK).read_text()) == {"kv": "shared", "trunk": before.identity}
+    assert json.loads((folder / full_heads.MARK).read_text()) == {"kv": "shared", "trunk": before.identity}
     assert load_tokenizer(after.path).encode("hi")
+
+    # What is trained is what is served: the same log-probabilities, and not the trunk's.
+    method, examples = train_loop.head_method(config.head, 1), train_loop.load_data(config, ["words"], before)
+    own = full_heads.load_full_head(str(folder), "shared", before, "float32")
+    engine = Engine.create(
+        harness.SMALL, before.config, before.params, {"words": (HeadConfig("words", str(folder)), own)}
+    )
+    heads = {name: jnp.asarray(values)[None] for name, values in own.params.items()}
+    params = {name: jnp.asarray(values) for name, values in before.params.items()}
+    example = examples.validation[0]
+    (batch,) = train_data.validation_batches([example], examples.prefix, train_data.RowShape(1, 40, 8))
+    logprobs, _ = token_logprobs(before.config, method, heads, params, jnp.asarray(examples.prefix), batch)
+    trained = np.asarray(logprobs)[np.asarray(batch.target_segments) > 0]
+    scores = {m: harness.score(engine, m, example.tokens.tolist())[example.num_prompt - 1 :] for m in engine.models}
+    np.testing.assert_allclose(scores["words"], trained, atol=1e-3)
+    assert np.abs(scores["trunk"] - trained).max() > 0.02
 
 
 @pytest.mark.parametrize(

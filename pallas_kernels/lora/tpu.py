@@ -34,12 +34,12 @@ def _row_tile(rows: int, row_bytes: int) -> int:
     return min(tile, rows)
 
 
-def _out_tile(dout: int, column_bytes: int) -> int:
-    """Lanes of a block of B: all of dout, or whole 128-lane tiles that divide it, within UP_BYTES if that can be."""
-    if dout * column_bytes <= UP_BYTES:
-        return dout
-    tiles = [n for n in range(LANES, dout, LANES) if dout % n == 0]
-    return max((n for n in tiles if n * column_bytes <= UP_BYTES), default=min(tiles, default=dout))
+def _lane_tile(lanes: int, most: int) -> int:
+    """`lanes` if not above `most`; else whole 128-lane tiles that divide them, at most `most` if that can be."""
+    if lanes <= most:
+        return lanes
+    tiles = [n for n in range(LANES, lanes, LANES) if lanes % n == 0]
+    return max((n for n in tiles if n <= most), default=min(tiles, default=lanes))
 
 
 def _dot(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
@@ -49,10 +49,17 @@ def _dot(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
 
 
 def _down(x_ref: Any, down_ref: Any) -> jax.Array:
-    """x [R, din] @ A.T [din, r], in pieces: whole, the three parts of float32 factors would not fit in VMEM."""
-    starts = range(0, x_ref.shape[1], DOWN_LANES)
-    parts = [_dot(x_ref[:, i : i + DOWN_LANES], down_ref[0, 0, :, i : i + DOWN_LANES], 1) for i in starts]
-    return functools.reduce(jnp.add, parts)
+    """x [R, din] @ A.T [din, r], in pieces: the parts into which float32 is split for the matrix unit need room."""
+    din = x_ref.shape[1]
+    lanes = _lane_tile(din, DOWN_LANES)
+    if lanes == din:
+        return _dot(x_ref[...], down_ref[0, 0], 1)
+
+    def add(i: jax.Array, total: jax.Array) -> jax.Array:
+        piece = pl.ds(pl.multiple_of(i * lanes, LANES), lanes)
+        return total + _dot(x_ref[:, piece], down_ref[0, 0, :, piece], 1)
+
+    return lax.fori_loop(0, din // lanes, add, jnp.zeros((x_ref.shape[0], down_ref.shape[2]), jnp.float32))
 
 
 def _kernel(layer, table, count, slots_ref, x_ref, down_ref, up_ref, out_ref, hidden_ref, *, width):
@@ -81,7 +88,7 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any) -> Any:
     if not rows or not u:
         return jnp.zeros((rows, dout), x.dtype)
     size = x.dtype.itemsize
-    tile, width = _row_tile(rows, (din + dout) * size), _out_tile(dout, rank * size)
+    tile, width = _row_tile(rows, (din + dout) * size), _lane_tile(dout, UP_BYTES // (rank * size))
     tiles, steps = pl.cdiv(rows, tile), dout // width
     # The slots of each tile of rows, those in use first.
     by_tile = jnp.pad(slots, (0, tiles * tile - rows)).reshape(tiles, 1, tile)

@@ -30,7 +30,8 @@ SUBLANES = 8
 LOG2E = math.log2(math.e)
 BLOCK_BYTES = 2 << 20  # of K/V in one of the two slots: long enough to hide a DMA's latency
 UNROLL = 8  # copies started in one turn of a loop
-CHUNK_TOKENS = 512
+CHUNK_TOKENS, FEW_ROWS_CHUNK_TOKENS = 512, 256  # few rows wait for the DMA anyway, and a short last chunk costs less
+FEW_ROWS = 16
 SCORE_BYTES = 512 << 10  # of one KV head's float32 scores, which lie in VMEM between the two matmuls
 
 
@@ -65,9 +66,10 @@ def choose_tiling(rows: int, run_pages: int, page_size: int, page_bytes: int) ->
     A chunk is whole 128-lane tiles of scores, at most CHUNK_TOKENS and SCORE_BYTES; a block is whole chunks, about
     BLOCK_BYTES unless the runs are shorter.
     """
+    most = FEW_ROWS_CHUNK_TOKENS if rows <= FEW_ROWS else CHUNK_TOKENS
     unit = math.lcm(page_size, LANES)
     units = pl.cdiv(run_pages * page_size, unit)
-    chunk = max(1, min(units, CHUNK_TOKENS // unit, SCORE_BYTES // (4 * rows * unit)))
+    chunk = max(1, min(units, most // unit, SCORE_BYTES // (4 * rows * unit)))
     chunk_pages = chunk * unit // page_size
     chunks = max(1, min(pl.cdiv(units, chunk), BLOCK_BYTES // (chunk_pages * page_bytes)))
     return Tiling(chunks * chunk_pages, chunk_pages)
@@ -119,7 +121,9 @@ def _spread(x: jax.Array, width: int) -> jax.Array:
 
 def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lanes: int, value_lane: int) -> None:
     plan, refs = Plan(*refs[: len(Plan._fields)]), refs[len(Plan._fields) :]
-    q_ref, after_ref, upto_ref, pages_ref, next_pages_ref, kv_hbm, acc_ref, ml_ref, buffer, arrived, m_ref, l_ref = refs
+    q_ref, upto_ref, *after_ref, pages_ref, next_pages_ref, kv_hbm, acc_ref, ml_ref, buffer, arrived, m_ref, l_ref = (
+        refs
+    )
     _, _, kv_heads, page_size, width = buffer.shape
     chunk, value_lanes = tiling.chunk_pages * page_size, width - value_lane
     run = pl.program_id(0)
@@ -163,8 +167,8 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
             plan.base[run] + page * spec.page_stride + token + token // page_size * (spec.page_stride - page_size)
         )
         seen = position <= _spread(upto_ref[0], chunk)
-        if spec.window is not None:
-            seen &= position > _spread(after_ref[0], chunk)
+        if after_ref:
+            seen &= position > _spread(after_ref[0][0], chunk)
         # a product with ones counts the rows of each token, and turns lanes into sublanes
         ones = jnp.ones((seen.shape[0], value_lanes), jnp.bfloat16)
         return seen, _dot(jnp.where(seen, 1.0, 0.0).astype(jnp.bfloat16), ones, 0, 0) > 0
@@ -257,10 +261,11 @@ def attend(
         jnp.float32 if kv_pages.dtype == jnp.float32 else jnp.bfloat16
     )
     q = jnp.pad(q, ((0, 0), (0, 0), (0, padded - rows), (0, key_lanes - h)))
-    call = _call(tiling, spec, q, kv_pages, runs.pages.shape[1], key_lanes, value_lane)
+    sees = [by_lanes(upto)] if spec.window is None else [by_lanes(upto), by_lanes(after)]
+    call = _call(tiling, spec, q, sees, kv_pages, runs.pages.shape[1], key_lanes, value_lane)
     page_ids = runs.pages[:, None]
     layer = jnp.asarray(layer, jnp.int32).reshape(1)
-    acc, ml = call(layer, *plan, q, by_lanes(after), by_lanes(upto), page_ids, page_ids, kv_pages)
+    acc, ml = call(layer, *plan, q, *sees, page_ids, page_ids, kv_pages)
     m, l = ml[:, :, :rows, 0], ml[:, :, :rows, 1]
     live = (l > 0) & (runs.positions >= 0).repeat(group, axis=1)[:, None]
     acc = jnp.where(live[..., None], acc[:, :, :rows, width - value_lane - h :] * value_scale, 0.0)
@@ -268,9 +273,16 @@ def attend(
 
 
 def _call(
-    tiling: Tiling, spec: AttentionSpec, q: Array, kv_pages: Array, run_pages: int, key_lanes: int, value_lane: int
+    tiling: Tiling,
+    spec: AttentionSpec,
+    q: Array,
+    sees: list[Array],
+    kv_pages: Array,
+    run_pages: int,
+    key_lanes: int,
+    value_lane: int,
 ) -> Callable[..., Any]:
-    """The pallas_call: (layer, *plan, q, after, upto, pages, pages, kv_pages) -> acc and (m, l) in lanes 0 and 1."""
+    """The pallas_call: (layer, *plan, q, *sees, pages, pages, kv_pages) -> acc, and m and l in lanes 0 and 1."""
     x, kv_heads, rows, _ = q.shape
     page = kv_pages.shape[2:]
     page_bytes = math.prod(page) * kv_pages.dtype.itemsize
@@ -288,8 +300,10 @@ def _call(
     outputs = [(kv_heads, rows, value_lanes), (kv_heads, rows, LANES)]
     state = pltpu.VMEM((kv_heads, rows, LANES), jnp.float32)
     scores = kv_heads * rows * run_pages * page[1]  # of one run
+    query_bytes = q[0].size * q.dtype.itemsize + 4 * len(sees) * rows * LANES
     output_bytes = 4 * kv_heads * rows * (value_lanes + LANES)
-    vmem = 2 * (tiling.pages * page_bytes + 2 * output_bytes + q[0].size * q.dtype.itemsize) + 8 * SCORE_BYTES
+    # two of everything that streams, m and l, and what Mosaic keeps between matmuls
+    vmem = 2 * (tiling.pages * page_bytes + query_bytes + 2 * output_bytes) + 8 * SCORE_BYTES
     return pl.pallas_call(
         functools.partial(_kernel, tiling=tiling, spec=spec, key_lanes=key_lanes, value_lane=value_lane),
         grid_spec=pltpu.PrefetchScalarGridSpec(
@@ -297,8 +311,7 @@ def _call(
             grid=(x,),
             in_specs=[
                 block(*q.shape[1:]),
-                block(rows, LANES),
-                block(rows, LANES),
+                *[block(rows, LANES) for _ in sees],
                 block(1, run_pages, memory_space=pltpu.SMEM),
                 block(1, run_pages, of=following, memory_space=pltpu.SMEM),
                 pl.BlockSpec(memory_space=pl.ANY),
@@ -318,7 +331,7 @@ def _call(
         cost_estimate=pl.CostEstimate(
             flops=2 * x * scores * (key_lanes + value_lanes),
             transcendentals=x * scores,
-            bytes_accessed=x * (run_pages * page_bytes + q[0].size * q.dtype.itemsize + output_bytes),
+            bytes_accessed=x * (run_pages * page_bytes + query_bytes + output_bytes),
         ),
         interpret=interpret_params("tpu"),
         name="icarus_paged_attention",

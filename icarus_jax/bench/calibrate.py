@@ -1,0 +1,135 @@
+"""`bench.py calibrate`: does the simulator predict the real engine on this machine?
+
+Two runs of a finished `bench.py serve` (`shared`, most models: its lowest and its highest rate) fit two numbers, the
+overhead of a step (reading the weights included) and the FLOP/s. Then every run of the sweep is simulated and compared.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from icarus_jax import cli, workload
+from icarus_jax.bench import compare
+from icarus_jax.bench.serve import Plan, make_plan
+from icarus_jax.calls import summarise
+from icarus_jax.config import EngineConfig
+from icarus_jax.model_zoo import MODELS
+from icarus_jax.sequence import StepPlan
+from icarus_jax.simulator.chips import Chip
+from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
+from icarus_jax.simulator.run import Simulation, make_models
+
+TOLERANCE = 0.2
+ROUNDS = 6  # each round's simulation gives the next fit its steps and FLOPs
+MODEL = "smollm2-135m"
+PAGE_BYTES_S = 7.5e9  # at which attention reads pages on two cores (docs/benchmarks.md: 25 ms for 8 x 512 tokens)
+FIRST_GUESS = (0.03, 150e9)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fit:
+    """overhead_s: seconds a step whatever its rows. flops: a second."""
+
+    overhead_s: float
+    flops: float
+
+
+def padded_rows(engine: EngineConfig) -> Callable[[int, int, int], tuple[int, int, int]]:
+    """(writers, readers, logits) of the bucket that the engine takes for those that are wanted."""
+    from icarus_jax.buckets import make_buckets
+
+    shapes = [(b.writers, b.readers, b.logits) for b in make_buckets(engine, True)]
+
+    def rows(writers: int, readers: int, logits: int) -> tuple[int, int, int]:
+        return next(s for s in shapes if s[0] >= writers and s[1] >= readers and s[2] >= logits)
+
+    return rows
+
+
+class Predictor:
+    """Simulates runs of a plan on a CPU of a given fit."""
+
+    def __init__(self, plan: Plan, engine: EngineConfig):
+        self._plan, self._engine = plan, engine
+        self._rows = padded_rows(engine)
+
+    def run(self, run: compare.Run, fit: Fit) -> tuple[dict[str, Any], np.ndarray]:
+        """The simulated summary, and (steps, FLOPs, seconds of moving bytes) of all its steps."""
+        chip = Chip("cpu", fit.flops, 0, PAGE_BYTES_S, 0, overlaps=False)
+        # weights and activations: part of the overhead, and of the FLOP/s
+        assumed = Assumptions(1.0, np.inf, 1.0, 1.0, fit.overhead_s, weight_bytes=4, kv_bytes=4)
+        roofline = Roofline(MODELS[MODEL], chip, assumptions=assumed, rows=self._rows)
+        total = np.zeros(3)
+
+        def step_seconds(step: StepPlan) -> float:
+            load = load_of(step)
+            took, flops = roofline.seconds(load), roofline.flops(load)
+            total[:] += (1, flops, took - fit.overhead_s - flops / fit.flops)
+            return took
+
+        plan = self._plan
+        models = make_models(run.models, run.system)
+        sessions = workload.assign(plan.sessions, list(models), plan.assign, plan.seed)
+        arrivals = workload.arrivals(len(sessions), run.rate, plan.arrivals, plan.seed)
+        done = Simulation(sessions, arrivals, models, self._engine, step_seconds, plan.seed).run()
+        return summarise(done.calls, arrivals, done.counters), total
+
+
+def fit_two(predictor: Predictor, runs: Sequence[compare.Run]) -> Fit:
+    """The fit that gives both runs' measured seconds in steps. Raises UsageError if there is none."""
+    fit = Fit(*FIRST_GUESS)
+    measured = np.array([run.summary["busy_s"] for run in runs])
+    for _ in range(ROUNDS):
+        totals = np.array([predictor.run(run, fit)[1] for run in runs])
+        overhead, per_flop = np.linalg.lstsq(totals[:, :2], measured - totals[:, 2])[0]
+        if overhead <= 0 or per_flop <= 0:
+            raise cli.UsageError(
+                f"no fit: a step would have an overhead of {overhead:.4f} s and {per_flop:.3g} s a FLOP; take two runs "
+                "whose steps differ more, on a quieter machine"
+            )
+        fit = Fit(float(overhead), float(1 / per_flop))
+    return fit
+
+
+def compared(run: compare.Run, predicted: dict[str, Any]) -> dict[str, float]:
+    """Predicted over measured."""
+    return {
+        "tokens/s": predicted["output_tokens_per_s"] / run.throughput,
+        "session P50": predicted["session_s"]["p50"] / run.summary["session_s"]["p50"],
+        "session P95": predicted["session_s"]["p95"] / run.p95,
+        "prefill": predicted["prefill_tokens"] / run.summary["prefill_tokens"],
+    }
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+    """The command; config: that of the `bench.py serve` whose report lies in config.out. Raises UsageError."""
+    file = Path(config.out) / "report.json"
+    with cli.usage_errors(f"{file} (written by bench.py serve with the same config)"):
+        runs = [compare.Run(**row) for row in json.loads(file.read_text())["runs"]]
+    shared = sorted((r for r in runs if r.system == "shared"), key=lambda r: (-r.models, r.rate))
+    shared = [r for r in shared if r.models == shared[0].models]
+    if len(shared) < 2:
+        raise cli.UsageError(f"{file}: two runs of 'shared' at different rates are needed")
+    points = [shared[0], shared[-1]]
+    predictor = Predictor(make_plan(config), EngineConfig(**config.engine))
+    fit = fit_two(predictor, points)
+    print(f"fitted on {[(p.models, p.rate) for p in points]}: {fit.overhead_s * 1e3:.1f} ms a step, "
+          f"{fit.flops / 1e9:.0f} GFLOP/s\npredicted / measured:")  # fmt: skip
+    rows, worst = [], 0.0
+    for run in runs:
+        ratio = compared(run, predictor.run(run, fit)[0])
+        used = any(run is point for point in points)
+        worst = worst if used else max(worst, abs(ratio["tokens/s"] - 1))
+        rows.append({"system": run.system, "models": run.models, "rate": run.rate, "fitted": used, **ratio})
+        print(f"{run.system:10}{run.models:>3}{run.rate:>8.3g}  " + "  ".join(f"{k} {v:.2f}" for k, v in ratio.items())
+              + ("  (fitted)" if used else ""))  # fmt: skip
+    print(f"tokens/s of the other runs: at most {worst:.0%} off; " + ("within" if worst <= TOLERANCE else "NOT within")
+          + f" {TOLERANCE:.0%}")  # fmt: skip
+    return {"fit": dataclasses.asdict(fit), "worst": worst, "within": worst <= TOLERANCE, "rows": rows}

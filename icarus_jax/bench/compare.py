@@ -1,0 +1,145 @@
+"""Runs of several systems over the same rates: tables, ratios and plots."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+BEHIND = 0.9  # a system that ends less than this share of what was offered is past saturation
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One system, one number of models, one rate (sessions/s, may be infinite); summary: calls.summarise's.
+
+    last_arrival in seconds. pages: (seconds, held by sequences, kept for reuse). note: why not to trust it.
+    """
+
+    system: str
+    models: int
+    rate: float
+    last_arrival: float
+    summary: dict[str, Any]
+    pages: Sequence[Sequence[float]] = dataclasses.field(default_factory=list)
+    note: str = ""
+
+    @property
+    def throughput(self) -> float:
+        return self.summary["output_tokens_per_s"]
+
+    @property
+    def p95(self) -> float:
+        return self.summary["session_s"]["p95"]
+
+
+HEAD = (
+    f"{'system':12}{'N':>4}{'rate':>8}{'tok/s':>9}{'sess/s':>8}{'P50 s':>9}{'P95 s':>9}{'P99 s':>9}"
+    f"{'call P95':>9}{'TTFT P95':>9}{'ms/tok':>8}{'prefill':>10}{'needed':>9}{'cached':>10}{'evict':>8}{'fair':>6}"
+)
+
+
+def line(run: Run) -> str:
+    """One row of the table under HEAD."""
+    s = run.summary
+    told = ""
+    for name, width in (("prefill_tokens", 10), ("needed_tokens", 9), ("cached_tokens", 10), ("evictions", 8)):
+        told += f"{'-' if s.get(name) is None else s[name]:>{width}}"
+    return (
+        f"{run.system:12}{run.models:>4}{run.rate:>8.3g}{run.throughput:>9.1f}{s['sessions_per_s']:>8.3f}"
+        f"{s['session_s']['p50']:>9.2f}{run.p95:>9.2f}{s['session_s']['p99']:>9.2f}{s['call_s']['p95']:>9.2f}"
+        f"{s['ttft_s']['p95']:>9.2f}{1e3 * s['token_s']['p50']:>8.1f}{told}{s['fairness']:>6.2f}"
+        + (f"  {run.note}" if run.note else "")
+    )
+
+
+def saturated(runs: Sequence[Run]) -> Run | None:
+    """The run at the lowest rate at which a system falls behind what is offered; `runs` are its own.
+
+    Behind: its last session ends later than those of the lowest rate do, by a share of the whole run.
+    """
+    runs = sorted(runs, key=lambda run: run.rate)
+    alone = runs[0].summary["session_s"]["p99"]
+    return next((r for r in runs if r.summary["duration_s"] * BEHIND > r.last_arrival + alone), None)
+
+
+def ratios(runs: Sequence[Run], system: str = "shared", baseline: str = "isolated") -> list[dict[str, Any]]:
+    """For each number of models: how many times the baseline's best throughput, and how many times lower P95.
+
+    p95_ratio is taken at p95_rate, where the baseline is just past saturation (None: it never was); p95_ratios has
+    every rate's.
+    """
+    found = []
+    for n in sorted({run.models for run in runs}):
+        ours = {r.rate: r for r in runs if r.models == n and r.system == system}
+        theirs = {r.rate: r for r in runs if r.models == n and r.system == baseline}
+        both = sorted(ours.keys() & theirs.keys())
+        if not both:
+            continue
+        past = saturated([theirs[rate] for rate in both])
+        best = [max(some[rate].throughput for rate in both) for some in (ours, theirs)]
+        by_rate = {rate: theirs[rate].p95 / ours[rate].p95 for rate in both}
+        found.append(
+            {
+                "models": n,
+                "throughput_ratio": best[0] / best[1],
+                "p95_rate": past.rate if past else None,
+                "p95_ratio": by_rate[past.rate] if past else None,
+                "call_p95_ratio": _call_p95(theirs[past.rate]) / _call_p95(ours[past.rate]) if past else None,
+                "p95_ratios": {f"{rate:g}": ratio for rate, ratio in by_rate.items()},
+            }
+        )
+    return found
+
+
+def _call_p95(run: Run) -> float:
+    return run.summary["call_s"]["p95"]
+
+
+def ratio_lines(found: Iterable[dict[str, Any]]) -> list[str]:
+    """What `ratios` found, for people."""
+    lines = []
+    for row in found:
+        text = f"N={row['models']}: shared has {row['throughput_ratio']:.2f}x the highest throughput of isolated"
+        if row["p95_rate"] is None:
+            text += "; isolated was never past saturation"
+        else:
+            text += (
+                f"; P95 {row['p95_ratio']:.1f}x lower (calls: {row['call_p95_ratio']:.1f}x) at {row['p95_rate']:.3g} "
+            )
+            text += "sessions/s, where isolated is just past saturation"
+        lines.append(text + "; P95 by rate: " + ", ".join(f"{k}: {v:.1f}x" for k, v in row["p95_ratios"].items()))
+    return lines
+
+
+def plot(runs: Sequence[Run], file: Path, title: str) -> None:
+    """A PNG: throughput and P95 against the rate, a line for each system and number of models, and pages over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5))
+    for key in sorted({(run.models, run.system) for run in runs}):
+        some = sorted((r for r in runs if (r.models, r.system) == key and r.rate < float("inf")), key=lambda r: r.rate)
+        style = {"marker": "o", "label": f"{key[1]}, N={key[0]}", "linestyle": "--" if key[1] == "isolated" else "-"}
+        axes[0].plot([r.rate for r in some], [r.throughput for r in some], **style)
+        axes[1].plot([r.rate for r in some], [r.p95 for r in some], **style)
+        last = max((r for r in runs if (r.models, r.system) == key), key=lambda r: r.rate)
+        if last.pages:
+            times, used, cached = zip(*last.pages, strict=True)
+            (drawn,) = axes[2].plot(times, used, label=f"{style['label']}: held")
+            total = [u + c for u, c in zip(used, cached, strict=True)]
+            axes[2].plot(times, total, linestyle=":", color=drawn.get_color(), label="with those kept for reuse")
+    names = ("output tokens/s", "P95 of a session, s", "pages in use (highest rate)")
+    for axis, name in zip(axes, names, strict=True):
+        axis.set(xlabel="sessions/s" if axis is not axes[2] else "s", ylabel=name)
+        axis.grid(alpha=0.3)
+        if axis.has_data():
+            axis.legend(fontsize=7)
+    axes[1].set_yscale("log")
+    figure.suptitle(title)
+    figure.tight_layout()
+    figure.savefig(file, dpi=90)
+    pyplot.close(figure)

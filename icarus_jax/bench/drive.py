@@ -1,0 +1,128 @@
+"""Sessions driven against a server, on schedule: one asyncio task a session, a closed loop inside it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import time
+from collections.abc import Sequence
+
+from icarus_jax.bench.http import Reply, Server
+from icarus_jax.bench.peers import Dialect
+from icarus_jax.calls import Call, Counters
+from icarus_jax.workload import Conversation, Session, Turn, common_prefix
+
+SCRAPE_SECONDS = 1.0
+LATE_SECONDS = 0.05  # the schedule was not kept if a call went out later than this
+CPU_LIMIT = 0.1  # of a core
+
+
+@dataclasses.dataclass
+class Driven:
+    """One run. pages: (seconds, held by sequences, kept for reuse) once a second, as far as the server says.
+
+    late_s: how much later than due the latest call went out. cpu: what the client itself used, as a share of a core.
+    """
+
+    calls: list[Call]
+    counters: Counters
+    pages: list[tuple[float, float, float]]
+    late_s: float
+    cpu: float
+
+    @property
+    def complaint(self) -> str:
+        """Why the run's figures may not be trusted; empty if they may."""
+        said = []
+        if self.late_s > LATE_SECONDS:
+            said.append(f"the client could not keep the schedule: a call went out {self.late_s * 1e3:.0f} ms late")
+        if self.cpu > CPU_LIMIT:
+            said.append(f"the client used {self.cpu:.0%} of a core")
+        return "; ".join(said)
+
+
+class Driver:
+    """Drives one server. models: names in the order of their adapters.
+
+    mark: the first token of every prompt, another one in each run, so that no run finds the cache of the one before.
+    """
+
+    def __init__(
+        self, server: Server, dialect: Dialect, models: Sequence[str], vocab_size: int, seed: int, mark: int = 0
+    ):
+        self._mark = mark
+        self._server, self._dialect, self._models = server, dialect, list(models)
+        self._vocab, self._seed = vocab_size, seed
+        self._needed, self._late, self._begin = 0, 0.0, 0.0
+        self._calls: list[Call] = []
+        self._pages: list[tuple[float, float, float]] = []
+        self._first_prompt: list[int] = []
+
+    async def run(self, sessions: Sequence[Session], arrivals: Sequence[float]) -> Driven:
+        """Session i starts arrivals[i] seconds after the call. Raises ServerError, OSError: the run is worthless."""
+        before = await self._metrics()
+        cpu = time.thread_time()
+        self._begin = time.monotonic()
+        watch = asyncio.create_task(self._watch()) if before else None
+        try:
+            async with asyncio.TaskGroup() as group:
+                for session, due in zip(sessions, arrivals, strict=True):
+                    group.create_task(self._session(session, float(due)))
+        except ExceptionGroup as group_error:  # one of them says enough
+            raise group_error.exceptions[0] from None
+        finally:
+            if watch:
+                watch.cancel()
+        cpu = (time.thread_time() - cpu) / (time.monotonic() - self._begin)
+        after = await self._metrics()
+        gained = {word: after[word] - before[word] for word in after}
+        told = {word: int(gained[word]) for word in ("prefill", "evictions", "preemptions", "steps") if word in gained}
+        counters = Counters(self._needed, **told, busy_s=gained.get("busy"))
+        return Driven(self._calls, counters, self._pages, self._late, cpu)
+
+    async def ask(self, prompt: list[int], model: str, output_len: int, want_ids: bool) -> Reply:
+        """One greedy completion of exactly output_len tokens."""
+        body = self._dialect.body(self._models, model) | {
+            "prompt": prompt,
+            "max_tokens": output_len,
+            "temperature": 0,
+            "ignore_eos": True,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        reply = Reply()
+        await reply.read(self._server, body | {"return_token_ids": True} if want_ids else body)
+        return reply
+
+    async def _session(self, session: Session, due: float) -> None:
+        talk = Conversation(session[0].session, self._seed, self._vocab)
+        for turn in session:
+            due += turn.wait_s if turn.turn else 0.0
+            prompt = talk.prompt(turn)
+            prompt[0] = self._mark
+            self._count(turn, talk, prompt)
+            await asyncio.sleep(self._begin + due - time.monotonic())
+            start = time.monotonic() - self._begin
+            self._late = max(self._late, start - due)
+            reply = await self.ask(prompt, turn.model, turn.output_len, want_ids=turn.prompt_ids is None)
+            first, due = reply.first - self._begin, reply.end - self._begin
+            call = Call(turn.session, turn.turn, turn.model, start, first, due, len(prompt), reply.output_len)
+            self._calls.append(call)
+            talk.reply(reply.token_ids)
+
+    def _count(self, turn: Turn, talk: Conversation, prompt: list[int]) -> None:
+        self._needed += talk.new_tokens
+        if turn.turn == 0:
+            self._needed -= common_prefix(self._first_prompt, prompt)
+            self._first_prompt = self._first_prompt or prompt
+
+    async def _metrics(self) -> dict[str, float]:
+        return self._dialect.read((await self._server.get("/metrics")).decode())
+
+    async def _watch(self) -> None:
+        while True:
+            found = await self._metrics()
+            if "pages_used" in found:
+                at = time.monotonic() - self._begin
+                self._pages.append((at, found["pages_used"], found.get("pages_cached", 0.0)))
+            await asyncio.sleep(SCRAPE_SECONDS)

@@ -1,0 +1,54 @@
+"""Our own server, started for a run and stopped after it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+from icarus_jax.bench.http import Server, ServerError
+from icarus_jax.cli import REPOSITORY, UsageError
+
+START_SECONDS = 900
+
+
+@contextlib.contextmanager
+def serving(spec: str, overrides: Mapping[str, object], log: Path) -> Iterator[str]:
+    """`launch/serve.py --config=spec` with overrides of config keys, on a free port; yields its URL once it answers.
+
+    Its output goes to `log`. Raises UsageError if it ends before it answers.
+    """
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [f"--config.{key}={value}" for key, value in {**overrides, "server.port": port}.items()]
+    command = [sys.executable, str(REPOSITORY / "launch" / "serve.py"), f"--config={spec}", *flags]
+    url = f"http://127.0.0.1:{port}"
+    with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
+        try:
+            _wait(url, process, log)
+            yield url
+        finally:
+            process.terminate()
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                process.kill()
+
+
+def _wait(url: str, process: subprocess.Popen, log: Path) -> None:
+    end = time.monotonic() + START_SECONDS
+    while time.monotonic() < end:
+        if process.poll() is not None:
+            last = log.read_text().strip().splitlines()[-1:]
+            raise UsageError(f"our server ended at once: {' '.join(last)} (see {log})")
+        with contextlib.suppress(OSError, ServerError):
+            asyncio.run(Server(url).get("/health"))
+            return
+        time.sleep(0.2)
+    raise UsageError(f"our server did not answer within {START_SECONDS} s (see {log})")

@@ -1,0 +1,66 @@
+"""What differs between servers: how an adapter is named, and what their metrics are called."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Dialect:
+    """metrics: our word -> the server's names, whose values are added up over names and labels. Our words:
+
+    prefill: prompt tokens computed (or, where the server counts so, all: all prompt tokens, and cached: those found in
+    the cache); evictions in pages; preemptions; steps, and busy: seconds in them; pages_used and pages_cached: gauges.
+    adapter_field: an adapter is named by its number in this field of the body, llama.cpp's way, not as the model.
+    """
+
+    metrics: Mapping[str, tuple[str, ...]]
+    adapter_field: str = ""
+
+    def body(self, names: list[str], model: str) -> dict[str, Any]:
+        """The fields of a request that choose a model; names: all models, in the order of their adapters."""
+        if not self.adapter_field:
+            return {"model": model}
+        return {
+            "model": model,
+            self.adapter_field: [{"id": i, "scale": float(n == model)} for i, n in enumerate(names)],
+        }
+
+    def read(self, text: str) -> dict[str, float]:
+        """The values on a metrics page, by our words; those that it does not have are left out."""
+        found = {}
+        for word, names in self.metrics.items():
+            patterns = [re.escape(name) + ("" if "{" in name else r"(?:\{[^}]*\})?") for name in names]
+            values = re.findall(rf"^(?:{'|'.join(patterns)}) (\S+)", text, re.M)
+            if values:
+                found[word] = sum(map(float, values))
+        if "all" in found:
+            found["prefill"] = found.pop("all") - found.get("cached", 0.0)
+        return found
+
+
+DIALECTS = {
+    "icarus": Dialect(
+        {
+            "prefill": ("icarus_prefill_tokens_total",),
+            "evictions": ("icarus_page_evictions_total",),
+            "preemptions": ("icarus_num_preemptions_total",),
+            "busy": ("icarus_engine_device_seconds_total", "icarus_engine_host_seconds_total"),
+            "steps": ("icarus_engine_steps_total",),
+            "pages_used": ('icarus_kv_pages{state="used"}',),
+            "pages_cached": ('icarus_kv_pages{state="cached"}',),
+        }
+    ),
+    "vllm": Dialect(
+        {
+            "all": ("vllm:prompt_tokens_total",),
+            "cached": ("vllm:prefix_cache_hits_total",),
+            "preemptions": ("vllm:num_preemptions_total",),
+            "pages_used": ("vllm:kv_cache_usage_perc",),  # a share of all
+        }
+    ),
+    "llama.cpp": Dialect({"prefill": ("llamacpp:prompt_tokens_total",)}, adapter_field="lora"),
+}

@@ -1,0 +1,135 @@
+"""`bench.py simulate`: the sweep of `bench.py serve` on chips that are not here. Every figure is SIMULATED."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from icarus_jax import agents, cli, workload
+from icarus_jax.bench import compare
+from icarus_jax.bench.serve import numbers
+from icarus_jax.calls import summarise
+from icarus_jax.config import EngineConfig
+from icarus_jax.model_zoo import MODELS
+from icarus_jax.sequence import StepPlan
+from icarus_jax.simulator.chips import CHIPS
+from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
+from icarus_jax.simulator.run import Simulated, Simulation, make_models
+
+SYSTEMS = ("isolated", "shared")
+CAPACITY_SESSIONS = 50
+AUTO_RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.5)  # of what the baseline can do at most, see `capacity`
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """Replicas of one model, each on its own chips. The sessions of one replica are simulated: rates are `data` times
+    as high for all of them."""
+
+    roofline: Roofline
+    data: int
+    engine: EngineConfig
+
+    def step_seconds(self, plan: StepPlan) -> float:
+        return self.roofline.seconds(load_of(plan))
+
+
+def make_machine(config: ConfigDict, models: int) -> Machine:
+    """The machine of a config with so many adapters loaded. Raises UsageError."""
+    for key, known in (("model", MODELS), ("chip", CHIPS)):
+        if config[key] not in known:
+            raise cli.UsageError(f"config.{key}: no {config[key]!r}; there is {', '.join(known)}")
+    model, mesh = MODELS[config.model], config.mesh
+    with cli.usage_errors("config"):
+        roofline = Roofline(model, CHIPS[config.chip], mesh.model, config.rank, Assumptions(**config.assumed))
+        pages = config.engine.num_pages or roofline.num_pages(config.engine.page_size, models)
+        longest = min(config.engine.max_model_len, pages * config.engine.page_size)
+        engine = EngineConfig(**{**config.engine, "num_pages": pages, "max_model_len": longest})
+    return Machine(roofline, mesh.data, engine)
+
+
+def make_sessions(config: ConfigDict) -> list[workload.Session]:
+    """The sessions of one replica. Raises UsageError."""
+    w = config.workload
+    if w.name == "file":
+        with cli.usage_errors("config.workload.path"):
+            return workload.load(w.path)[: w.sessions]
+    if w.name not in agents.GENERATORS:
+        raise cli.UsageError(f"config.workload.name: no {w.name!r}; there is file, {', '.join(agents.GENERATORS)}")
+    return agents.GENERATORS[w.name](w.sessions, w.seed, w.common_len, w.tool_s)
+
+
+def simulate(
+    machine: Machine, sessions: Sequence[workload.Session], config: ConfigDict, system: str, models: int, rate: float
+) -> tuple[compare.Run, Simulated]:
+    """One run; `rate` is that of all replicas."""
+    w = config.workload
+    heads = make_models(models, system)
+    assigned = workload.assign(list(sessions), list(heads), w.assign, w.seed)
+    arrivals = workload.arrivals(len(assigned), rate / machine.data, w.arrivals, w.seed)
+    done = Simulation(assigned, arrivals, heads, machine.engine, machine.step_seconds, w.seed).run()
+    summary = summarise(done.calls, arrivals, done.counters)
+    for name in ("sessions_per_s", "output_tokens_per_s"):
+        summary[name] *= machine.data
+    return compare.Run(system, models, rate, float(arrivals[-1]), summary, [list(p) for p in done.pages]), done
+
+
+def capacity(machine: Machine, sessions: Sequence[workload.Session], config: ConfigDict, models: int) -> float:
+    """Sessions/s that the baseline could end if the chips did nothing but its FLOPs, no session waiting for another."""
+    total = [0.0]
+
+    def step_seconds(plan: StepPlan) -> float:
+        total[0] += machine.roofline.flops(load_of(plan))
+        return 0.0
+
+    heads, some = make_models(models, "isolated"), sessions[:CAPACITY_SESSIONS]
+    assigned = workload.assign(list(some), list(heads), config.workload.assign, config.workload.seed)
+    Simulation(assigned, range(len(some)), heads, machine.engine, step_seconds, config.workload.seed).run()
+    rate = machine.roofline.chip.flops * machine.roofline.assumed.flops_share * machine.roofline.shards
+    return machine.data * len(some) * rate / total[0]
+
+
+def sweep(config: ConfigDict) -> Iterator[compare.Run]:
+    """Every number of models, rate and system."""
+    sessions = make_sessions(config)
+    for models in numbers(config.models, "models", int):
+        machine = make_machine(config, models)
+        if config.rates == "auto":
+            most = capacity(machine, sessions, config, models)
+            rates = [float(f"{factor * most:.3g}") for factor in AUTO_RATES]
+        else:
+            rates = numbers(config.rates, "rates", float)
+        for rate in rates:
+            for system in SYSTEMS:
+                yield simulate(machine, sessions, config, system, models, rate)[0]
+
+
+def run(config: ConfigDict) -> dict[str, Any]:
+    """The command. Raises UsageError."""
+    machine, begin = make_machine(config, max(numbers(config.models, "models", int))), time.monotonic()
+    chips = f"{machine.data} x {machine.roofline.shards} {config.chip}"
+    title = f"SIMULATED: {config.model} on {chips}, {config.workload.name}, {config.workload.assign}"
+    tokens = machine.engine.num_pages * machine.engine.page_size
+    print(f"{title}\nK/V for {tokens} tokens a replica; {config.workload.sessions} sessions a replica\n{compare.HEAD}")
+    runs: list[compare.Run] = []
+    for done in tqdm(sweep(config), unit="run", disable=None, leave=False):
+        runs.append(done)
+        tqdm.write(compare.line(done))
+    found = compare.ratios(runs)
+    print("\n".join(compare.ratio_lines(found)))
+    out = Path(config.out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    report = {"command": " ".join(sys.argv), "title": title, "ratios": found, "runs": [vars(r) for r in runs]}
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    compare.plot(runs, out.with_suffix(".png"), title)
+    print(f"written: {out}.json, {out}.png; {sum(r.summary['sessions'] for r in runs)} sessions simulated in "
+          f"{time.monotonic() - begin:.0f} s")  # fmt: skip
+    return {"simulated": True, "ratios": found}

@@ -1,0 +1,191 @@
+"""`bench.py step`: ms of a decode step and tokens/s of prefill, for the trunk (`base`) and its heads (`shared`).
+
+Against the floor measured in the same run: the bytes of weights and K/V that a step must read, over this machine's read
+bandwidth. The kinds take turns, and the best round's median counts: shared machines are slowed down for seconds at a
+time. Also whether the KV pages are updated in place: the program's temporary bytes, and a step's time with a pool four
+times the size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING
+
+import numpy as np
+from ml_collections import ConfigDict
+from tqdm import tqdm
+
+from icarus_jax import cli
+from icarus_jax.sequence import SamplingParams
+
+if TYPE_CHECKING:
+    from icarus_jax.engine import Engine
+
+ROUNDS = 2
+WARM = 2  # untimed steps of each round
+
+
+@dataclasses.dataclass
+class StepResult:
+    """Medians over the timed steps; *_ms in milliseconds, prefill in tokens/s."""
+
+    kind: str
+    sequences: int
+    step_ms: float
+    floor_ms: float
+    over_floor: float
+    host_share: float
+    prefill: float
+
+
+def read_bandwidth(size: int = 1 << 29, repeats: int = 7) -> float:
+    """Bytes/s at which all cores together read memory that no cache holds; the best of several tries."""
+    data = np.ones(size // 4, np.float32)
+    parts = np.array_split(data, os.cpu_count() or 1)
+    best = 0.0
+    with ThreadPoolExecutor(len(parts)) as pool:
+        for _ in range(repeats):
+            begin = time.perf_counter()
+            list(pool.map(np.max, parts))
+            best = max(best, data.nbytes / (time.perf_counter() - begin))
+    return best
+
+
+def floor_bytes(engine: Engine, sequences: int, context: int, shared: bool) -> int:
+    """Bytes that one decode step must read: each weight once, each sequence's K/V once, the embeddings by row."""
+    import jax
+
+    model = engine.model_config
+    weights = sum(x.nbytes for x in jax.tree.leaves(engine.runner.weights))
+    if not shared:
+        weights -= sum(x.nbytes for x in jax.tree.leaves(engine.runner.weights[1]))
+    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * engine.runner.kv_pages.dtype.itemsize
+    return weights + sequences * context * kv
+
+
+class Decoding:
+    """A batch of sequences, one a name, past its prefill: `time_steps` runs decode steps of it.
+
+    prefill: tokens/s at which the random prompts of `context` tokens were computed.
+    """
+
+    def __init__(self, engine: Engine, names: list[str], context: int, steps: int):
+        from icarus_jax.requests import Request
+
+        rng = np.random.default_rng(0)
+        # those that are prefilled first decode while the others are prefilled
+        room = steps + 2 * len(names)
+        params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
+        self.engine, self.ids = engine, list[int]()
+        engine.scheduler.pool.clear()
+        for name in names:
+            prompt = tuple(rng.integers(0, engine.model_config.vocab_size, context).tolist())
+            self.ids += engine.submit(Request((name,), prompt, params), lambda *_: None)
+        engine.run_inbox()
+        begin = time.perf_counter()
+        scheduler = engine.scheduler
+        while scheduler.waiting or any(not seq.num_output for seq in scheduler.running):
+            engine.step()
+        self.prefill = context * len(names) / (time.perf_counter() - begin)
+
+    def time_steps(self, steps: int) -> np.ndarray:
+        """Seconds of each of `steps` decode steps."""
+        times = []
+        for _ in range(steps):
+            begin = time.perf_counter()
+            self.engine.step()
+            times.append(time.perf_counter() - begin)
+        return np.array(times)
+
+    def close(self) -> None:
+        self.engine.abort(self.ids)
+        self.engine.run_inbox()
+
+
+def measure(engine: Engine, kinds: dict[str, list[str]], context: int, steps: int) -> dict[str, tuple]:
+    """Times each kind in turn, ROUNDS times over, so that a disturbance of the machine falls on all of them.
+
+    Returns kind -> (ms of a step: the best round's median; share of host work; prefill tokens/s, the best).
+    """
+    found: dict[str, list] = {kind: [] for kind in kinds}
+    for turn in range(ROUNDS + 1):  # the first compiles and does not count
+        for kind, names in kinds.items():
+            batch = Decoding(engine, names, context - steps // 2, steps + WARM)
+            batch.time_steps(WARM)
+            host = engine.stats.host_seconds
+            times = batch.time_steps(steps)
+            share = (engine.stats.host_seconds - host) / times.sum()
+            batch.close()
+            if turn:
+                found[kind].append((float(np.median(times)) * 1e3, share, batch.prefill))
+    return {
+        kind: (min(r[0] for r in rounds), float(np.median([r[1] for r in rounds])), max(r[2] for r in rounds))
+        for kind, rounds in found.items()
+    }
+
+
+def step_table(
+    engine: Engine, sizes: Sequence[int], context: int, steps: int, bandwidth: float
+) -> Iterator[StepResult]:
+    trunk, *heads = engine.models
+    for size in sizes:
+        kinds = {"base": [trunk] * size}
+        if heads:
+            kinds[engine.models[heads[0]].kind] = [heads[i % len(heads)] for i in range(size)]
+        for kind, (step, host, prefill) in measure(engine, kinds, context, steps).items():
+            floor = floor_bytes(engine, size, context, kind != "base") / bandwidth * 1e3
+            yield StepResult(kind, size, step, floor, step / floor, host, prefill)
+
+
+def in_place(build: Callable[[int], contextlib.AbstractContextManager[Engine]], pages: int) -> dict[str, float]:
+    """Temporary bytes of a decode program against the pool's, and the step's time for a pool and one of four times."""
+    result = {}
+    for factor in (1, 4):
+        with build(pages * factor) as engine:
+            trunk = next(iter(engine.models))
+            result[f"step_ms_pool_x{factor}"] = measure(engine, {"base": [trunk]}, 128, 10)["base"][0]
+            if factor == 1:
+                result["temp_bytes"], result["pool_bytes"] = engine.runner.temporary_bytes()
+    return result
+
+
+def run(config: ConfigDict, sizes: Sequence[int], context: int, steps: int) -> dict:
+    """The command. sizes: sequences of a batch; context: tokens of each; steps: those timed in each round."""
+    with config.unlocked():
+        config.engine.max_num_seqs = max(sizes)
+        config.engine.max_model_len = max(config.engine.max_model_len, context + 128)
+        need = max(sizes) * -(-(context + 128) // config.engine.page_size)
+        config.engine.num_pages = max(config.engine.num_pages, need)
+    bandwidth = read_bandwidth()
+    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, context {context}")
+    print(f"{'kind':10}{'S':>4}{'step ms':>10}{'floor ms':>10}{'x floor':>9}{'host %':>8}{'prefill tok/s':>15}")
+    engine = cli.build(config).engine
+    results = []
+    bar = tqdm(step_table(engine, sizes, context, steps, bandwidth), total=2 * len(sizes), disable=None, leave=False)
+    for r in bar:
+        results.append(r)
+        tqdm.write(
+            f"{r.kind:10}{r.sequences:>4}{r.step_ms:>10.1f}{r.floor_ms:>10.1f}{r.over_floor:>9.2f}"
+            f"{100 * r.host_share:>8.1f}{r.prefill:>15.0f}"
+        )
+    del engine
+
+    @contextlib.contextmanager
+    def build(pages: int) -> Iterator[Engine]:
+        with config.unlocked():
+            config.engine.num_pages = pages
+        yield cli.build(config).engine
+
+    place = in_place(build, need)
+    print(
+        f"in place: {place['temp_bytes'] / 2**20:.1f} MiB of temporaries beside a pool of "
+        f"{place['pool_bytes'] / 2**20:.0f} MiB; step {place['step_ms_pool_x1']:.1f} ms, with four times the pool "
+        f"{place['step_ms_pool_x4']:.1f} ms"
+    )
+    rows = [dataclasses.asdict(r) for r in results]
+    return {"bandwidth_gb_s": bandwidth / 1e9, "context": context, "rows": rows, "in_place": place}
