@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import os
@@ -21,14 +22,18 @@ import tiny
 from harness import SMALL, drain, generate, make_engine, submit
 from jax.sharding import PartitionSpec as P
 
+from icarus_jax.attention import append_and_attend
 from icarus_jax.buckets import make_buckets
 from icarus_jax.checkpoint import load_trunk, open_trunk, save_orbax
 from icarus_jax.config import TARGETS, EngineConfig, ModelConfig
+from icarus_jax.distributed import CALLS
 from icarus_jax.heads import HeadBank
 from icarus_jax.model import Trunk
 from icarus_jax.programs import Programs
+from icarus_jax.runner import Runner
 from icarus_jax.sharding import KV_PAGES_AXES, make_layout
 from icarus_jax.weights import param_shapes
+from pallas_kernels.paged_attention import SequenceRows, WorkShape, build_work, paged_attention
 from tests import measure_loading
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -213,6 +218,38 @@ def test_the_decode_program(mesh, kv_heads, adapt_writers):
     assert not re.search(rf"= f32\[{','.join(map(str, pool))}\]\S* copy\(", text)  # ... is never copied
 
 
+# ---- attention
+
+
+@pytest.mark.parametrize("kv_heads, mesh", [(3, "2x4"), (2, "1x8")])
+def test_shards_of_a_page_merge_to_the_oracle(kv_heads, mesh):
+    """A chunk of a prefill and a decode row; what nobody owns is NaN."""
+    size, dim, rng = 8, 8, np.random.default_rng(0)
+    tables, ends, counts = [[3, 1, 5], [7, 2]], [19, 10], [5, 1]
+    kv = np.full((2, 12, kv_heads, size, 2 * dim), np.nan, np.float32)
+    rows, slots, first = [], np.full(7, -1, np.int32), 0
+    for table, end, count in zip(tables, ends, counts, strict=True):
+        positions = np.arange(end - count, end)
+        for at in range(end - count):  # what was there before
+            kv[1, table[at // size], :, at % size] = rng.standard_normal((kv_heads, 2 * dim))
+        slots[first : first + count] = np.array(table)[positions // size] * size + positions % size
+        rows.append(SequenceRows(np.arange(first, first + count), positions, table))
+        first += count
+    q, k, v = (rng.standard_normal((8, n, dim)).astype(np.float32) for n in (2 * kv_heads, kv_heads, kv_heads))
+    work = build_work(rows, WorkShape(8, 2, 16, 4, 4), size)
+    want_kv = kv.copy()
+    for t in range(first):
+        want_kv[1, slots[t] // size, :, slots[t] % size] = np.concatenate([k[t], v[t]], -1)
+    scale = dim**-0.5
+    want = paged_attention(q, want_kv, np.int32(1), work, scale=scale, implementation="reference")
+    layout = layout_of(dataclasses.replace(SMOLLM2, num_kv_heads=kv_heads, num_heads=kv_heads), mesh, size)
+    op = functools.partial(append_and_attend, layout, scale=scale, implementation="xla")
+    pages = jax.device_put(kv, layout.named(KV_PAGES_AXES, kv.shape))
+    got, got_kv = jax.jit(op)(pages, np.int32(1), q, k, v, slots, work)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+    np.testing.assert_array_equal(got_kv, want_kv)
+
+
 # ---- the engine
 
 
@@ -266,6 +303,13 @@ def test_a_mesh_says_what_one_device_says(one_device, kv_heads, mesh):
 
 
 # ---- several processes
+
+
+def test_what_runs_programs_runs_in_every_process():
+    """A new method of the Runner is either one of CALLS or has to be named here."""
+    on_the_host_alone = {"prepare", "check_head", "temporary_bytes"}
+    methods = {name for name, value in vars(Runner).items() if callable(value) and not name.startswith("_")}
+    assert methods == on_the_host_alone | set(CALLS)
 
 
 @pytest.mark.timeout(600)
