@@ -123,7 +123,7 @@ def batch_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
     """Decoding at several batch sizes."""
     yield f"\ndecode at {context} tokens each, roofline (peak rates: an upper bound, nothing was run):"
     yield f"{'sequences':>9} {'rows each':>9} {'GB moved':>9} {'x 1 row':>8} {'ms':>8} {'tokens/s':>9}"
-    one_row = {}
+    one_row: dict[int, float] = {}
     for bucket, done in steps.items():
         if bucket.writers not in BATCHES:
             continue
@@ -139,7 +139,7 @@ def batch_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
 
 def heads_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
     """N heads, one sequence each, on one prefix: on the same pages, or as N models with K/V of their own."""
-    yield f"\nN heads on a prefix of {context} tokens, {OWN_TOKENS} own tokens each; apart: all tokens on pages of their own:"
+    yield f"\nN heads on a prefix of {context} tokens, {OWN_TOKENS} own tokens each; apart: no page is shared:"
     yield f"{'N':>3} {'KV MB':>9} {'ms':>8} {'tokens/s':>9} {'apart: KV MB':>13} {'ms':>8} {'tokens/s':>9}"
     for bucket, done in steps.items():
         if bucket.writers not in HEADS or not bucket.readers:
