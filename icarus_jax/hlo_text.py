@@ -141,7 +141,10 @@ def _written(instruction: Instruction, computations: dict[str, Computation]) -> 
 
 
 def memory_traffic(text: str) -> tuple[int, int]:
-    """(Bytes of the entry, of one turn of each of its loops). A kernel's are those of its own cost estimate."""
+    """(Bytes of the entry, of one turn of each of its loops).
+
+    A kernel's are those of its own cost estimate, less those of operands and results that are not in main memory.
+    """
     computations, entry = parse(text)
 
     def count(computation: Computation) -> int:
@@ -150,8 +153,10 @@ def memory_traffic(text: str) -> tuple[int, int]:
             if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
                 continue
             estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.rest)
+            operands = [computation[name].result for name in instruction.operands if name in computation]
             if estimate:
-                total += int(estimate[1])
+                near = sum(_whole_bytes(x) - main_memory_bytes(x) for x in (instruction.result, *operands))
+                total += max(0, int(estimate[1]) - near)
             elif instruction.opcode == "slice-start":  # ((source), slice, ..): it goes to or from main memory
                 total += _whole_bytes(_elements(instruction.result)[1])
             elif instruction.opcode.endswith("-start"):  # the result names source and target
