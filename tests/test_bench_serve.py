@@ -9,10 +9,10 @@ import time
 import pytest
 import tiny
 from harness import SMALL, make_engine
-from test_launch import launch
+from test_launch import ROOT, launch
 
 from icarus_jax import cli, tokenizer, workload
-from icarus_jax.bench import compare, serve
+from icarus_jax.bench import compare, ours, serve
 from icarus_jax.bench.drive import Driver
 from icarus_jax.bench.http import Reply, Server, ServerError
 from icarus_jax.bench.peers import DIALECTS
@@ -288,16 +288,38 @@ def test_a_wrong_word_is_one_line(args, said):
     assert done.returncode != 0 and said in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-@pytest.mark.heavy
-def test_our_own_server_is_started_and_stopped(folder, tmp_path):
+@pytest.fixture
+def double(tmp_path, monkeypatch):
+    """Another launch/serve.py, which serves the double of the engine."""
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "serve.py").write_text(
+        "import sys\n"
+        f"sys.path[:0] = [{str(ROOT)!r}]\n"
+        "print(*sys.argv[1:])\n"
+        "if '--config=bad.py' in sys.argv: sys.exit('the last line says why')\n"
+        "sys.argv = ['serve.py', '--port', sys.argv[-1].partition('--config.server.port=')[2], '--step_seconds=0.01']\n"
+        "from tests import doubles\n"
+        "doubles.main()\n"
+    )
+    monkeypatch.setattr(ours, "REPOSITORY", tmp_path)
+
+
+def test_our_own_server_is_started_and_stopped(double, folder, tmp_path):
     workload.save(SESSIONS, tmp_path / "w.jsonl")
-    engine = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "max_model_len": 128, "num_pages": 64}
-    args = ["--config.models=2", "--config.rates=inf", "--config.workload.name=file", f"--config.trunk.source={folder}"]
-    args += [f"--config.workload.path={tmp_path}/w.jsonl", f"--config.out={tmp_path}/out", "--config.systems=shared"]
-    done = launch("bench.py", "serve", *args, *(f"--config.engine.{k}={v}" for k, v in engine.items()), timeout=290)
-    assert done.returncode == 0, done.stderr
+    config = cli.load_config("bench.py")
+    with config.unlocked():
+        config.models, config.rates, config.systems = "1", "inf", "shared"
+        config.trunk.source, config.out, config.engine.num_pages = folder, str(tmp_path / "out"), 777
+        config.workload.update({"name": "file", "path": str(tmp_path / "w.jsonl")})
+    serve.run(config)
     (run,) = json.loads((tmp_path / "out" / "report.json").read_text())["runs"]
-    assert run["system"] == "shared" and run["summary"]["models"].keys() == {"h0", "h1"}
-    assert run["summary"]["prefill_tokens"] == pytest.approx(174, abs=BY_CHANCE) and run["pages"]
-    log = (tmp_path / "out" / "server-shared-2.log").read_text()
-    assert "Finished server process" in log
+    assert run["system"] == "shared" and run["summary"]["models"].keys() == {"parrot"}
+    assert run["summary"]["calls"] == 12 and run["summary"]["ttft_s"]["p50"] >= 0.01 and run["pages"]
+    asked, *log = (tmp_path / "out" / "server-shared-1.log").read_text().splitlines()
+    assert "--config=multi.py:1 " in asked and "--config.engine.num_pages=777 " in asked
+    assert any("Finished server process" in line for line in log)
+
+
+def test_a_server_that_does_not_start(double, tmp_path):
+    with pytest.raises(cli.UsageError, match="the last line says why"), ours.serving("bad.py", {}, tmp_path / "log"):
+        pass
