@@ -122,19 +122,24 @@ def memory_lines(check: Check, done: Sequence[Compiled]) -> Iterator[str]:
 def batch_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
     """Decoding at several batch sizes."""
     yield f"\ndecode at {context} tokens each, roofline (peak rates: an upper bound, nothing was run):"
-    yield f"{'sequences':>9} {'rows each':>9} {'GB moved':>9} {'ms':>8} {'tokens/s':>9}"
+    yield f"{'sequences':>9} {'rows each':>9} {'GB moved':>9} {'x 1 row':>8} {'ms':>8} {'tokens/s':>9}"
+    one_row: dict[int, float] = {}
     for bucket, done in steps.items():
         if bucket.writers not in BATCHES:
             continue
         pages = check.pages_of(bucket, 0, context, together=False)
         seconds = check.seconds(done, pages)
         rows, moved = 2 if bucket.readers else 1, check.step_bytes(done, pages) / 1e9
-        yield f"{bucket.writers:>9} {rows:>9} {moved:>9.3f} {seconds * 1e3:>8.3f} {bucket.writers / seconds:>9.0f}"
+        ratio = moved / one_row.setdefault(bucket.writers, moved)
+        yield (
+            f"{bucket.writers:>9} {rows:>9} {moved:>9.3f} {ratio:>8.3f} {seconds * 1e3:>8.3f} "
+            f"{bucket.writers / seconds:>9.0f}"
+        )
 
 
 def heads_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
     """N heads, one sequence each, on one prefix: on the same pages, or as N models with K/V of their own."""
-    yield f"\nN heads on a prefix of {context} tokens, {OWN_TOKENS} own tokens each (KV MB: read in a step):"
+    yield f"\nN heads on a prefix of {context} tokens, {OWN_TOKENS} own tokens each; apart: no page is shared:"
     yield f"{'N':>3} {'KV MB':>9} {'ms':>8} {'tokens/s':>9} {'apart: KV MB':>13} {'ms':>8} {'tokens/s':>9}"
     for bucket, done in steps.items():
         if bucket.writers not in HEADS or not bucket.readers:

@@ -14,7 +14,8 @@ from collections.abc import Iterator
 ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 BITS = re.compile(r"\d+")
 SLICES = ("dynamic-slice", "gather", "slice")
-FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "copy-done")
+RENAMES = ("bitcast", "copy", "transpose", "reshape", "convert")  # within a fusion: done to what is read of it
+FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 OPENED = ("while", "conditional", "call")  # what they run is counted
 
 
@@ -80,6 +81,18 @@ def main_memory_bytes(result: str) -> int:
     return int(total)
 
 
+def _elements(result: str) -> list[str]:
+    """Of a tuple's type."""
+    parts, depth = [""], 0
+    for char in result[1:-1]:
+        depth += (char in "([{") - (char in ")]}")
+        if char == "," and not depth:
+            parts.append("")
+        else:
+            parts[-1] += char
+    return parts
+
+
 def _whole_bytes(result: str) -> int:
     return main_memory_bytes(re.sub(r"S\(\d+\)", "", result))
 
@@ -96,16 +109,26 @@ def _read(instruction: Instruction, index: int, whole: int, computations: dict[s
     inside = _called(instruction, computations)
     if inside is None:
         return whole
+    parts, passed_on = _read_inside(inside, index, whole, computations)
+    return whole if passed_on else min(whole, parts)
+
+
+def _read_inside(inside: Computation, index: int, whole: int, computations: dict[str, Computation]) -> tuple[int, bool]:
+    """(Bytes that a fusion reads of its parameter number `index`, whether its result is that parameter renamed)."""
     names = {i.name for i in inside.values() if i.opcode == "parameter" and i.operands[0] == str(index)}
     parts = 0
     for user in inside.values():  # in order: what a parameter is called next comes after it
         for at in (at for at, name in enumerate(user.operands) if name in names):
-            if user.opcode == "bitcast":
+            within = _called(user, computations)
+            if user.opcode in RENAMES:
                 names.add(user.name)
+            elif within is not None:
+                some, passed_on = _read_inside(within, at, whole, computations)
+                parts += some
+                names |= {user.name} if passed_on else set()
             elif user.opcode != "dynamic-update-slice" or at:  # else it is written in place
                 parts += _read(user, at, whole, computations)
-    renamed = any(i.root and i.name in names for i in inside.values())  # a fusion that is a bitcast: who takes it?
-    return whole if renamed else min(whole, parts)
+    return parts, any(i.root and i.name in names for i in inside.values())
 
 
 def _written(instruction: Instruction, computations: dict[str, Computation]) -> int:
@@ -118,18 +141,25 @@ def _written(instruction: Instruction, computations: dict[str, Computation]) -> 
 
 
 def memory_traffic(text: str) -> tuple[int, int]:
-    """(Bytes of the entry, of one turn of each of its loops). A kernel's are those of its own cost estimate."""
+    """(Bytes of the entry, of one turn of each of its loops).
+
+    A kernel's are those of its own cost estimate, less those of operands and results that are not in main memory.
+    """
     computations, entry = parse(text)
 
     def count(computation: Computation) -> int:
         total = 0
         for instruction in computation.values():
-            if instruction.opcode in FREE:
+            if instruction.opcode in FREE or instruction.opcode.endswith("-done"):
                 continue
             estimate = re.search(r'"cost_estimate":\{[^}]*"bytes_accessed":"(\d+)"', instruction.rest)
+            operands = [computation[name].result for name in instruction.operands if name in computation]
             if estimate:
-                total += int(estimate[1])
-            elif instruction.opcode == "copy-start":  # its result names source and target
+                near = sum(_whole_bytes(x) - main_memory_bytes(x) for x in (instruction.result, *operands))
+                total += max(0, int(estimate[1]) - near)
+            elif instruction.opcode == "slice-start":  # ((source), slice, ..): it goes to or from main memory
+                total += _whole_bytes(_elements(instruction.result)[1])
+            elif instruction.opcode.endswith("-start"):  # the result names source and target
                 total += main_memory_bytes(instruction.result)
             else:
                 total += _written(instruction, computations)

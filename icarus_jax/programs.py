@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
 from jax.stages import Lowered
 
 from icarus_jax.buckets import Bucket
@@ -55,8 +56,15 @@ class Programs:
             trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
             return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, kernels=kernels)
 
+        # One page after the other: a gather of pages would copy the pool on TPU.
+        page = functools.partial(lax.dynamic_slice_in_dim, slice_size=1, axis=1)
+
         def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-            return kv_pages.at[:, dst].set(kv_pages[:, src], mode="drop")
+            def copy(i: jax.Array, kv_pages: jax.Array) -> jax.Array:
+                source = jnp.where(dst[i] < config.num_pages, src[i], config.num_pages - 1)  # the last one to itself
+                return lax.dynamic_update_slice_in_dim(kv_pages, page(kv_pages, source), dst[i], 1)
+
+            return lax.fori_loop(0, len(dst), copy, kv_pages)
 
         def load_head(state: Any, slot: jax.Array, factors: Factors) -> Any:
             bank = nnx.merge(bank_def, state)
@@ -64,9 +72,13 @@ class Programs:
             return nnx.state(bank)
 
         def compare_pages(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            left, right = kv_pages[:, a], kv_pages[:, b]
-            most = lambda x: jnp.abs(x.astype(jnp.float32)).max((0, 2, 3, 4))  # noqa: E731
-            return (left == right).all((0, 2, 3, 4)), most(left - right), most(left)
+            most = lambda x: jnp.abs(x.astype(jnp.float32)).max()  # noqa: E731
+
+            def compare(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+                left, right = (page(kv_pages, i) for i in pair)
+                return (left == right).all(), most(left - right), most(left)
+
+            return lax.map(compare, (a, b))
 
         weights = jax.tree.map(lambda x: x.sharding, self.weights)
         inputs = functools.partial(jax.jit, in_shardings=(pages, everywhere, everywhere))

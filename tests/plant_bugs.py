@@ -58,7 +58,9 @@ BUGS = [
         (*VALUES[:2], "int8 and tpu"),
     ),
     Bug(
-        "swapped K and V", "(h, h) if h % LANES == 0", "(h, 0) if h % LANES == 0", (*VALUES[:2], "h128-page128 and tpu")
+        "swapped K and V",
+        "reshape(chunk, width)\n",
+        "reshape(chunk, width)\n            tokens = jnp.concatenate(jnp.split(tokens, 2, axis=1)[::-1], axis=1)\n",
     ),
     Bug("an unmasked padding row", "live = (l > 0) &", "live = (l >= 0) | ", (*VALUES[:2], "partial_results and tpu")),
     Bug(

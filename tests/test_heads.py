@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
+from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
 from icarus_jax.heads import HeadBank, LayerBank, fit_factors, load_slot
+from icarus_jax.sharding import make_layout
 
 CONFIG = ModelConfig("llama", 64, 24, 40, 3, 4, 2, 8)
 RANK = 4
@@ -29,17 +30,20 @@ def load(bank: HeadBank, slot: int, weights) -> None:
     load_slot(bank, np.int32(slot), fit_factors(CONFIG, weights, RANK, bank.targets))
 
 
+@pytest.mark.parametrize("mesh", ["1x1", "1x4", "2x2"])
 @pytest.mark.parametrize("first", [0, 2, 5])
-def test_each_row_gets_its_own_heads_share(first):
+def test_each_row_gets_its_own_heads_share(first, mesh):
+    layout = make_layout(EngineConfig(mesh=mesh), CONFIG.num_kv_heads)
     bank, heads = new_bank(), {1: factors(1), 3: factors(3, rank=2)}
     for slot, weights in heads.items():
         load(bank, slot, weights)
+    bank = layout.place_bank(bank)
     rng = np.random.default_rng(0)
     slots, active = np.array([1, 0, 3, 1, 0], np.int32), np.array([3, 1], np.int32)
     for target in LORA_TARGETS:
         din, dout = CONFIG.target_shapes[target]
         x, out = (rng.standard_normal((5, n)).astype(np.float32) for n in (din, dout))
-        got = LayerBank(bank, 2, active, "xla").add(target, out, x, slots, first)
+        got = LayerBank(bank, 2, active, "xla", layout).add(target, out, x, slots, first)
         want = out.copy()
         for row in range(first, 5):
             if slots[row]:

@@ -102,6 +102,9 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any) -> Any:
     def up_block(i, k, j, layer, table, count):
         return *adapter(i, k, layer, table, count), 0, jnp.where(k < count[i], j, steps - 1)
 
+    interpret = interpret_params("tpu")
+    if not interpret:  # else XLA may bring all adapters of all layers into VMEM for every call
+        a, b = (pltpu.with_memory_space_constraint(factors, pltpu.HBM) for factors in (a, b))
     scalars = (jnp.asarray(layer).reshape(1), table, count)
     return pl.pallas_call(
         functools.partial(_kernel, width=width),
@@ -124,6 +127,6 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any) -> Any:
             bytes_accessed=(tiles * u * rank + rows) * (din + dout) * size,
             transcendentals=0,
         ),
-        interpret=interpret_params("tpu"),
+        interpret=interpret,
         name="icarus_lora",
     )(*(s.astype(jnp.int32) for s in scalars), slots[:, None].astype(jnp.int32), x, a, b)

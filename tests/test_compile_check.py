@@ -1,0 +1,111 @@
+"""The programs of serving, compiled by libtpu for chips that are not here, from shapes alone."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from configs import multi
+from icarus_jax import cli, compile_report
+from icarus_jax.compile_check import Check, Plan
+from icarus_jax.topology import find_topology
+
+ROOT = Path(__file__).resolve().parents[1]
+needs_libtpu = [
+    pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
+    pytest.mark.heavy,
+    pytest.mark.timeout(900),  # other processes may hold libtpu for a while
+]
+
+
+def plan_of(argument: str, mesh: str, **changes) -> Plan:
+    """A config of multi.py, in shapes that differ from it in `changes` (of the model, or of the engine)."""
+    plan = compile_report.make_plan(multi.get_config(argument))
+    layers = changes.pop("num_layers", plan.model.num_layers)
+    engine = dataclasses.replace(plan.engine, mesh=mesh, **changes)
+    return dataclasses.replace(plan, model=dataclasses.replace(plan.model, num_layers=layers), engine=engine)
+
+
+# Of Llama-3.1-8B one chip holds two layers: its 16 GB of weights leave no room on a v5e.
+TWO_LAYERS = {"num_layers": 2}
+SHARDED = {"v5e": "v5e:2x4", "v6e": "v6e:2x4", "v7x": "tpu7x:2x2x1"}
+SINGLE = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v7x": "tpu7x:2x2x1"}
+
+
+@pytest.mark.parametrize("chip", SHARDED)
+@pytest.mark.parametrize(
+    "argument, mesh, changes",
+    [("smollm2", "1x1", {}), ("smollm2", "1x8", {}), ("llama8b", "1x1", TWO_LAYERS), ("llama8b", "1x8", {})],
+    ids=["smollm2-1", "smollm2-8", "llama8b-1", "llama8b-8"],
+)
+class TestTpu:
+    pytestmark = needs_libtpu
+
+    def test_steps(self, request, chip, argument, mesh, changes):
+        if reason := KNOWN.get((chip, argument, mesh)):
+            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+        check = Check(plan_of(argument, mesh, **changes), find_topology((SHARDED if mesh == "1x8" else SINGLE)[chip]))
+        assert check.programs.kernels == "tpu"
+        for name in ("decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits"):
+            done = check.compile(name)
+            assert not done.complaint
+            assert set(done.account.collectives) <= EXPECTED[argument, mesh], name
+            fewest = check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
+            assert fewest <= done.account.bytes < 1.25 * fewest, name
+
+
+# What is not as it should be yet.
+KNOWN = {
+    ("v7x", "smollm2", "1x8"): "an all-to-all besides the expected collectives",
+    ("v7x", "llama8b", "1x1"): "614 MiB of temporaries beside a pool of 4096 MiB: more than an eighth",
+}
+EXPECTED: dict[tuple[str, str], set[str]] = {
+    ("smollm2", "1x1"): set(),
+    ("llama8b", "1x1"): set(),
+    ("llama8b", "1x8"): {"all-reduce"},
+    ("smollm2", "1x8"): {"all-reduce", "all-gather"},  # token shards exchange their log-sum-exps
+}
+
+
+def test_a_wrong_word_is_one_line():
+    command = [sys.executable, str(ROOT / "launch" / "compile_check.py"), "--config=multi.py:llama8b"]
+    done = subprocess.run([*command, "--topology=v5litepod-8"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("compile_check.py: ") and "'v5litepod-8'" in line and "v5e:2x4" in line
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"topology": "v5e:8"}, "'v5e:8'.*v5e:2x2"),
+        ({"topology": "tpu7x:2x4"}, "'tpu7x:2x4'.*tpu7x:2x2x2"),
+        ({"topology": "h100:9"}, "'h100:9'.*h100:8"),
+        ({"source": "sizes:llama"}, "sizes:llama.*llama-3.1-8b"),
+        ({"context": 9000}, "--context=9000.*8064"),
+    ],
+)
+def test_what_cannot_be_checked(changes, said):
+    config = multi.get_config("llama8b")
+    config.trunk.source = changes.get("source", config.trunk.source)
+    with pytest.raises(cli.UsageError, match=said):
+        compile_report.run(config, changes.get("topology", "v5e:2x4"), changes.get("context", 0), "")
+
+
+def test_arguments_of_the_config():
+    with pytest.raises(ValueError, match=r"'llama9b'.*llama8b, llama70b, qwen3-8b, qwen3-14b, smollm2"):
+        multi.get_config("llama9b")
+    assert len(multi.get_config("llama8b").heads) == 8
+    config = multi.get_config("qwen3-14b,3,isolated")
+    assert [head.kv for head in config.heads.values()] == ["isolated"] * 3
+    assert compile_report.make_plan(config).model.hidden_size == 5120
+
+
+def test_a_model_without_weights_is_not_served():
+    with pytest.raises(cli.UsageError, match="has sizes and no weights"):
+        cli.build(multi.get_config("qwen3-8b,2"))
