@@ -312,7 +312,7 @@ def test_what_runs_programs_runs_in_every_process():
     assert methods == on_the_host_alone | set(CALLS)
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(1000)
 def test_two_processes_say_what_one_says(tmp_path):
     """launch/generate.py on 2 x 2 devices of two processes, which talk over gloo; process 0 answers."""
     folder = tiny.tiny_model("llama", tmp_path, num_hidden_layers=2)
@@ -352,7 +352,7 @@ def test_two_processes_say_what_one_says(tmp_path):
         for i in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=500) for process in processes]
+        outputs = [process.communicate(timeout=900) for process in processes]
     finally:
         for process in processes:
             process.kill()
