@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 
 from configs import multi
 from icarus_jax import cli, compile_report
+from icarus_jax.bench import kernels
 from icarus_jax.compile_check import Check, Plan
 from icarus_jax.topology import find_topology
 
@@ -54,15 +56,57 @@ class TestTpu:
             assert not done.complaint
             assert set(done.account.collectives) <= EXPECTED[argument, mesh], name
             fewest = check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
-            assert fewest <= done.account.bytes < 1.1 * fewest, name
+            assert 0.99 * fewest < done.account.bytes < BYTES[chip] * fewest, name
 
 
+# Over the fewest. For v7x XLA tiles the weights of `o` and `down` anew in every step, which moves them twice more.
+BYTES = {"v5e": 1.1, "v6e": 1.1, "v7x": 1.3}
 EXPECTED: dict[tuple[str, str], set[str]] = {
     ("smollm2", "1x1"): set(),
     ("llama8b", "1x1"): set(),
     ("llama8b", "1x8"): {"all-reduce"},
     ("smollm2", "1x8"): {"all-reduce", "all-gather"},  # token shards exchange their log-sum-exps
 }
+
+
+REGIONS = """
+     0   :  { %s1 = inlined_call_operand.vmem }  /* Start region 0 */
+   0x1   :  { %s2 = smov 1 } /* Start region 1 */
+   0x2 LB: >> { %v1 = vpow2.f32 %v0 }  /* Start region 2 */
+   0x3   : >> { %v2 = vpow2.f32 %v1 ;; %v3 = vadd %v1, %v2 } /* End region 2 */
+   0x4   : >> { %v4 = vpow2.f32 %v1 }  /* Start region 3 */ /* End region 3 */
+   0x5   :  { %s3 = smov 2 } /* End region 1 */
+   0x6   :  { %s4 = smov 3 } /* End region 0 */
+"""
+
+
+def test_regions_of_bundles():
+    count, regions = kernels.read_bundles(REGIONS.splitlines())
+    assert count == 7
+    assert {(r.start, r.size, r.powers) for r in regions} == {(2, 2, 2), (4, 1, 1), (1, 5, 3), (0, 7, 3)}
+    assert kernels.attention_regions(regions) == [1, 2]  # the innermost ones
+
+
+def table() -> dict[str, list[str]]:
+    """The rows of docs/kernels.md's table of bundles: name -> cells."""
+    lines = (ROOT / "docs" / "kernels.md").read_text().splitlines()
+    begin = lines.index(f"| bundles | {' | '.join(kernels.CHIPS)} |") + 2
+    rows = (line.strip("| ").split(" | ") for line in lines[begin:] if line.startswith("|"))
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_table_of_bundles_has_every_case():
+    assert list(table()) == list(kernels.cases())
+
+
+@pytest.mark.parametrize("name", ["attention llama8b, 2 rows"])
+@needs_libtpu[0]
+@needs_libtpu[1]
+@needs_libtpu[2]
+def test_a_kernel_costs_what_the_table_says(name):
+    ((_, _, counts),) = kernels.count([name], ["v5e"])
+    want = [int(number) for number in table()[name][0].split(" / ")]
+    assert list(counts.values()) == pytest.approx(want, rel=0.05)
 
 
 def test_a_wrong_word_is_one_line():
@@ -102,3 +146,14 @@ def test_arguments_of_the_config():
 def test_a_model_without_weights_is_not_served():
     with pytest.raises(cli.UsageError, match="has sizes and no weights"):
         cli.build(multi.get_config("qwen3-8b,2"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_programs_leave_libtpu_alone():
+    """Else whatever runs on a machine without a TPU would hold libtpu's lock, and nothing could compile."""
+    code = (
+        "from icarus_jax import platforms; platforms.leave_libtpu_alone(); import jax; jax.devices(); "
+        "import sys; sys.exit('libtpu' in open('/proc/self/maps').read())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=120).returncode == 0
