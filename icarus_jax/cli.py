@@ -21,6 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from icarus_jax import platforms
 from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig
 from icarus_jax.sequence import RequestError
 
