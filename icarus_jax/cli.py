@@ -21,6 +21,7 @@ from absl import app, flags
 from ml_collections import ConfigDict, config_flags
 from tqdm import tqdm
 
+from icarus_jax import platforms
 from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig
 from icarus_jax.sequence import RequestError
 
@@ -81,6 +82,7 @@ def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
     --config=FILE[:ARG] picks the config (else `default_config`), --config.KEY=VALUE overrides a value in it. A
     UsageError or RequestError, from `main` too, becomes one line on stderr and exit code 2.
     """
+    platforms.leave_libtpu_alone()
     try:
         app.run(main, flags_parser=lambda argv: _parse_flags(argv, default_config))
     except (UsageError, RequestError) as error:

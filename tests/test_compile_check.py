@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
 from configs import multi
 from icarus_jax import cli, compile_report
+from icarus_jax.bench import kernels
 from icarus_jax.compile_check import Check, Plan
-from icarus_jax.topology import find_topology
+from icarus_jax.program_cost import pool_complaint
+from icarus_jax.simulator.chips import CHIPS
+from icarus_jax.topology import Topology, find_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_libtpu = [
@@ -56,7 +61,8 @@ class TestTpu:
             assert not done.complaint
             assert set(done.account.collectives) <= EXPECTED[argument, mesh], name
             fewest = check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
-            assert fewest <= done.account.bytes < 1.25 * fewest, name
+            # v7x: XLA tiles the weights of `o` and `down` anew in every step, which moves them twice more
+            assert 0.99 * fewest < done.account.bytes < 1.25 * fewest, name
 
 
 # What is not as it should be yet.
@@ -70,6 +76,80 @@ EXPECTED: dict[tuple[str, str], set[str]] = {
     ("llama8b", "1x8"): {"all-reduce"},
     ("smollm2", "1x8"): {"all-reduce", "all-gather"},  # token shards exchange their log-sum-exps
 }
+
+
+@pytest.fixture(scope="module")
+def on_cpu() -> Check:
+    """SmolLM2 for one device of the machine that is here, taken for a v5e; a CPU copies a pool of bfloat16."""
+    sizes = {"num_layers": 1, "max_num_seqs": 8, "max_model_len": 2304, "num_pages": 512}
+    plan = plan_of("smollm2", "1x1", kv_dtype="float32", **sizes)
+    return Check(plan, Topology("cpu", CHIPS["v5e"], tuple(jax.devices()[:1])))
+
+
+def test_pages_of_a_step(on_cpu):
+    bucket = next(b for b in on_cpu.buckets if (b.writers, b.readers) == (8, 8))
+    assert on_cpu.pages_of(bucket, 2048, 128, together=True) == 32 + 8 * 2  # pages of 64 tokens
+    assert on_cpu.pages_of(bucket, 2048, 128, together=False) == 8 * (32 + 2)
+    assert on_cpu.pages_of(bucket, 0, 65, together=False) == 8 * 2
+
+
+def test_what_a_step_cannot_do_without(on_cpu):
+    bucket = next(b for b in on_cpu.buckets if (b.writers, b.readers) == (8, 8))
+    d, f, vocab = 576, 1536, 49152  # one layer, 9 query heads and 3 KV heads of 64, a tied table, 8 adapters of rank 16
+    weights = 2 * (vocab * d + d * (9 + 6) * 64 + d * d + 3 * d * f + 3 * d)
+    adapters = 2 * 8 * 16 * (2 * (d + d) + 3 * (d + f))
+    token = 4 * 2 * 3 * 64
+    assert on_cpu.fewest_bytes(bucket, 10) == weights + adapters + (10 * 64 + 8) * token + 4 * 8 * vocab
+
+
+def test_what_does_not_fit_is_said(on_cpu):
+    small = dataclasses.replace(on_cpu.topology.chip, memory=on_cpu.pool_bytes)
+    check = Check(on_cpu.plan, dataclasses.replace(on_cpu.topology, chip=small))
+    done = check.compile("copy_pages")
+    assert done.complaint.startswith("needs ") and check.pages_that_fit([done]) < on_cpu.plan.engine.num_pages
+    assert not on_cpu.compile("copy_pages").complaint
+    copied = dataclasses.replace(done.account, temporaries=on_cpu.pool_bytes // 2)
+    assert "temporaries" in pool_complaint(copied, on_cpu.pool_bytes)
+
+
+REGIONS = """
+     0   :  { %s1 = inlined_call_operand.vmem }  /* Start region 0 */
+   0x1   :  { %s2 = smov 1 } /* Start region 1 */
+   0x2 LB: >> { %v1 = vpow2.f32 %v0 }  /* Start region 2 */
+   0x3   : >> { %v2 = vpow2.f32 %v1 ;; %v3 = vadd %v1, %v2 } /* End region 2 */
+   0x4   : >> { %v4 = vpow2.f32 %v1 }  /* Start region 3 */ /* End region 3 */
+   0x5   :  { %s3 = smov 2 } /* End region 1 */
+   0x6   :  { %s4 = smov 3 } /* End region 0 */
+"""
+
+
+def test_regions_of_bundles():
+    count, regions = kernels.read_bundles(REGIONS.splitlines())
+    assert count == 7
+    assert {(r.start, r.size, r.powers) for r in regions} == {(2, 2, 2), (4, 1, 1), (1, 5, 3), (0, 7, 3)}
+    assert kernels.attention_regions(regions) == [1, 2]  # the innermost ones
+
+
+def table() -> dict[str, list[str]]:
+    """The rows of docs/kernels.md's table of bundles: name -> cells."""
+    lines = (ROOT / "docs" / "kernels.md").read_text().splitlines()
+    begin = lines.index(f"| bundles | {' | '.join(kernels.CHIPS)} |") + 2
+    rows = (line.strip("| ").split(" | ") for line in lines[begin:] if line.startswith("|"))
+    return {name: cells for name, *cells in rows}
+
+
+def test_the_table_of_bundles_has_every_case():
+    assert list(table()) == list(kernels.cases())
+
+
+@pytest.mark.parametrize("name", ["attention llama8b, 2 rows"])
+@needs_libtpu[0]
+@needs_libtpu[1]
+@needs_libtpu[2]
+def test_a_kernel_costs_what_the_table_says(name):
+    ((_, _, counts),) = kernels.count([name], ["v5e"])
+    want = [int(number) for number in table()[name][0].split(" / ")]
+    assert list(counts.values()) == pytest.approx(want, rel=0.05)
 
 
 def test_a_wrong_word_is_one_line():
@@ -109,3 +189,14 @@ def test_arguments_of_the_config():
 def test_a_model_without_weights_is_not_served():
     with pytest.raises(cli.UsageError, match="has sizes and no weights"):
         cli.build(multi.get_config("qwen3-8b,2"))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_programs_leave_libtpu_alone():
+    """Else whatever runs on a machine without a TPU would hold libtpu's lock, and nothing could compile."""
+    code = (
+        "from icarus_jax import platforms; platforms.leave_libtpu_alone(); import jax; jax.devices(); "
+        "import sys; sys.exit('libtpu' in open('/proc/self/maps').read())"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, timeout=120).returncode == 0

@@ -6,6 +6,11 @@ from icarus_jax import hlo_text
 # (S(1)), a kernel with a cost estimate, a prefetch, and a product with a weight that lies in main memory.
 TEXT = """HloModule jit_f
 
+%rename.0 (param_0.2: bf16[4,8,128]) -> bf16[4,8,128] {
+  %param_0.2 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
+  ROOT %tiled = bf16[4,8,128]{2,1,0:T(16,128)(2,1)} copy(%param_0.2)
+}
+
 %fused_slice.1 (param_0: bf16[4,8,128], param_1: s32[]) -> bf16[1,8,128] {
   %param_0 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
   %param_1 = s32[]{:T(128)} parameter(1)
@@ -16,7 +21,8 @@ TEXT = """HloModule jit_f
 %outer.2 (param_0.1: bf16[4,8,128], param_1.1: s32[]) -> f32[8] {
   %param_0.1 = bf16[4,8,128]{2,1,0:T(8,128)(2,1)} parameter(0)
   %param_1.1 = s32[]{:T(128)} parameter(1)
-  %inner = bf16[1,8,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%param_0.1, %param_1.1), kind=kLoop, calls=%fused_slice.1
+  %renamed = bf16[4,8,128]{2,1,0:T(16,128)(2,1)} fusion(%param_0.1), kind=kLoop, calls=%rename.0
+  %inner = bf16[1,8,128]{2,1,0:T(8,128)(2,1)S(1)} fusion(%renamed, %param_1.1), kind=kLoop, calls=%fused_slice.1
   ROOT %sum = f32[8]{0:T(128)S(1)} reduce(%inner), dimensions={0,2}, to_apply=%add
 }
 

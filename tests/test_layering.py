@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 # From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
 LAYERS = (
-    ("config", "calls", "workload"),
+    ("config", "platforms", "calls", "workload"),
     ("model_zoo", "agents"),
     ("pages",),
     ("sequence",),
@@ -45,7 +45,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 NO_JAX = (
-    *("config", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
+    *("config", "platforms", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
     *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
     *("workload", "agents", "calls", "model_zoo", "simulator"),
 )

@@ -1,0 +1,17 @@
+"""On which of JAX's platforms a program runs. For before JAX is imported."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+
+
+def leave_libtpu_alone() -> None:
+    """Keeps JAX from loading libtpu where there is no TPU: one process at a time can, and others may want to compile.
+
+    What JAX_PLATFORMS says already stays.
+    """
+    chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
+    if importlib.util.find_spec("libtpu") and not chips:
+        os.environ.setdefault("JAX_PLATFORMS", "cuda,cpu" if Path("/dev/nvidiactl").exists() else "cpu")
