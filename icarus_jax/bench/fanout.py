@@ -18,6 +18,7 @@ from icarus_jax.sequence import SamplingParams, TokenOutput
 if TYPE_CHECKING:
     from icarus_jax.engine import Engine
 
+TOKENS = 46  # of each answer: the first are still at it when the last begin
 ROUNDS = 3  # of decode steps; the median of all rounds counts, of the group and of one sequence in turn
 
 
@@ -90,8 +91,8 @@ def run(config: ConfigDict, context: int, steps: int) -> dict[str, Any]:
         heads = [m.name for m in engine.models.values() if m.kind != "base"]
         prompt = tuple(np.random.default_rng(0).integers(0, engine.model_config.vocab_size, context).tolist())
         requests: list[tuple[str, ...]] = [tuple(heads)] if kv == "shared" else [(head,) for head in heads]
-        finish(engine, submit(engine, requests, prompt, 4).ids)  # compiles; does not count
-        start = submit(engine, requests, prompt, 4)
+        finish(engine, submit(engine, requests, prompt, TOKENS).ids)  # compiles; does not count
+        start = submit(engine, requests, prompt, TOKENS)
         finish(engine, start.ids)
         found[kv] = {k: v for k, v in dataclasses.asdict(start).items() if k != "ids"}
         print(f"{len(heads)} {kv} heads, a prompt of {context} tokens: {found[kv]}")
