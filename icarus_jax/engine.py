@@ -47,8 +47,7 @@ class _Live:
 
 
 class Engine:
-    """Serves the trunk and its heads from one KV cache. Thread-safe: submit, abort, load_head, unload_head,
-    release_session."""
+    """Serves the trunk and its heads from one KV cache. Thread-safe: what stands under "any thread"."""
 
     def __init__(self, runner: Runner, trunk_name: str, config: EngineConfig, eos_ids: Iterable[int]):
         self.runner, self.config = runner, config
@@ -216,7 +215,8 @@ class Engine:
                     self.step()
             except Exception:
                 log.exception("a step failed; every running request is ended and the engine takes no more")
-                self.failed = True
+                with self._wake:  # who has queued something before this is answered, who comes later is told
+                    self.failed = True
                 return self._end_all("error")
 
     def run_inbox(self) -> None:
