@@ -281,7 +281,7 @@ def test_200_reloads_under_load(world):
     engine.shutdown()
     assert len(done) == 201 and not failed and engine.stats.head_loads == 200
     assert engine.stats.prefill_tokens == len(PROMPT) and engine.stats.evictions == 0
-    assert sizes[-1] <= 1.01 * sizes[0]  # other tests' arrays may go meanwhile
+    assert max(sizes) <= 1.01 * sizes[0]  # other tests' arrays may go meanwhile
 
 
 # ---- sessions
