@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def leave_libtpu_alone() -> None:
-    """Keeps JAX from loading libtpu where there is no TPU: one process at a time can, and others may want to compile.
+    """Keeps JAX from loading libtpu where there is no TPU: it would take libtpu's lock, and look for a chip at length.
 
     What JAX_PLATFORMS says already stays.
     """

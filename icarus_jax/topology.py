@@ -10,11 +10,12 @@ import math
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# libtpu reads these when it is loaded: it is not to look for a chip, nor to say that there is none.
+# libtpu reads these when it is loaded: it is not to look for a chip, nor to say that there is none. Its lock is for those
+# that use the chips: processes that only compile need not wait for each other.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
 os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
@@ -56,11 +57,8 @@ class Topology:
     devices: tuple[Any, ...]
 
 
-def find_topology(name: str, wait_s: float = 240) -> Topology:
-    """'v5e:2x4' or 'h100:8'. Raises ValueError if there is no such thing, or nothing here can compile for it.
-
-    One process at a time can compile for TPUs; waits up to wait_s for another one to end.
-    """
+def find_topology(name: str) -> Topology:
+    """'v5e:2x4' or 'h100:8'. Raises ValueError if there is no such thing, or nothing here can compile for it."""
     kind, _, size = name.partition(":")
     if kind == "h100" and re.fullmatch(r"[1-8]?", size):
         return _h100(name, int(size or 1))
@@ -79,28 +77,20 @@ def find_topology(name: str, wait_s: float = 240) -> Topology:
         bandwidth=part(figures.bandwidth),
         link=part(figures.link),
     )
-    return Topology(name, device, _tpu_devices(kind, size, wait_s))
+    return Topology(name, device, _tpu_devices(kind, size))
 
 
 @functools.cache
-def _tpu_devices(kind: str, size: str, wait_s: float) -> tuple[Any, ...]:
+def _tpu_devices(kind: str, size: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu is not installed, the compiler for TPUs: pip install 'jax[tpu]'")
     whole = {} if size.strip("1x") else {"chips_per_host_bounds": (1, 1, 1)}  # a single chip is a host of its own
-    deadline = time.monotonic() + wait_s
-    while True:
-        try:
-            found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{size}", **whole)
-            return tuple(found.devices)
-        except Exception as error:  # whatever libtpu may raise
-            reason = " ".join(str(error).split())
-        if "lockfile" not in reason:
-            raise ValueError(f"topology '{kind}:{size}': libtpu knows no such slice ({reason[:150]})")
-        if time.monotonic() > deadline:
-            raise ValueError(
-                f"another process has held libtpu for {wait_s:.0f} s, and one at a time can compile with it"
-            )
-        time.sleep(1)
+    try:
+        found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{size}", **whole)
+    except Exception as error:  # whatever libtpu may raise
+        reason = " ".join(str(error).split())
+        raise ValueError(f"topology '{kind}:{size}': libtpu knows no such slice ({reason[:150]})") from error
+    return tuple(found.devices)
 
 
 @functools.cache

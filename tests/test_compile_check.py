@@ -24,7 +24,6 @@ ROOT = Path(__file__).resolve().parents[1]
 needs_libtpu = [
     pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed"),
     pytest.mark.heavy,
-    pytest.mark.timeout(900),  # other processes may hold libtpu for a while
 ]
 
 
@@ -145,8 +144,8 @@ def test_the_table_of_bundles_has_every_case():
 @pytest.mark.parametrize("name", ["attention llama8b, 2 rows"])
 @needs_libtpu[0]
 @needs_libtpu[1]
-@needs_libtpu[2]
 def test_a_kernel_costs_what_the_table_says(name):
+    find_topology("v5e:2x2")  # this process has libtpu too: a lock would keep the compiling one waiting for ever
     ((_, _, counts),) = kernels.count([name], ["v5e"])
     want = [int(number) for number in table()[name][0].split(" / ")]
     assert list(counts.values()) == pytest.approx(want, rel=0.05)
@@ -193,7 +192,7 @@ def test_a_model_without_weights_is_not_served():
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 def test_programs_leave_libtpu_alone():
-    """Else whatever runs on a machine without a TPU would hold libtpu's lock, and nothing could compile."""
+    """Else a second server on a machine without a TPU would find libtpu's lock taken."""
     code = (
         "from icarus_jax import platforms; platforms.leave_libtpu_alone(); import jax; jax.devices(); "
         "import sys; sys.exit('libtpu' in open('/proc/self/maps').read())"

@@ -160,7 +160,7 @@ def measure(case: Case, chip: str, folder: Path) -> dict[str, int]:
     from icarus_jax import topology
 
     function, args = case.call()
-    topology.compile_for_one(topology.find_topology(CHIPS[chip], 1200), function, *args)
+    topology.compile_for_one(topology.find_topology(CHIPS[chip]), function, *args)
     files = [f for f in folder.glob(f"*{case.kernel}*final_bundles.txt") if "schedule-analysis" not in f.name]
     if len(files) != 1:
         raise RuntimeError(f"libtpu wrote {len(files)} files of {case.kernel}'s bundles, not one")
@@ -183,13 +183,16 @@ def count(names: Iterable[str], chips: Iterable[str]) -> Iterator[tuple[str, str
     environment = os.environ | {"LIBTPU_INIT_ARGS": flags, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", __name__, str(folder), ",".join(chips), *names]
     try:
-        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as p:
-            assert p.stdout is not None and p.stderr is not None
-            for line in p.stdout:
+        with (
+            tempfile.TemporaryFile("w+") as said,  # a pipe that nobody reads meanwhile could fill
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=said, text=True) as process,
+        ):
+            assert process.stdout is not None
+            for line in process.stdout:
                 yield tuple(json.loads(line))
-            said = p.stderr.read()
-        if p.returncode:
-            raise RuntimeError(f"the compiling process failed: {said[-2000:]}")
+            if process.wait():
+                said.seek(0)
+                raise RuntimeError(f"the compiling process failed: {said.read()[-2000:]}")
     finally:
         shutil.rmtree(folder)
 
