@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# libtpu reads these when it is loaded: it is not to look for a chip, nor to say that there is none. Its lock is for those
-# that use the chips: processes that only compile need not wait for each other.
+# libtpu reads these when it is loaded: it is not to look for a chip, nor to say that there is none. Its lock is
+# for those that use the chips: processes that only compile need not wait for each other.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
