@@ -91,7 +91,9 @@ class CompletionView:
         return self._body(choices) | {"usage": usage([choice for choice, _ in answers], self.request.by_model)}
 
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        return self._body([self._choice(choice, delta)])
+        shown = self._choice(choice, delta)
+        choice.begun = True
+        return self._body([shown])
 
     def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
         return self._body([]) | {"usage": usage(choices, self.request.by_model)}
@@ -108,7 +110,9 @@ class CompletionView:
             "stop_reason": delta.stop_reason,
         } | _routed(self.request, choice, delta, whole)
         if self.request.return_token_ids:
-            shown |= {"token_ids": delta.token_ids, "prompt_token_ids": choice.prompt.ids}
+            shown["token_ids"] = delta.token_ids
+            if not choice.begun:  # the prompt's once, as it may be long
+                shown["prompt_token_ids"] = choice.prompt.ids
         if self.request.prompt_logprobs is not None:
             shown["prompt_logprobs"] = prompt_logprobs(choice, delta, self.request.prompt_logprobs, self._vocabulary)
         return shown
@@ -158,9 +162,10 @@ class ChatView:
         return body | {"usage": usage([choice for choice, _ in answers], self.request.by_model)}
 
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        message = {"content": delta.text} if choice.role_sent else {"role": "assistant", "content": delta.text}
-        choice.role_sent = True
-        return self._chunk([self._choice(choice, delta) | {"delta": message}])
+        message = {"content": delta.text} if choice.begun else {"role": "assistant", "content": delta.text}
+        shown = self._choice(choice, delta) | {"delta": message}
+        choice.begun = True
+        return self._chunk([shown])
 
     def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
         return self._chunk([]) | {"usage": usage(choices, self.request.by_model)}

@@ -104,7 +104,7 @@ class Choice:
         self.kl_to_base = 0.0  # sum over its tokens of logprob - reference
         self.cached_tokens = 0
         self.finish_reason: str | None = None
-        self.role_sent = False  # of a streamed chat message
+        self.begun = False  # a chunk of it was sent
         self._params = params
         self._eos_ids = eos_ids
         self._detokenizer = Detokenizer(vocabulary, params, skip_special_tokens, prompt.ids)

@@ -82,6 +82,17 @@ def test_the_four_forms_of_a_prompt(served, prompt, wanted):
     assert answer["usage"]["completion_tokens"] == 4 * len(wanted)
 
 
+def test_a_stream_names_its_prompts_tokens_once(served):
+    request = {"model": "trunk", "prompt": [[10], [20, 21]], "max_tokens": 3, "stream": True}
+    stream = served.openai.completions.create(**request, extra_body={"return_token_ids": True})
+    told = {0: [], 1: []}
+    for chunk in stream:
+        for choice in chunk.choices:
+            told[choice.index].append(getattr(choice, "prompt_token_ids", None))
+    assert all(len(ids) > 1 for ids in told.values())
+    assert told == {0: [[10]] + [None] * (len(told[0]) - 1), 1: [[20, 21]] + [None] * (len(told[1]) - 1)}
+
+
 def test_defaults(served):
     served.http.post(
         "/v1/completions", json={"model": "trunk", "prompt": [5], "stop": None, "seed": None, "best_of": 1}
