@@ -38,11 +38,16 @@ def is_machine_code(compiled: jax.stages.Compiled) -> bool:
     return b"\x7fELF" in compiled.runtime_executable().serialize()
 
 
-def lower_cuda(f: Callable[..., Any], *args: Any) -> str:
-    """The StableHLO for CUDA, kernels as Triton IR inside; needs no CUDA software."""
+def export_cuda(program: Any, *args: Any) -> export.Exported:
+    """What jax.jit made, traced for CUDA, kernels as Triton IR inside; needs no CUDA software."""
     unstable = export.DisabledSafetyCheck.custom_call(TRITON_CALL)
     with interpret_mode(False):
-        return export.export(jax.jit(_own(f)), platforms=["cuda"], disabled_checks=[unstable])(*args).mlir_module()
+        return export.export(program, platforms=["cuda"], disabled_checks=[unstable])(*args)
+
+
+def lower_cuda(f: Callable[..., Any], *args: Any) -> str:
+    """The StableHLO of `export_cuda`."""
+    return export_cuda(jax.jit(_own(f)), *args).mlir_module()
 
 
 def _own(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -31,6 +31,14 @@ def seen_by_row(work: WorkList) -> dict[int, list[tuple[int, int]]]:
     return seen
 
 
+def assert_each_position_is_seen_once(work: WorkList, sequences: list[SequenceRows]) -> None:
+    seen = seen_by_row(work)
+    for seq in sequences:
+        for r, position in zip(seq.rows, seq.positions, strict=True):
+            mine = sorted(pair for pair in seen[int(r)] if pair[0] <= position)
+            assert mine == [(at, seq.page_table[at // PAGE]) for at in range(position + 1)]
+
+
 def random_tables(rng, num: int) -> list[list[int]]:
     """Page tables that branch at random: a tree of prefixes."""
     fresh = iter(range(10_000))
@@ -64,11 +72,7 @@ def test_every_position_is_seen_once(seed):
     pages = max(map(len, tables))
     shape = WorkShape(row + 2, 2, 200 * row, tiles, pages, item_pages=int(rng.choice([4, 16, pages])))
     work = build_work(sequences, shape, PAGE)
-    seen = seen_by_row(work)
-    for seq in sequences:
-        for r, position in zip(seq.rows, seq.positions, strict=True):
-            mine = sorted(pair for pair in seen[int(r)] if pair[0] <= position)
-            assert mine == [(at, seq.page_table[at // PAGE]) for at in range(position + 1)]
+    assert_each_position_is_seen_once(work, sequences)
     assert (work.positions[row:] == -1).all()
     used = {int(p) for p in work.parts[:row].ravel() if p >= 0}
     rows = sum(int((r.positions >= 0).sum()) for r in (work.items, work.tiles))
@@ -113,3 +117,14 @@ def test_without_room_for_tiles_nothing_is_grouped():
 def test_a_few_shared_tokens_are_not_worth_a_tile():
     work = fan_out(4, 3, 1, WorkShape(8, 2, 4 * 2, 8, 30))
     assert int(work.tiles.num) == 0
+
+
+def test_a_group_within_one_that_finds_no_room():
+    """40 rows on 10 pages want two tiles and there is one; two of the sequences share 10 pages more."""
+    sequences = []
+    for i in range(20):
+        table = [*range(10), *(range(10, 20) if i < 2 else ()), 100 + i]
+        position = np.full(2, len(table) * PAGE - 1, np.int32)
+        sequences.append(SequenceRows(np.array([i, 20 + i], np.int32), position, table))
+    work = build_work(sequences, WorkShape(40, 2, 20 * 2, 1, 30), PAGE)
+    assert_each_position_is_seen_once(work, sequences)

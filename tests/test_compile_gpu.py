@@ -1,0 +1,64 @@
+"""The programs of serving for H100s that are not here: machine code where there is a compiler, else StableHLO."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import aot_gpu
+import jax
+import pytest
+from test_compile_check import TWO_LAYERS, plan_of
+
+from icarus_jax import compile_check
+from icarus_jax.compile_check import Check
+from icarus_jax.simulator.chips import CHIPS
+from icarus_jax.topology import Topology, compiling_for, find_topology
+
+KERNELS = 2  # in the loop over layers: attention of items and of tiles
+COLLECTIVES = {
+    ("smollm2", "1x1"): set(),
+    ("llama8b", "1x1"): set(),
+    ("llama8b", "1x8"): {"all-reduce"},
+    ("smollm2", "1x8"): {"all-reduce", "all-gather"},  # token shards exchange their log-sum-exps
+}
+pytestmark = [
+    pytest.mark.parametrize(
+        "step", ["decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits"]
+    ),
+    pytest.mark.parametrize(
+        "argument, mesh, changes",
+        [("smollm2", "1x1", {}), ("smollm2", "1x8", {}), ("llama8b", "1x1", TWO_LAYERS), ("llama8b", "1x8", {})],
+        ids=["smollm2-1", "smollm2-8", "llama8b-1", "llama8b-8"],
+    ),
+]
+
+
+def test_lowers_for_cuda(argument, mesh, changes, step):
+    """Devices that are here stand for the H100s, of which JAX makes none without its CUDA plugin."""
+    devices = jax.devices()[: math.prod(map(int, mesh.split("x")))]
+    check = Check(plan_of(argument, mesh, kernels="gpu", **changes), Topology("cpu", CHIPS["h100"], tuple(devices)))
+    forward = check.programs.forward
+    check.programs.forward = SimpleNamespace(lower=lambda *args: aot_gpu.export_cuda(forward, *args))
+    _, lower = check.jobs()[step]
+    with compiling_for(check.layout.mesh):
+        assert lower().mlir_module().count(aot_gpu.TRITON_CALL) == KERNELS
+
+
+@pytest.mark.skipif(not aot_gpu.can_compile(), reason=aot_gpu.NEEDS)
+def test_compiles_for_h100s(monkeypatch, argument, mesh, changes, step):
+    programs, account = [], compile_check.account
+
+    def keep(program, *rest):
+        programs.append(program)
+        return account(program, *rest)
+
+    monkeypatch.setattr(compile_check, "account", keep)
+    check = Check(plan_of(argument, mesh, **changes), find_topology("h100:8" if mesh == "1x8" else "h100"))
+    assert check.programs.kernels == "gpu"
+    done = check.compile(step)
+    assert not done.complaint
+    assert set(done.account.collectives) <= COLLECTIVES[argument, mesh]
+    (program,) = programs
+    assert aot_gpu.is_machine_code(program)
+    assert program.as_text().count(aot_gpu.TRITON_CALL) == KERNELS
