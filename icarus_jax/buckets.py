@@ -8,7 +8,7 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.scheduler import SCORE_ROWS
 from pallas_kernels.paged_attention.work import FEW_ROWS, SequenceRows, WorkShape
 
-PREFILL_WRITERS = 128  # smaller prefill bucket; the larger one is max_num_batched_tokens
+PREFILL_WRITERS = 64  # the smallest prefill bucket; each next one has twice the rows, up to max_num_batched_tokens
 GROUP_TILES = 8  # most tiles of sequences that share pages, in one step
 TPU_TILE_ROWS = {True: 32, False: 64}  # of decode steps (groups alone), and of others (prefills): docs/kernels.md
 
@@ -79,7 +79,9 @@ def make_buckets(config: EngineConfig, has_heads: bool, kernels: str = "xla") ->
     sizes = [1 << i for i in range((seqs - 1).bit_length())] + [seqs]
     buckets = [bucket(n, r, n, True) for n in sizes for r in ((0, n) if has_heads else (0,))]
     few = min(8, seqs)
-    for writers in sorted({min(PREFILL_WRITERS, config.max_num_batched_tokens), config.max_num_batched_tokens}):
+    most = config.max_num_batched_tokens
+    doubled = [PREFILL_WRITERS << i for i in range(most.bit_length()) if PREFILL_WRITERS << i < most]
+    for writers in [*doubled, most]:
         buckets += [bucket(writers, r, s, False) for r, s in ((0, few), (few, few), (seqs, seqs))]
-    buckets += [bucket(few, top, top, False), bucket(config.max_num_batched_tokens, top, top, False)]
+    buckets += [bucket(few, top, top, False), bucket(most, top, top, False)]
     return sorted(set(buckets), key=lambda b: (b.writers + b.readers, b.logits, b.work.max_tiles))

@@ -96,6 +96,10 @@ class PagePool:
     def is_cached(self, key: bytes) -> bool:
         return key in self._by_key
 
+    def num_cached_of(self, keys: Tokens[bytes]) -> int:
+        """How many of the first pages named `keys` are cached."""
+        return next((i for i, key in enumerate(keys) if key not in self._by_key), len(keys))
+
     def match(self, chain: Chain, tokens: Tokens[int], keys: list[bytes]) -> Match:
         """The longest cached prefix of `tokens`, whose full pages are named `keys`. Takes nothing."""
         if not self.caching:

@@ -1,6 +1,6 @@
 """Which rows run in the next step, on which pages. Host only.
 
-First come, first served, with chunked prefill in one token budget. A waiting sequence whose next page is being
+Chunked prefill in one token budget; who is admitted first, waiting.py says. A waiting sequence whose next page is being
 computed by a running one waits for it: a prompt sent to eight models at once is prefilled once.
 """
 
@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as Seq
 
+from icarus_jax import waiting
 from icarus_jax.config import EngineConfig
 from icarus_jax.pages import Chain, Match, PagePool, page_key
 from icarus_jax.sequence import NEVER, Model, SampleRow, Sequence, Status, StepPlan, TokenOutput, Work
@@ -128,12 +129,12 @@ class Scheduler:
         self.waiting.appendleft(seq)
 
     def _admit(self, budget: Budget, plan: StepPlan) -> None:
-        for seq in list(self.waiting):
-            full = len(self.running) >= self.config.max_num_seqs or not budget.writers
+        places = self.config.max_num_seqs
+        for seq in waiting.in_order(self.waiting, self.pool, places) if len(self.running) < places else ():
+            full = len(self.running) >= places or not budget.writers
             if full or min(budget.readers, budget.logits) < 1 + seq.reference:
                 return
             size = self.config.page_size
-            seq.page_keys = seq.chain.keys(seq.tokens, size, seq.page_keys)
             match = Match([], None, 0) if seq.private else self.pool.match(seq.chain, seq.tokens, seq.page_keys)
             covered = len(match.pages) * size + match.tail_len
             cached = self.pool.caching and not seq.private
@@ -163,7 +164,7 @@ class Scheduler:
         seq.page_table, copies = self.pool.take(match)
         plan.copies.extend(copies)
         seq.num_computed, seq.status = covered, Status.RUNNING
-        self.waiting.remove(seq)
+        waiting.admit(self.waiting, seq)
         self.running.append(seq)
         self._pending.update((key, seq.seq_id) for key in to_compute if key not in self._pending)
         if seq.cached_tokens is None:

@@ -17,6 +17,7 @@ LAYERS = (
     ("pages",),
     ("sequence",),
     ("slots", "sessions", "requests", "registry"),
+    ("waiting",),
     ("scheduler",),
     ("simulator",),
     ("sharding", "attention", "layers", "heads", "model", "sampler"),
@@ -45,7 +46,7 @@ LAYERS = (
 )
 RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
 NO_JAX = (
-    *("config", "platforms", "sequence", "pages", "slots", "sessions", "requests", "registry", "scheduler"),
+    *("config", "platforms", "sequence", "pages", "slots", "sessions", "requests", "registry", "waiting", "scheduler"),
     *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
     *("workload", "agents", "calls", "model_zoo", "simulator"),
 )

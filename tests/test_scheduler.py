@@ -12,6 +12,7 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.pages import Chain, OutOfPages, PagePool, page_key
 from icarus_jax.scheduler import Scheduler
 from icarus_jax.sequence import Model, SampleRow, SamplingParams, Sequence, SessionHint, Status, TokenLogprob
+from icarus_jax.waiting import PATIENCE
 
 CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=5, max_num_batched_tokens=12, max_model_len=48)
 NAMES = ("trunk", "a", "b", "c", "x", "y", "z")
@@ -205,6 +206,36 @@ def test_first_come_first_served_and_chunked():
     )
     plan = scheduler.schedule()
     assert [(w.seq, w.num_write, w.num_logits) for w in plan.work] == [(long, 12, 0)] and short.status is Status.WAITING
+
+
+def test_who_finds_most_in_the_cache_goes_first():
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=1))
+    device = Device(scheduler)
+    for i, prompt in enumerate((range(8), [7] * 4)):
+        add(scheduler, i, Model("trunk", "base"), prompt, max_tokens=1)
+    run_all(scheduler, device)
+    prompts = [[9] * 9, [7] * 9, range(9), [8] * 9, [*range(8), 9]]
+    seqs = [add(scheduler, 2 + i, Model("trunk", "base"), p, max_tokens=1) for i, p in enumerate(prompts)]
+    ended = []
+    while scheduler.has_work:
+        device.run()
+        ended += [seqs.index(seq) for seq in seqs if seq.status is Status.FINISHED and seqs.index(seq) not in ended]
+    assert ended == [2, 4, 1, 0, 3]
+
+
+def test_nobody_waits_for_ever():
+    """A stranger among those who always find their prompt cached."""
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=1))
+    device = Device(scheduler)
+    add(scheduler, 0, Model("trunk", "base"), range(8), max_tokens=1)
+    run_all(scheduler, device)
+    stranger = add(scheduler, 1, Model("trunk", "base"), [9] * 9, max_tokens=1)
+    others = []
+    while stranger.status is not Status.FINISHED:
+        others.append(add(scheduler, len(others) + 2, Model("trunk", "base"), range(9), max_tokens=1))
+        device.run()
+        assert len(others) < 5 * PATIENCE
+    assert sum(seq.status is Status.FINISHED for seq in others) == PATIENCE
 
 
 def test_latest_arrival_is_preempted():
