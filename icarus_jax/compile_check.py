@@ -92,7 +92,7 @@ class Check:
     def decodes(self, bucket: Bucket) -> bool:
         """Whether it is a plain decode step: a row with logits for each writer."""
         writers, readers, logits = bucket.writers, bucket.readers, bucket.logits
-        return writers == logits <= self.plan.engine.max_num_seqs and readers in (0, writers)
+        return bucket.groups_alone and writers == logits and readers in (0, writers)
 
     def name_of(self, bucket: Bucket) -> str:
         """Of a step."""

@@ -57,16 +57,14 @@ PARAM_AXES = {
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
 }
-# By platform: the orders in which a weight's dimensions may lie in a device's memory, the outermost first; elsewhere, and
-# for what is not here, it is the runtime's choice. A TPU keeps the last two in tiles of 8 x 128, and reads a layer well
-# if a product contracts or makes them: 2, K and G + 2 go outside. That is what XLA itself asks for on v5e, v6e and v7x,
-# if it may; its default knows the shape alone (docs/kernels.md). Of several orders the first one counts whose last
+# By platform: the orders in which a weight's dimensions may lie in a device's memory, the outermost first; elsewhere,
+# and for what is not here, it is the runtime's choice. A TPU keeps the last two in tiles of 8 x 128, and reads a layer
+# well if a product contracts or makes them: 2, K and G + 2 go outside. That is what XLA itself asks for on v5e, v6e and
+# v7x, if it may; its default knows the shape alone (docs/kernels.md). Of several orders the first one counts whose last
 # dimension fills tiles on every device, else the last.
 LANES = 128
 ORDERS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "tpu": {
-        "embed": ((0, 1),),
-        "lm_head": ((0, 1),),
         "qkv": ((0, 2, 3, 4, 1),),
         "o": ((0, 1, 2),),
         "gate_up": ((0, 2, 1, 3), (0, 2, 3, 1)),
@@ -159,8 +157,9 @@ class Layout:
         order = next((order for order in orders if part[order[-1]] % LANES == 0), orders[-1])
         return Format(DimensionOrder(order), sharding)
 
-    def as_held(self, x: jax.Array | jax.ShapeDtypeStruct) -> NamedSharding | Format:
-        """What `held` says of x, read from x: what a program that takes x as it lies has to be told."""
+    def as_held(self, x: Any) -> NamedSharding | Format:
+        """What `held` says of x (an array, or a jax.ShapeDtypeStruct), read from x: what a program that takes x as it
+        lies has to be told."""
         layout = x.format.layout if self.platform in ORDERS else None
         return x.sharding if layout is None else Format(DimensionOrder(layout.major_to_minor), x.sharding)
 
