@@ -22,6 +22,11 @@ class Bucket:
     logits: int
     work: WorkShape
 
+    @property
+    def groups_alone(self) -> bool:
+        """Whether it has no room for tiles of prefills: a decode step's."""
+        return self.work.max_tiles <= min(GROUP_TILES, self.writers // 2)
+
     def fits(self, need: Need) -> bool:
         counts = (self.writers, self.readers, self.logits, self.work.max_items, self.work.max_tiles)
         return all(have >= want for have, want in zip(counts, dataclasses.astuple(need), strict=True))

@@ -69,7 +69,7 @@ class Check:
         self.layout = layout = make_layout(engine, model.num_kv_heads, topology.devices)
 
         def abstract(name: str, shape: tuple[int, ...]) -> Any:
-            return jax.ShapeDtypeStruct(shape, engine.dtype, sharding=layout.param(name, shape))
+            return jax.ShapeDtypeStruct(shape, engine.dtype, sharding=layout.held(name, shape))
 
         trunk = Trunk(model, {name: abstract(name, shape) for name, shape in param_shapes(model).items()})
         bank = abstract_bank(layout, lambda: make_bank(model, engine, len(plan.ranks), plan.ranks, plan.adapt_writers))
@@ -92,7 +92,7 @@ class Check:
     def decodes(self, bucket: Bucket) -> bool:
         """Whether it is a plain decode step: a row with logits for each writer."""
         writers, readers, logits = bucket.writers, bucket.readers, bucket.logits
-        return writers == logits <= self.plan.engine.max_num_seqs and readers in (0, writers)
+        return bucket.groups_alone and writers == logits and readers in (0, writers)
 
     def name_of(self, bucket: Bucket) -> str:
         """Of a step."""

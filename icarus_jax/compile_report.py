@@ -91,7 +91,7 @@ def head_lines(name: str, check: Check, topology: Topology) -> Iterator[str]:
 
 
 PROGRAM_HEAD = (
-    f"{'program':<38}{'weights':>9}{'pages':>8}{'temp MiB':>9}{'fits':>6}{'GFLOP':>9}{'MB moved':>10}{'x fewest':>9}"
+    f"{'program':<38}{'weights':>9}{'pages':>8}{'temp MiB':>9}{'fits':>6}{'GFLOP':>9}{'MB moved':>10}{'x fewest':>9}{'Mcycles':>9}"
     "  collectives"
 )
 
@@ -108,7 +108,8 @@ def program_line(check: Check, done: Compiled) -> str:
     moved = f"{a.flops / 1e9:>9.1f}{a.bytes / 1e6:>10.1f}" if check.counted else f"{'-':>9}{'-':>10}"
     ratio = f"{a.bytes / fewest:>9.3f}" if fewest and check.counted else f"{'-':>9}"
     collectives = ", ".join(f"{n} {kind}" for kind, n in a.collectives.items()) or "-"
-    return f"{done.name:<38}{numbers}{moved}{ratio}  {collectives}"
+    cycles = f"{a.cycles / 1e6:>9.2f}" if check.counted else f"{'-':>9}"
+    return f"{done.name:<38}{numbers}{moved}{ratio}{cycles}  {collectives}"
 
 
 def memory_lines(check: Check, done: Sequence[Compiled]) -> Iterator[str]:

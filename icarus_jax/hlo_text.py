@@ -16,6 +16,8 @@ BITS = re.compile(r"\d+")
 SLICES = ("dynamic-slice", "gather", "slice")
 RENAMES = ("bitcast", "copy", "transpose", "reshape", "convert")  # within a fusion: done to what is read of it
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
+CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
+NO_ESTIMATE = 10**12  # the compiler writes about 2**63 where it has none
 OPENED = ("while", "conditional", "call")  # what they run is counted
 
 
@@ -168,11 +170,25 @@ def memory_traffic(text: str) -> tuple[int, int]:
                         total += _read(instruction, at, whole, computations)
         return total
 
-    def opened(computation: Computation) -> Iterator[Computation]:
-        for instruction in computation.values():
-            if instruction.opcode in OPENED:
-                for name in re.findall(r"(?:body|to_apply|branch_computations)=\{?%([\w.\-]+)", instruction.rest):
-                    yield computations[name]
-                    yield from opened(computations[name])
+    return count(computations[entry]), sum(map(count, _opened(computations[entry], computations)))
 
-    return count(computations[entry]), sum(map(count, opened(computations[entry])))
+
+def _opened(computation: Computation, computations: dict[str, Computation]) -> Iterator[Computation]:
+    """The bodies of its loops and branches, and of those in them."""
+    for instruction in computation.values():
+        if instruction.opcode in OPENED:
+            for name in re.findall(r"(?:body|to_apply|branch_computations)=\{?%([\w.\-]+)", instruction.rest):
+                yield computations[name]
+                yield from _opened(computations[name], computations)
+
+
+def estimated_cycles(text: str) -> tuple[int, int]:
+    """(Cycles of the entry, of one turn of each of its loops), as the TPU compiler estimates them for its own
+    instructions. Kernels and collectives, for which it has no estimate, are not in it."""
+    computations, entry = parse(text)
+
+    def count(computation: Computation) -> int:
+        found = (CYCLES.search(i.rest) for i in computation.values() if i.opcode not in OPENED)
+        return sum(cycles for match in found if match and (cycles := int(match[1])) < NO_ESTIMATE)
+
+    return count(computations[entry]), sum(map(count, _opened(computations[entry], computations)))

@@ -101,7 +101,7 @@ class Block(nnx.Module):
         return rope(query, tables), rope(key, tables), value
 
     def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
-        """What attention adds to the residual stream. attended [B, N, H] -> [B, D]."""
+        """What attention adds to the residual stream. attended [B, N, H] or [B, N * H] -> [B, D]."""
         attended = attended.reshape(-1, self.o[...].shape[0])
         out = jnp.dot(attended, self.o[...])
         return bank.add("o_proj", out, attended, slots, first) if bank is not None else out

@@ -25,7 +25,8 @@ class Account:
 
     arguments: bytes of weights, pages and rows; outputs: bytes of what is new among the results. flops: XLA's count of
     all turns (0: the compiler keeps none, for a GPU). outside, inside: bytes moved to
-    and from main memory outside of the loop and in one turn. collectives: how many of each kind the text holds.
+    and from main memory outside of the loop and in one turn. cycles: a TPU compiler's estimate, without kernels and
+    collectives. collectives: how many of each kind the text holds.
     pool_copies: the lines of it that copy an array of the pool's shape.
     """
 
@@ -36,13 +37,14 @@ class Account:
     outside: int
     inside: int
     turns: int
+    cycles: int
     collectives: dict[str, int]
     pool_copies: tuple[str, ...]
 
     @classmethod
     def unknown(cls) -> Account:
         """Of a program that does not compile."""
-        return cls(0, 0, 0, 0.0, 0, 0, 0, {}, ())
+        return cls(0, 0, 0, 0.0, 0, 0, 0, 0, {}, ())
 
     @property
     def memory(self) -> int:
@@ -70,6 +72,7 @@ def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: f
     counts one; flops_outside: the FLOPs outside of that loop."""
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     outside, inside = hlo_text.memory_traffic(text)
+    once, each = hlo_text.estimated_cycles(text)
     shape = re.compile(r"\[" + ",".join(map(str, pool)) + r"\].* copy(-start)?\(")
     return Account(
         arguments=memory.argument_size_in_bytes,
@@ -79,6 +82,7 @@ def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: f
         outside=outside,
         inside=inside,
         turns=turns,
+        cycles=once + turns * each,
         collectives=dict(sorted(Counter(COLLECTIVE.findall(text)).items())),
         pool_copies=tuple(line.strip() for line in text.splitlines() if shape.search(line)),
     )

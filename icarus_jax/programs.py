@@ -27,6 +27,9 @@ from pallas_kernels.paged_attention import build_work
 
 COPY_ROWS = 8  # page copies, or comparisons, of one call
 VARIANTS = ("greedy", "sample", "logprobs")
+# By platform, for `forward`. On v7x XLA would otherwise want weights of 16 bits in tiles of 16 x 128, which on several
+# devices it does not let us give them: every step would begin with a copy of all of them.
+COMPILER_OPTIONS = {"tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 
 class Programs:
@@ -45,7 +48,7 @@ class Programs:
         self.kernels = kernels = layout.kernels if config.kernels == "auto" else config.kernels
         trunk_def, trunk_state = nnx.split(trunk)
         bank_def, bank_state = nnx.split(bank)
-        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding)  # noqa: E731
+        abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.as_held(x))  # noqa: E731
         self.weights = jax.tree.map(abstract, (trunk_state, bank_state))
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
         pages, everywhere = layout.named(KV_PAGES_AXES, shape), layout.named()
@@ -80,13 +83,14 @@ class Programs:
 
             return lax.map(compare, (a, b))
 
-        weights = jax.tree.map(lambda x: x.sharding, self.weights)
+        weights = jax.tree.map(layout.as_held, self.weights)
         inputs = functools.partial(jax.jit, in_shardings=(pages, everywhere, everywhere))
         self.forward = jax.jit(
             forward,
             donate_argnums=1,
             in_shardings=(weights, pages, everywhere),
             out_shardings=(self.logits, pages),
+            compiler_options=COMPILER_OPTIONS.get(layout.platform),
         )
         self.load_head = jax.jit(
             load_head,

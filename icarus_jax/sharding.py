@@ -15,6 +15,8 @@ from typing import Any, Protocol, TypeVar, runtime_checkable
 import jax
 import numpy as np
 from flax import nnx
+from jax.experimental.layout import Format
+from jax.experimental.layout import Layout as DimensionOrder
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jax.typing import DTypeLike
 
@@ -54,6 +56,20 @@ PARAM_AXES = {
     "o": ("layers", "attended_lanes", "embed"),
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
+}
+# By platform: the orders in which a weight's dimensions may lie in a device's memory, the outermost first; elsewhere,
+# and for what is not here, it is the runtime's choice. A TPU keeps the last two in tiles of 8 x 128, and reads a layer
+# well if a product contracts or makes them: 2, K and G + 2 go outside. That is what XLA itself asks for on v5e, v6e and
+# v7x, if it may; its default knows the shape alone (docs/kernels.md). Of several orders the first one counts whose last
+# dimension fills tiles on every device, else the last.
+LANES = 128
+ORDERS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
+    "tpu": {
+        "qkv": ((0, 2, 3, 4, 1),),
+        "o": ((0, 1, 2),),
+        "gate_up": ((0, 2, 1, 3), (0, 2, 3, 1)),
+        "down": ((0, 1, 2),),
+    }
 }
 # A head's factors a [L, A, r, din] and b [L, A, r, dout] are split as the projection's own din or dout is.
 FACTOR_AXES = {
@@ -102,7 +118,12 @@ class Layout:
     @property
     def kernels(self) -> str:
         """The implementation of the ops that is made for these devices."""
-        return KERNELS_OF.get(self.mesh.devices.flat[0].platform, "xla")
+        return KERNELS_OF.get(self.platform, "xla")
+
+    @property
+    def platform(self) -> str:
+        """Of the devices."""
+        return self.mesh.devices.flat[0].platform
 
     @property
     def rows_are_split(self) -> bool:
@@ -127,6 +148,21 @@ class Layout:
         """Where a trunk's weight lies (names and shapes: checkpoint.py)."""
         return self.named(PARAM_AXES[name], shape)
 
+    def held(self, name: str, shape: Sequence[int]) -> NamedSharding | Format:
+        """param, and the order of the weight's dimensions in memory where that is ours to say."""
+        sharding, orders = self.param(name, shape), ORDERS.get(self.platform, {}).get(name)
+        if orders is None:
+            return sharding
+        part = sharding.shard_shape(tuple(shape))
+        order = next((order for order in orders if part[order[-1]] % LANES == 0), orders[-1])
+        return Format(DimensionOrder(order), sharding)
+
+    def as_held(self, x: Any) -> NamedSharding | Format:
+        """What `held` says of x (an array, or a jax.ShapeDtypeStruct), read from x: what a program that takes x as it
+        lies has to be told."""
+        layout = x.format.layout if self.platform in ORDERS else None
+        return x.sharding if layout is None else Format(DimensionOrder(layout.major_to_minor), x.sharding)
+
     def factors(self, target: str, a: Sequence[int], b: Sequence[int]) -> tuple[NamedSharding, NamedSharding]:
         """Where the heads' factors a and b of a projection, of these shapes, lie."""
         din, dout = FACTOR_AXES[target]
@@ -138,8 +174,14 @@ class Layout:
         return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
 
     def place_params(self, params: Mapping[str, Weight], dtype: DTypeLike) -> dict[str, jax.Array]:
-        """A trunk's weights on the mesh, shard by shard."""
-        return {name: place(values, self.param(name, values.shape), dtype) for name, values in params.items()}
+        """A trunk's weights on the mesh, shard by shard. Where ORDERS has a word, a weight is turned around on the
+        devices: they hold one weight twice for a moment."""
+
+        def put(name: str, values: Weight) -> jax.Array:
+            placed, held = place(values, self.param(name, values.shape), dtype), self.held(name, values.shape)
+            return jax.device_put(placed, held) if isinstance(held, Format) else placed
+
+        return {name: put(name, values) for name, values in params.items()}
 
     def place_bank(self, bank: Bank) -> Bank:
         """Moves the heads' factors to where they belong on the mesh; returns the bank."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,9 +17,9 @@ from configs import multi
 from icarus_jax import cli, compile_report
 from icarus_jax.bench import kernels
 from icarus_jax.compile_check import Check, Plan
-from icarus_jax.program_cost import pool_complaint
+from icarus_jax.program_cost import pool_complaint, shard_shape
 from icarus_jax.simulator.chips import CHIPS
-from icarus_jax.topology import Topology, find_topology
+from icarus_jax.topology import Topology, compiling_for, find_topology
 
 ROOT = Path(__file__).resolve().parents[1]
 needs_libtpu = [
@@ -50,24 +51,44 @@ SINGLE = {"v5e": "v5e:1x1", "v6e": "v6e:1x1", "v7x": "tpu7x:2x2x1"}
 class TestTpu:
     pytestmark = needs_libtpu
 
-    def test_steps(self, request, chip, argument, mesh, changes):
-        if reason := KNOWN.get((chip, argument, mesh)):
-            request.applymarker(pytest.mark.xfail(reason=reason, strict=True))
+    def test_steps(self, chip, argument, mesh, changes):
         check = Check(plan_of(argument, mesh, **changes), find_topology((SHARDED if mesh == "1x8" else SINGLE)[chip]))
         assert check.programs.kernels == "tpu"
-        for name in ("decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits"):
+        most = MOST.get((chip, argument, mesh), MOST[chip])
+        for name, bound in zip(STEPS, most, strict=True):
             done = check.compile(name)
             assert not done.complaint
             assert set(done.account.collectives) <= EXPECTED[argument, mesh], name
             fewest = check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
-            # v7x: XLA tiles the weights of `o` and `down` anew in every step, which moves them twice more
-            assert 0.99 * fewest < done.account.bytes < 1.25 * fewest, name
+            assert 0.99 * fewest < done.account.bytes < bound * fewest, name
 
 
-# What is not as it should be yet.
-KNOWN = {
-    ("v7x", "smollm2", "1x8"): "an all-to-all besides the expected collectives",
-    ("v7x", "llama8b", "1x1"): "614 MiB of temporaries beside a pool of 4096 MiB: more than an eighth",
+@pytest.mark.parametrize("chip", SHARDED)
+class TestWeightsInMemory:
+    pytestmark = needs_libtpu
+
+    def test_a_step_reads_weights_as_they_lie(self, chip):
+        """No layer of a weight, and no weight, becomes an array of its own: sliced out, turned around or tiled anew."""
+        check = Check(plan_of("llama8b", "1x8", num_layers=4), find_topology(SHARDED[chip]))
+        _, lower = check.jobs()[STEPS[0]]
+        with compiling_for(check.layout.mesh):
+            text = lower().compile().as_text()
+        for name in ("qkv", "o", "gate_up", "down"):
+            _, *layer = shard_shape(check.programs.weights[0]["blocks"][name].get_value())
+            shape = r"\[[14]," + ",".join(map(str, layer)) + r"\]"
+            assert re.search(rf"= bf16{shape}\S* parameter\(", text), name
+            assert not re.search(rf"= bf16{shape}\S* (fusion|copy|transpose|reshape)\(", text), name
+
+
+STEPS = ("decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits")
+# Bytes of each of STEPS over the fewest. Above 1.1 it is what attention has per tile (f32, max_tiles * tile_rows rows):
+# where VMEM cannot hold it, it goes to main memory and back, most on v7x with half of v6e's VMEM, and where every
+# device has all the query heads (SmolLM2 on eight). On v7x the all-reduces go through main memory too.
+MOST: dict[str | tuple[str, str, str], tuple[float, float, float]] = {
+    "v5e": (1.1, 1.1, 1.1),
+    "v6e": (1.1, 1.11, 1.1),
+    "v7x": (1.1, 1.2, 1.1),
+    ("v7x", "smollm2", "1x8"): (1.2, 2.1, 1.7),
 }
 EXPECTED: dict[tuple[str, str], set[str]] = {
     ("smollm2", "1x1"): set(),
@@ -83,6 +104,12 @@ def on_cpu() -> Check:
     sizes = {"num_layers": 1, "max_num_seqs": 8, "max_model_len": 2304, "num_pages": 512}
     plan = plan_of("smollm2", "1x1", kv_dtype="float32", **sizes)
     return Check(plan, Topology("cpu", CHIPS["v5e"], tuple(jax.devices()[:1])))
+
+
+def test_programs_have_names_of_their_own(on_cpu):
+    steps = [name for name, (bucket, _) in on_cpu.jobs().items() if bucket is not None]
+    assert len(steps) == len(on_cpu.buckets)
+    assert sum(name.startswith("decode") for name in steps) == 2 * len((1, 2, 4, 8))
 
 
 def test_pages_of_a_step(on_cpu):
