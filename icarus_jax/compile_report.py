@@ -91,8 +91,8 @@ def head_lines(name: str, check: Check, topology: Topology) -> Iterator[str]:
 
 
 PROGRAM_HEAD = (
-    f"{'program':<38}{'weights':>9}{'pages':>8}{'temp MiB':>9}{'fits':>6}{'GFLOP':>9}{'MB moved':>10}{'x fewest':>9}{'Mcycles':>9}"
-    "  collectives"
+    f"{'program':<38}{'weights':>9}{'pages':>8}{'temp MiB':>9}{'fits':>6}{'GFLOP':>9}{'MB moved':>10}{'x fewest':>9}"
+    f"{'Mcycles':>9}  collectives"
 )
 
 
