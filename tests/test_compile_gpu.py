@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import aot_gpu
 import jax
 import pytest
-from test_compile_check import TWO_LAYERS, plan_of
+from test_compile_check import EXPECTED, STEPS, TWO_LAYERS, plan_of
 
 from icarus_jax import compile_check
 from icarus_jax.compile_check import Check
@@ -16,16 +16,8 @@ from icarus_jax.simulator.chips import CHIPS
 from icarus_jax.topology import Topology, compiling_for, find_topology
 
 KERNELS = 2  # in the loop over layers: attention of items and of tiles
-COLLECTIVES = {
-    ("smollm2", "1x1"): set(),
-    ("llama8b", "1x1"): set(),
-    ("llama8b", "1x8"): {"all-reduce"},
-    ("smollm2", "1x8"): {"all-reduce", "all-gather"},  # token shards exchange their log-sum-exps
-}
 pytestmark = [
-    pytest.mark.parametrize(
-        "step", ["decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits"]
-    ),
+    pytest.mark.parametrize("step", STEPS),
     pytest.mark.parametrize(
         "argument, mesh, changes",
         [("smollm2", "1x1", {}), ("smollm2", "1x8", {}), ("llama8b", "1x1", TWO_LAYERS), ("llama8b", "1x8", {})],
@@ -58,7 +50,7 @@ def test_compiles_for_h100s(monkeypatch, argument, mesh, changes, step):
     assert check.programs.kernels == "gpu"
     done = check.compile(step)
     assert not done.complaint
-    assert set(done.account.collectives) <= COLLECTIVES[argument, mesh]
+    assert set(done.account.collectives) <= EXPECTED[argument, mesh]
     (program,) = programs
     assert aot_gpu.is_machine_code(program)
     assert program.as_text().count(aot_gpu.TRITON_CALL) == KERNELS
