@@ -160,6 +160,7 @@ CASES: dict[str, tuple[Seq, ...]] = {
     "a few rows": (Seq(3, 3, 1), Seq(261, 4, 0), Seq(90, 2, 1)),
     "prefill": (Seq(60, 60, 0),),
     "chunk of a long prompt": (Seq(400, 37, 1),),
+    "tiles one token into a block": (Seq(257, 5, 0), Seq(257, 9, 0), Seq(385, 25, 0)),
     "mixed": (Seq(300), Seq(30, 30, 1), Seq(7, 1, 0), Seq(290, 25, 0), Seq(18, 2, 1)),
     "scoring": (Seq(60, 0, 25), Seq(50, 10, 20)),
     "group of two, long prefix": group(2, 384, 20),

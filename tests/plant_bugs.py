@@ -138,6 +138,27 @@ GPU_ATTENTION = [
     gpu("gpu: the maximum stays in units of log 2", "m / LOG2E", "m"),
 ]
 
+xla = functools.partial(Bug, file="pallas_kernels/paged_attention/xla.py", tests=(OP, "xla"))
+XLA_ATTENTION = [
+    xla("xla: a branch too small by one", "(amount > size)", "(amount > size + 1)"),
+    xla("xla: a tile's last row is left out", ".sum(1).max()", ".sum(1).max() - 1"),
+    xla(
+        "xla: the last page of an item",
+        "pages = _ceil_div(part.length.max(),",
+        "pages = _ceil_div(part.length.max() - 1,",
+    ),
+    xla(
+        "xla: the pages of the shortest item",
+        "pages = _ceil_div(part.length.max()",
+        "pages = _ceil_div(part.length.min()",
+    ),
+    xla(
+        "xla: the last block of a tile",
+        "blocks = _ceil_div(part.length.max(),",
+        "blocks = _ceil_div(part.length.max() - 1,",
+    ),
+]
+
 work = functools.partial(Bug, file="pallas_kernels/paged_attention/work.py", tests=("tests/test_work_list.py", ""))
 merge = functools.partial(
     Bug, file="pallas_kernels/paged_attention/partial.py", tests=(OP, f"{ITEMS_AND_TILES} and xla")
@@ -269,7 +290,7 @@ LORA = [
     lora("lora: the last block of B for every one", "jnp.where(k < count[i], j, steps - 1)", "steps - 1", tests=TILES),
 ]
 
-BUGS = [*ATTENTION, *GPU_ATTENTION, *WORK_AND_MERGE, *APPEND, *LORA]
+BUGS = [*ATTENTION, *GPU_ATTENTION, *XLA_ATTENTION, *WORK_AND_MERGE, *APPEND, *LORA]
 
 
 def run_tests(tests: tuple[str, str], bug: Bug | None) -> tuple[bool, str]:

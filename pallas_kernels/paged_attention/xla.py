@@ -1,10 +1,15 @@
 """Paged attention in plain XLA: the implementation for CPU, and for any backend without a kernel of its own.
 
 A block of pages is gathered head-major, so that scores and values are two batched matrix products without a transpose.
-Every loop has a dynamic trip count: the cost follows the pages in use, not the padded shape.
+The cost follows the pages and rows in use, not the padded shape: every loop has a dynamic trip count, and a run of
+fewer pages or rows than its shape holds is computed by a smaller branch.
 """
 
 from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +20,8 @@ from pallas_kernels.paged_attention.work import Array, Runs
 
 BLOCK_PAGES = 16  # pages attended to at once
 ITEMS_TOGETHER = 4  # runs of one or two rows attended to at once; both measured on CPU, see docs/benchmarks.md
+ITEM_PAGES = (1, 2, 4, 8)  # branches for items of fewer pages than an item holds
+TILE_ROWS = (8, 16)  # branches for tiles of fewer rows than a tile holds
 RUN_FIELDS = ("rows", "positions", "pages", "start", "length")
 
 
@@ -37,14 +44,14 @@ def _attend(
     layer: Array,
     runs: Runs,
     block: Array,
+    width: int,
     kv_scales: Array | None,
     page_offset: Array,
     spec: AttentionSpec,
 ) -> Partial:
-    """Block number `block` (of BLOCK_PAGES pages) of the given runs. q f32[X, K, R * G, H]."""
+    """Block number `block` (of `width` pages) of the given runs. q f32[X, K, R * G, H]."""
     page_size, h = kv_pages.shape[3], q.shape[-1]
     group = q.shape[2] // runs.rows.shape[1]
-    width = min(BLOCK_PAGES, runs.pages.shape[1])
     # the last block of a list that is no whole number of blocks starts earlier; what was seen before is masked
     first = jnp.minimum(block * width, runs.pages.shape[1] - width)
     pages = lax.dynamic_slice_in_dim(runs.pages, first, width, 1)
@@ -84,30 +91,57 @@ def attend(
     spec: AttentionSpec,
 ) -> Partial:
     """Partial results of every run. q [B, K, G, H]."""
-    _, kv_heads, group, h = q.shape
+    num_rows, kv_heads, group, h = q.shape
     q = q.astype(jnp.float32)
     num_runs, r = runs.rows.shape
+    max_pages = runs.pages.shape[1]
     together = min(ITEMS_TOGETHER if r <= 2 else 1, num_runs)
-    single = runs.pages.shape[1] <= BLOCK_PAGES
+
+    def few_pages(part: Runs, width: int) -> Partial:
+        return _attend(
+            gather_queries(q, part), kv_pages, layer, part, jnp.int32(0), width, kv_scales, page_offset, spec
+        )
+
+    def many_pages(part: Runs, rows: int) -> Partial:
+        part = dataclasses.replace(part, rows=part.rows[:, :rows], positions=part.positions[:, :rows])
+        queries = gather_queries(q, part)
+
+        def add(block, state):
+            return combine(
+                state, _attend(queries, kv_pages, layer, part, block, BLOCK_PAGES, kv_scales, page_offset, spec)
+            )
+
+        blocks = _ceil_div(part.length.max(), BLOCK_PAGES * spec.page_stride)
+        state = lax.fori_loop(0, blocks, add, _nothing((together, kv_heads, rows * group), h))
+        rest = _nothing((together, kv_heads, (r - rows) * group), h)
+        return Partial(*(jnp.concatenate(pair, 2) for pair in zip(state, rest, strict=True)))
 
     def some(i, result):
         at = jnp.minimum(i * together, num_runs - together)  # the last ones may be computed twice
         cut = {name: lax.dynamic_slice_in_dim(getattr(runs, name), at, together) for name in RUN_FIELDS}
         part = Runs(num=runs.num, **cut)
-        queries = gather_queries(q, part)
-        one = lambda b: _attend(queries, kv_pages, layer, part, b, kv_scales, page_offset, spec)  # noqa: E731
-        if single:
-            state = one(jnp.int32(0))
+        if max_pages <= BLOCK_PAGES:
+            pages = _ceil_div(part.length.max(), spec.page_stride)
+            state = _smallest(pages, ITEM_PAGES, max_pages, lambda width: few_pages(part, width))
         else:
-            block = BLOCK_PAGES * spec.page_stride
-            blocks = (part.length.max() + block - 1) // block
-            nothing = _nothing((together, kv_heads, r * group), h)
-            state = lax.fori_loop(0, blocks, lambda b, state: combine(state, one(b)), nothing)
+            rows = (part.rows < num_rows).sum(1).max()  # those in use come first
+            state = _smallest(rows, TILE_ROWS, r, lambda rows: many_pages(part, rows))
         put = lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, at, 0)  # noqa: E731
         return Partial(*map(put, result, state))
 
-    steps = (runs.num + together - 1) // together
+    steps = _ceil_div(runs.num, together)
     return lax.fori_loop(0, steps, some, _nothing((num_runs, kv_heads, r * group), h))
+
+
+def _smallest(amount: Array, sizes: tuple[int, ...], most: int, compute: Callable[[int], Partial]) -> Partial:
+    """compute(the smallest of `sizes` and `most` that holds `amount`)."""
+    branches = [*(size for size in sizes if size < most), most]
+    index = sum(((amount > size).astype(jnp.int32) for size in branches[:-1]), jnp.int32(0))
+    return lax.switch(index, [functools.partial(compute, size) for size in branches])
+
+
+def _ceil_div(a: Array, b: int) -> jax.Array:
+    return jnp.asarray((a + b - 1) // b)
 
 
 def _nothing(shape: tuple[int, ...], h: int) -> Partial:
