@@ -1,6 +1,7 @@
 """Eight CPU devices, a persistent compilation cache, and the heavy tests last."""
 
 import os
+from collections.abc import Iterator
 
 # Before anything imports jax: it reads these once.
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -21,3 +22,10 @@ def pytest_configure(config: pytest.Config) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.get_closest_marker("heavy") is not None)  # stable: else in their own order
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Each compiled program holds memory maps, of which Linux allows a process 65,530: beyond them XLA aborts."""
+    yield
+    jax.clear_caches()
