@@ -185,9 +185,11 @@ def test_two_points_predict_the_rest():
     predictor = calibrate.Predictor(plan, engine)
     runs = []
     for system, models, rate in (("shared", 4, 0.05), ("shared", 4, np.inf), ("isolated", 4, 0.3)):
-        empty = compare.Run(system, models, rate, 0.0, {})
+        asked = {"sessions": len(plan.sessions) - 4 * (rate == 0.05)}  # a run of a command for fewer sessions
+        empty = compare.Run(system, models, rate, 0.0, asked)
         runs.append(dataclasses.replace(empty, summary=predictor.run(empty, truth)[0]))
     fit = calibrate.fit_two(predictor, runs[:2])
+    assert [run.summary["sessions"] for run in runs] == [len(plan.sessions) - 4, *[len(plan.sessions)] * 2]
     assert fit.overhead_s == pytest.approx(0.02, rel=0.05) and fit.flops == pytest.approx(90e9, rel=0.05)
     ratios = calibrate.compared(runs[2], predictor.run(runs[2], fit)[0])
     assert all(abs(ratio - 1) < 0.05 for ratio in ratios.values()), ratios

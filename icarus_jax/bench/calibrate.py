@@ -76,7 +76,8 @@ class Predictor:
 
         plan = self._plan
         models = make_models(run.models, run.system)
-        sessions = workload.assign(plan.sessions, list(models), plan.assign, plan.seed)
+        asked = plan.sessions[: run.summary["sessions"]]  # runs of several commands may lie in one report
+        sessions = workload.assign(asked, list(models), plan.assign, plan.seed)
         arrivals = workload.arrivals(len(sessions), run.rate, plan.arrivals, plan.seed)
         done = Simulation(sessions, arrivals, models, self._engine, step_seconds, plan.seed).run()
         return summarise(done.calls, arrivals, done.counters), total
