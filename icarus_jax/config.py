@@ -15,7 +15,7 @@ FAMILIES = ("llama", "qwen2", "qwen3")
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # what a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
 TARGETS = (*KV_TARGETS, *LORA_TARGETS)
-KERNELS = ("auto", "xla", "tpu", "gpu")
+KERNELS = ("auto", "xla", "cpu", "tpu", "gpu")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -135,7 +135,7 @@ def test_dmas_are_waited_for_and_race_with_nothing(layout, case, dma_mode):
     check(layout, got, wanted(layout, case))
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", ATTEND)
 @pytest.mark.parametrize("layout", [SMALL, dataclasses.replace(SMALL, window=24)], ids=["causal", "window"])
 def test_partial_results_of_rows_that_see_nothing(layout, implementation):
     rng = np.random.default_rng(0)

@@ -13,6 +13,7 @@ from pallas_kernels.kv_append import reference, tpu, xla
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.kv_append,
     "xla": xla.kv_append,
+    "cpu": xla.kv_append,
     "tpu": tpu.kv_append,
     "gpu": xla.kv_append,
 }

@@ -16,6 +16,7 @@ from pallas_kernels.lora import reference, tpu, xla
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.lora,
     "xla": xla.lora,
+    "cpu": xla.lora,
     "tpu": tpu.lora,
     "gpu": xla.lora,
 }

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention import gpu, reference, tpu, xla
+from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, by_row, merge
 from pallas_kernels.paged_attention.work import Array, Runs, WorkList
 
@@ -18,7 +18,7 @@ for _node in (Runs, WorkList):
 
 # name -> attend(q [B, K, G, H], kv_pages, layer, runs, kv_scales, page_offset, spec) -> Partial
 ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
-IMPLEMENTATIONS = ("reference", *ATTEND)
+IMPLEMENTATIONS = ("reference", "cpu", *ATTEND)  # the first two make the whole, the others partial results
 
 
 def paged_attention(
@@ -45,8 +45,8 @@ def paged_attention(
 
     Returns [B, N, H] of q's dtype, rows outside the work list zeros; with return_lse also f32[B, N], the log of the sum
     of exponentials (about -1e30 where nothing is seen), by which the results of shards merge.
-    implementation: 'auto' (by backend), or one of IMPLEMENTATIONS ('reference': NumPy, not traceable). Raises
-    ValueError on mismatched shapes or an unknown name.
+    implementation: 'auto' (by backend), or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': 'xla'
+    where it cannot be had). Raises ValueError on mismatched shapes or an unknown name.
     """
     b, n, h = q.shape
     if kv_pages.ndim != 5 or kv_pages.shape[-1] != 2 * h or n % kv_pages.shape[2]:
@@ -57,7 +57,9 @@ def paged_attention(
         raise ValueError(f"the work list is for {work.positions.shape[0]} rows, q has {b}")
     name = implementation
     if name == "auto":
-        name = jax.default_backend() if jax.default_backend() in ATTEND else "xla"
+        name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
+    if name == "cpu" and not cpu.supports(kv_pages, kv_scales):
+        name = "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
     out: Array
@@ -67,6 +69,9 @@ def paged_attention(
         out, lse = reference.paged_attention(
             q, kv_pages, layer, work, kv_scales=kv_scales, page_offset=page_offset, **dataclasses.asdict(spec)
         )
+    elif name == "cpu":
+        out, lse = cpu.paged_attention(q, kv_pages, layer, work, page_offset, spec)
+        out = out.astype(q.dtype)
     else:
         q, kv_pages, layer, work, kv_scales = jax.tree.map(jnp.asarray, (q, kv_pages, layer, work, kv_scales))
         grouped = q.reshape(b, kv_pages.shape[2], -1, h)

@@ -1,0 +1,314 @@
+// Paged attention on CPUs, behind XLA's foreign function interface: the whole op (api.py), for float32 pages.
+//
+// A unit of work is one run and KV head. Its pages are walked in blocks of tokens: K is copied transposed and V as it
+// is, then scores and weighted sums are two small matrix products, with an online softmax between them. Units are
+// handed out over XLA's own threads. Then each row's partial results are merged by their log-sum-exp.
+
+#include <algorithm>
+#include <atomic>
+#include <climits>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace ffi = xla::ffi;
+
+namespace {
+
+using Vec = float __attribute__((vector_size(32), aligned(4), may_alias));
+using Ints = int __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int kLanes = 8;         // of a Vec
+constexpr int kPanel = 2 * kLanes;  // columns that a product makes at once
+constexpr int kRows = 6;          // rows likewise: 12 sums, which 16 registers hold beside their inputs
+constexpr int kBlock = 128;       // tokens of a block, a multiple of kPanel
+constexpr float kNone = -1e30f;   // partial.py's NEG
+
+struct Spec {
+  float scale, soft_cap;  // soft_cap 0: none
+  int window, page_stride;  // window 0: none
+};
+
+struct Runs {
+  const int *rows, *positions, *pages, *start, *length;
+  int num, num_rows, num_pages;  // in use; rows and pages of one
+};
+
+struct Pool {
+  const float* layer;  // [num_pages, K, page_size, 2H]
+  int kv_heads, page_size, h, offset;
+};
+
+Vec Splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
+Ints Splat(int x) { return Ints{x, x, x, x, x, x, x, x}; }
+Vec& At(float* p) { return *reinterpret_cast<Vec*>(p); }
+const Vec& At(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+
+// exp(x) for x <= 0, to 2 units in the last place; 0 below -87.
+Vec Exp(Vec x) {
+  const Vec magic = Splat(12582912.0f);  // 1.5 * 2**23: what is added to it is rounded to an integer
+  const Vec low = Splat(-87.0f);
+  Vec bounded = x < low ? low : x;
+  Vec n = (bounded * Splat(1.44269504f) + magic) - magic;
+  Vec r = bounded - n * Splat(0.693359375f) + n * Splat(2.12194440e-4f);
+  Vec p = Splat(1.9875691500e-4f);
+  for (float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = p * r + Splat(c);
+  p = p * r * r + r + Splat(1.0f);
+  Ints power = (__builtin_convertvector(n, Ints) + Splat(127)) << 23;
+  return x < low ? Splat(0.0f) : p * reinterpret_cast<Vec&>(power);
+}
+
+// c [R, kPanel] = (add ? c : 0) + a [R, k] @ b [k, kPanel]
+template <int R>
+void Tile(int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc, bool add) {
+  Vec sums[R][2];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < 2; ++j) sums[r][j] = add ? At(c + r * ldc + j * kLanes) : Splat(0.0f);
+  for (int p = 0; p < k; ++p) {
+    Vec b0 = At(b + p * ldb), b1 = At(b + p * ldb + kLanes);
+    for (int r = 0; r < R; ++r) {
+      Vec x = Splat(a[r * lda + p]);
+      sums[r][0] += x * b0;
+      sums[r][1] += x * b1;
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < 2; ++j) At(c + r * ldc + j * kLanes) = sums[r][j];
+}
+
+void Product(int m, int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc, bool add) {
+  for (int i = 0; i < m; i += kRows, a += kRows * lda, c += kRows * ldc) {
+    switch (std::min(kRows, m - i)) {
+      case 1: Tile<1>(k, a, lda, b, ldb, c, ldc, add); break;
+      case 2: Tile<2>(k, a, lda, b, ldb, c, ldc, add); break;
+      case 3: Tile<3>(k, a, lda, b, ldb, c, ldc, add); break;
+      case 4: Tile<4>(k, a, lda, b, ldb, c, ldc, add); break;
+      case 5: Tile<5>(k, a, lda, b, ldb, c, ldc, add); break;
+      default: Tile<kRows>(k, a, lda, b, ldb, c, ldc, add);
+    }
+  }
+}
+
+// Memory of one thread, kept from unit to unit.
+struct Scratch {
+  std::vector<float> queries, keys, values, scores;
+};
+
+// One run and KV head. acc [lanes, width], m and l [lanes], lanes = rows * group; width: H in whole panels.
+void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int head, const float* q, int num_rows,
+            int group, int width, float* acc, float* m, float* l) {
+  static thread_local Scratch scratch;
+  const int h = pool.h, lanes = runs.num_rows * group;
+  const int *rows = runs.rows + run * runs.num_rows, *positions = runs.positions + run * runs.num_rows;
+  std::fill(acc, acc + lanes * width, 0.0f);
+  std::fill(m, m + lanes, kNone);
+  std::fill(l, l + lanes, 0.0f);
+  int used = 0, first = INT_MAX, last = -1;  // rows up to the last one that is one; the lowest and highest position
+  for (int r = 0; r < runs.num_rows; ++r) {
+    if (positions[r] < 0) continue;
+    used = r + 1, first = std::min(first, positions[r]), last = std::max(last, positions[r]);
+  }
+  scratch.queries.resize(lanes * h);
+  scratch.keys.resize(kBlock * h);
+  scratch.values.resize(kBlock * width);
+  scratch.scores.resize(lanes * kBlock);
+  for (int r = 0; r < used; ++r) {
+    const float* from = q + ((size_t)std::min(rows[r], num_rows - 1) * pool.kv_heads + head) * group * h;
+    for (int i = 0; i < group * h; ++i) scratch.queries[r * group * h + i] = from[i] * spec.scale;
+  }
+
+  const int start = runs.start[run], length = runs.length[run];
+  const int stored = std::min(runs.num_pages, (length + spec.page_stride - 1) / spec.page_stride) * pool.page_size;
+  int places[kBlock];  // KV positions of a block's tokens; INT_MAX: none
+  bool seen[kBlock];   // by any row
+  for (int begin = 0; begin < stored; begin += kBlock) {
+    const int tokens = std::min(kBlock, stored - begin), padded = (tokens + kPanel - 1) / kPanel * kPanel;
+    int live = 0;
+    for (int t = 0; t < padded; ++t) {
+      const int page = (begin + t) / pool.page_size, slot = (begin + t) % pool.page_size;
+      const int token = page * spec.page_stride + pool.offset + slot, place = start + token;
+      seen[t] = t < tokens && token < length && place <= last;
+      if (seen[t] && spec.window) {
+        seen[t] = false;
+        for (int r = 0; r < used && !seen[t]; ++r)
+          seen[t] = positions[r] >= place && place > positions[r] - spec.window;
+      }
+      places[t] = seen[t] ? place : INT_MAX;
+      live += seen[t];
+    }
+    if (!live) continue;
+    for (int t = 0; t < padded; ++t) {  // what nobody sees may be NaN: zeros instead
+      float *key = &scratch.keys[(t / kPanel) * kPanel * h + t % kPanel], *value = &scratch.values[t * width];
+      if (!seen[t]) {
+        for (int d = 0; d < h; ++d) key[d * kPanel] = 0.0f;
+        std::fill(value, value + width, 0.0f);
+        continue;
+      }
+      const int page = runs.pages[(size_t)run * runs.num_pages + (begin + t) / pool.page_size];
+      const float* from = pool.layer + (((size_t)page * pool.kv_heads + head) * pool.page_size +
+                                        (begin + t) % pool.page_size) * 2 * h;
+      for (int d = 0; d < h; ++d) key[d * kPanel] = from[d];
+      std::memcpy(value, from + h, h * sizeof(float));
+      std::fill(value + h, value + width, 0.0f);
+    }
+    float* scores = scratch.scores.data();
+    for (int t = 0; t < padded; t += kPanel)
+      Product(used * group, h, scratch.queries.data(), h, &scratch.keys[t * h], kPanel, scores + t, kBlock, false);
+    for (int lane = 0; lane < used * group; ++lane) {
+      float* s = scores + lane * kBlock;
+      const int position = positions[lane / group];
+      const Ints until = Splat(position), from = Splat(spec.window ? position - spec.window : INT_MIN);
+      if (spec.soft_cap)
+        for (int t = 0; t < padded; ++t) s[t] = spec.soft_cap * std::tanh(s[t] / spec.soft_cap);
+      Vec highest = Splat(m[lane]);
+      for (int t = 0; t < padded; t += kLanes) {
+        const Ints place = *reinterpret_cast<const Ints*>(places + t);
+        Vec x = ((place <= until) & (place > from)) ? At(s + t) : Splat(kNone);
+        At(s + t) = x;
+        highest = x > highest ? x : highest;
+      }
+      float high = m[lane];
+      for (int i = 0; i < kLanes; ++i) high = std::max(high, highest[i]);
+      if (high == kNone) {  // nothing seen so far
+        std::fill(s, s + padded, 0.0f);
+        continue;
+      }
+      const float old = std::exp(m[lane] - high);
+      Vec sum = Splat(0.0f);
+      for (int t = 0; t < padded; t += kLanes) sum += (At(s + t) = Exp(At(s + t) - Splat(high)));
+      float total = 0.0f;
+      for (int i = 0; i < kLanes; ++i) total += sum[i];
+      l[lane] = l[lane] * old + total, m[lane] = high;
+      if (old != 1.0f)
+        for (int d = 0; d < width; ++d) acc[lane * width + d] *= old;
+    }
+    for (int d = 0; d < width; d += kPanel)
+      Product(used * group, padded, scores, kBlock, &scratch.values[d], width, acc + d, width, true);
+  }
+}
+
+// work(i) for i < count, on the calling thread and on those of the pool that come to it in time.
+template <typename Work>
+void Parallel(ffi::ThreadPool& pool, int count, const Work& work) {
+  struct Shared {
+    std::atomic<int> next{0}, done{0};
+  };
+  auto shared = std::make_shared<Shared>();
+  // `work` lives as long as there is something to do: who comes later finds no number left and does not touch it
+  auto help = [shared, count, &work] {
+    for (int i; (i = shared->next.fetch_add(1)) < count; shared->done.fetch_add(1)) work(i);
+  };
+  for (int i = std::min<int>(pool.num_threads(), count) - 1; i > 0; --i) pool.Schedule(decltype(help)(help));
+  help();
+  while (shared->done.load() < count) std::this_thread::yield();
+}
+
+using Floats = ffi::Buffer<ffi::F32>;
+using Integers = ffi::Buffer<ffi::S32>;
+
+Runs MakeRuns(Integers& rows, Integers& positions, Integers& pages, Integers& start, Integers& length, Integers& num) {
+  return {rows.typed_data(),   positions.typed_data(), pages.typed_data(),
+          start.typed_data(),  length.typed_data(),    num.typed_data()[0],
+          (int)rows.dimensions()[1], (int)pages.dimensions()[1]};
+}
+
+ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, int window, int page_stride, Floats q,
+                          Floats kv_pages, Integers layer, Integers page_offset, Integers item_rows,
+                          Integers item_positions, Integers item_pages, Integers item_start, Integers item_length,
+                          Integers num_items, Integers tile_rows, Integers tile_positions, Integers tile_pages,
+                          Integers tile_start, Integers tile_length, Integers num_tiles, Integers parts,
+                          Integers num_parts, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse) {
+  const auto shape = kv_pages.dimensions();
+  const int num_rows = (int)q.dimensions()[0], kv_heads = (int)shape[2], h = (int)shape[4] / 2;
+  const int group = (int)q.dimensions()[1] / kv_heads, width = (h + kPanel - 1) / kPanel * kPanel;
+  const size_t layer_size = shape[1] * shape[2] * shape[3] * shape[4];
+  const Spec spec{scale, soft_cap, window, page_stride};
+  const Pool pool{kv_pages.typed_data() + layer.typed_data()[0] * layer_size, kv_heads, (int)shape[3], h,
+                  page_offset.typed_data()[0]};
+  // tiles first: they are longest
+  const Runs both[] = {MakeRuns(tile_rows, tile_positions, tile_pages, tile_start, tile_length, num_tiles),
+                       MakeRuns(item_rows, item_positions, item_pages, item_start, item_length, num_items)};
+
+  // Partial results: of each kind of run, acc [X, K, lanes, width], then m and l [X, K, lanes].
+  size_t lanes[2], begin[2], size = 0;
+  for (int kind = 0; kind < 2; ++kind) {
+    begin[kind] = size, lanes[kind] = (size_t)both[kind].num_rows * group;
+    size += (size_t)both[kind].num * kv_heads * lanes[kind] * (width + 2);
+  }
+  std::unique_ptr<float[]> partial(new float[size]);
+  auto place = [&](int kind, size_t lane, float*& acc, float*& m, float*& l) {
+    const size_t all = (size_t)both[kind].num * kv_heads * lanes[kind];
+    float* base = partial.get() + begin[kind];
+    acc = base + lane * width, m = base + all * width + lane, l = m + all;
+  };
+  Parallel(threads, (both[0].num + both[1].num) * kv_heads, [&](int unit) {
+    const int kind = unit >= both[0].num * kv_heads, index = unit - kind * both[0].num * kv_heads;
+    float *acc, *m, *l;
+    place(kind, index * lanes[kind], acc, m, l);
+    Attend(spec, pool, both[kind], index / kv_heads, index % kv_heads, q.typed_data(), num_rows, group, width, acc, m,
+           l);
+  });
+
+  const int columns = (int)parts.dimensions()[1], used = num_parts.typed_data()[0];
+  const int first_tile = (int)item_rows.dimensions()[0] * both[1].num_rows;
+  Parallel(threads, num_rows, [&](int row) {
+    const int* mine = parts.typed_data() + (size_t)row * columns;
+    for (int head = 0; head < kv_heads; ++head) {
+      for (int g = 0; g < group; ++g) {
+        const size_t lane = ((size_t)row * kv_heads + head) * group + g;
+        float* to = out->typed_data() + lane * h;
+        std::fill(to, to + h, 0.0f);
+        float high = kNone, total = 0.0f;
+        for (int c = 0; c < used; ++c) {
+          if (mine[c] < 0) continue;
+          const int kind = mine[c] < first_tile, at = kind ? mine[c] : mine[c] - first_tile;
+          const int r = both[kind].num_rows;
+          float *acc, *m, *l;
+          place(kind, ((size_t)(at / r) * kv_heads + head) * lanes[kind] + (at % r) * group + g, acc, m, l);
+          if (*l == 0.0f) continue;
+          const float now = std::max(high, *m), before = std::exp(high - now), share = std::exp(*m - now);
+          for (int d = 0; d < h; ++d) to[d] = to[d] * before + acc[d] * share;
+          total = total * before + *l * share, high = now;
+        }
+        if (total > 0)
+          for (int d = 0; d < h; ++d) to[d] /= total;
+        lse->typed_data()[lane] = total > 0 ? high + std::log(total) : kNone;
+      }
+    }
+  });
+  return ffi::Error::Success();
+}
+
+}  // namespace
+
+XLA_FFI_DEFINE_HANDLER_SYMBOL(icarus_paged_attention, PagedAttention,
+                              ffi::Ffi::Bind()
+                                  .Ctx<ffi::ThreadPool>()
+                                  .Attr<float>("scale")
+                                  .Attr<float>("soft_cap")
+                                  .Attr<int32_t>("window")
+                                  .Attr<int32_t>("page_stride")
+                                  .Arg<Floats>()
+                                  .Arg<Floats>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Arg<Integers>()
+                                  .Ret<Floats>()
+                                  .Ret<Floats>());

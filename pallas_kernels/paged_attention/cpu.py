@@ -1,0 +1,112 @@
+"""Paged attention on CPUs: the whole op in C++ (cpu.cc), called through XLA's foreign function interface.
+
+XLA's own program for it (xla.py) is a loop of many small steps, and takes three to five times as long (docs/benchmarks.md).
+The source is compiled by the machine's own compiler when it is first needed, and kept in the user's cache. What it does
+not have (a compiler, pages other than float32), xla.py has.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib
+import numpy as np
+
+from pallas_kernels.paged_attention.partial import AttentionSpec
+from pallas_kernels.paged_attention.work import Array, WorkList
+
+NAME = "icarus_paged_attention"
+SOURCE = Path(__file__).with_name("cpu.cc")
+FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+COMPILERS = ("c++", "g++", "clang++")  # unless CXX names one
+
+log = logging.getLogger(__name__)
+
+
+def supports(kv_pages: Array, kv_scales: Array | None) -> bool:
+    """Whether this machine's library is there and takes such pages."""
+    return kv_pages.dtype == jnp.float32 and kv_scales is None and library()
+
+
+@functools.cache
+def library() -> bool:
+    """Compiles the library, unless that was done before, and loads it; False, with a warning, where that cannot be."""
+    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
+    if compiler is None:
+        log.warning("no C++ compiler (%s, or CXX): attention runs as an XLA program, slower", ", ".join(COMPILERS))
+        return False
+    try:
+        handler = getattr(ctypes.CDLL(str(_compiled(compiler))), NAME)
+    except (OSError, subprocess.CalledProcessError) as error:
+        told = getattr(error, "stderr", None) or error
+        log.warning("%s cannot be compiled, attention runs as an XLA program, slower: %s", SOURCE, told)
+        return False
+    jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(handler), platform="cpu")
+    return True
+
+
+def _compiled(compiler: str) -> Path:
+    """The shared library, from the cache if one was made of the same source by the same compiler for this processor.
+
+    Raises OSError, CalledProcessError.
+    """
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    made_of = (SOURCE.read_text(), *FLAGS, version, _processor(), jaxlib.__version__)
+    key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser()
+    file = folder / f"{NAME}-{key}.so"
+    if not file.exists():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be making it, too
+            made = Path(scratch) / file.name
+            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
+            subprocess.run(command, capture_output=True, text=True, check=True)
+            made.replace(file)
+    return file
+
+
+def _processor() -> str:
+    """What `-march=native` depends on: two machines may share a home."""
+    info = Path("/proc/cpuinfo")
+    first = info.read_text().split("\n\n")[0].splitlines() if info.exists() else []
+    return "\n".join([platform.machine(), *(line for line in first if line.lower().startswith(("flags", "features")))])
+
+
+def paged_attention(
+    q: Array,
+    kv_pages: Array,
+    layer: Array,
+    work: WorkList,
+    page_offset: Array,
+    spec: AttentionSpec,
+) -> tuple[jax.Array, jax.Array]:
+    """The public op (api.py) for what `supports` says: (f32[B, N, H], log-sum-exp f32[B, N])."""
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, q.shape[:2])]
+    scalar = lambda x: jnp.reshape(x, 1).astype(jnp.int32)  # noqa: E731
+    runs = [(r.rows, r.positions, r.pages, r.start, r.length, scalar(r.num)) for r in (work.items, work.tiles)]
+    out, lse = jax.ffi.ffi_call(NAME, shapes)(
+        q.astype(jnp.float32),
+        kv_pages,
+        scalar(layer),
+        scalar(page_offset),
+        *runs[0],
+        *runs[1],
+        work.parts,
+        scalar(work.num_parts),
+        scale=np.float32(spec.scale),
+        soft_cap=np.float32(spec.soft_cap or 0),
+        window=np.int32(spec.window or 0),
+        page_stride=np.int32(spec.page_stride),
+    )
+    return out, lse
