@@ -232,12 +232,12 @@ def test_the_summary_by_hand():
 
 def made_up(system, rate, duration, p95, tokens, models=8):
     times = {"p50": 1.0, "p95": p95, "p99": p95, "mean": 1.0}
-    summary = {"duration_s": duration, "output_tokens_per_s": tokens, "session_s": times, "call_s": times}
+    summary = {"sessions_per_s": 10 / duration, "output_tokens_per_s": tokens, "session_s": times, "call_s": times}
     return compare.Run(system, models, rate, 10 / rate, summary)
 
 
 def test_the_comparison_is_made_just_past_saturation():
-    isolated = ((0.1, 101, 1.0, 1), (0.5, 21, 2.0, 4), (1.0, 25, 12.0, 4), (2.0, 26, 40.0, 4))
+    isolated = ((0.1, 101, 1.0, 1), (0.5, 21, 2.0, 4), (1.0, 15, 12.0, 4), (2.0, 14, 40.0, 4))
     shared = ((0.1, 101, 1.0, 1), (0.5, 21, 1.0, 5), (1.0, 11, 1.5, 9), (2.0, 7, 4.0, 14))
     runs = [made_up("isolated", *row) for row in isolated] + [made_up("shared", *row) for row in shared]
     (found,) = compare.ratios(runs)

@@ -45,7 +45,7 @@ def padded_rows(engine: EngineConfig) -> Callable[[int, int, int], tuple[int, in
     """(writers, readers, logits) of the bucket that the engine takes for those that are wanted."""
     from icarus_jax.buckets import make_buckets
 
-    shapes = [(b.writers, b.readers, b.logits) for b in make_buckets(engine, True)]
+    shapes = [(b.writers, b.readers, b.logits) for b in make_buckets(engine, True, "cpu")]
 
     def rows(writers: int, readers: int, logits: int) -> tuple[int, int, int]:
         return next(s for s in shapes if s[0] >= writers and s[1] >= readers and s[2] >= logits)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-BEHIND = 0.9  # a system that ends less than this share of what was offered is past saturation
+BEHIND = 0.9  # a system that can end less than this share of the sessions offered is past saturation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,13 +55,13 @@ def line(run: Run) -> str:
 
 
 def saturated(runs: Sequence[Run]) -> Run | None:
-    """The run at the lowest rate at which a system falls behind what is offered; `runs` are its own.
+    """The run at the lowest rate at which a system is offered more than it can do; `runs` are its own.
 
-    Behind: its last session ends later than those of the lowest rate do, by a share of the whole run.
+    What it can do: the sessions/s that it ended at the highest rate. None: it was never offered more.
     """
     runs = sorted(runs, key=lambda run: run.rate)
-    alone = runs[0].summary["session_s"]["p99"]
-    return next((r for r in runs if r.summary["duration_s"] * BEHIND > r.last_arrival + alone), None)
+    capacity = runs[-1].summary["sessions_per_s"]
+    return next((run for run in runs if run.rate * BEHIND > capacity), None)
 
 
 def ratios(runs: Sequence[Run], system: str = "shared", baseline: str = "isolated") -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ def library() -> bool:
         log.warning("no C++ compiler (%s, or CXX): attention runs as an XLA program, slower", ", ".join(COMPILERS))
         return False
     try:
-        handler = getattr(ctypes.CDLL(str(_compiled(compiler))), NAME)
+        handler = getattr(ctypes.CDLL(str(compiled(compiler))), NAME)
     except (OSError, subprocess.CalledProcessError) as error:
         told = getattr(error, "stderr", None) or error
         log.warning("%s cannot be compiled, attention runs as an XLA program, slower: %s", SOURCE, told)
@@ -56,7 +56,7 @@ def library() -> bool:
     return True
 
 
-def _compiled(compiler: str) -> Path:
+def compiled(compiler: str) -> Path:
     """The shared library, from the cache if one was made of the same source by the same compiler for this processor.
 
     Raises OSError, CalledProcessError.

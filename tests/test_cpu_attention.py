@@ -1,0 +1,94 @@
+"""The CPU attention library: how it is built, and what serves where it cannot be (its results: test_paged_attention)."""
+
+from __future__ import annotations
+
+import functools
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from icarus_jax.sharding import KERNELS_OF
+from pallas_kernels import paged_attention as op
+from pallas_kernels.paged_attention import cpu
+from tests.attention_cases import CASES, LAYER, Layout, problem
+
+LAYOUT = Layout(4, 2, 64, 16)
+
+
+@pytest.fixture
+def unbuilt(tmp_path, monkeypatch):
+    """An empty cache folder, and nothing loaded so far."""
+    monkeypatch.setenv("ICARUS_CACHE", str(tmp_path))
+    cpu.library.cache_clear()
+    yield tmp_path
+    cpu.library.cache_clear()
+
+
+@functools.cache
+def program(implementation: str):
+    def run(q, kv_pages, work):
+        return op.paged_attention(
+            q, kv_pages, LAYER, work, return_lse=True, implementation=implementation, **LAYOUT.spec
+        )
+
+    return jax.jit(run)
+
+
+def attend(implementation: str) -> tuple[np.ndarray, np.ndarray]:
+    p = problem(LAYOUT, CASES["mixed"])
+    program.cache_clear()  # traced anew
+    out, lse = program(implementation)(p.q, p.kv_pages, p.work)
+    return np.asarray(out), np.asarray(lse)
+
+
+def calls_the_library() -> bool:
+    p = problem(LAYOUT, CASES["mixed"])
+    program.cache_clear()
+    return cpu.NAME in program("auto").lower(p.q, p.kv_pages, p.work).as_text()
+
+
+def test_it_is_what_serves_on_cpus():
+    assert KERNELS_OF["cpu"] == "cpu"
+    assert calls_the_library()
+
+
+def test_it_is_compiled_once(unbuilt, monkeypatch):
+    file = cpu.compiled("c++")
+    assert list(unbuilt.iterdir()) == [file]  # nothing else is left lying about
+    made = file.stat().st_mtime_ns
+    assert cpu.compiled("c++") == file and file.stat().st_mtime_ns == made
+    monkeypatch.setattr(cpu, "_processor", lambda: "another one")
+    assert cpu.compiled("c++") != file
+
+
+def test_results_do_not_depend_on_the_threads():
+    out, lse = attend("cpu")
+    p = problem(LAYOUT, CASES["mixed"])
+    for _ in range(50):
+        again = program("cpu")(p.q, p.kv_pages, p.work)
+        np.testing.assert_array_equal(again[0], out)
+        np.testing.assert_array_equal(again[1], lse)
+
+
+@pytest.mark.parametrize("fault", ["no compiler", "no such compiler", "broken source"])
+def test_without_it_xla_serves(unbuilt, monkeypatch, caplog, fault):
+    if fault == "no compiler":
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setattr(cpu, "COMPILERS", ())
+    elif fault == "no such compiler":
+        monkeypatch.setenv("CXX", str(unbuilt / "none"))
+    else:
+        source = unbuilt / "broken.cc"
+        source.write_text("int main( {")
+        monkeypatch.setattr(cpu, "SOURCE", source)
+    with caplog.at_level(logging.WARNING):
+        out, lse = attend("cpu")
+    (record,) = caplog.records
+    assert "attention runs as an XLA program, slower" in record.getMessage()
+    assert not calls_the_library()
+    want = attend("xla")
+    np.testing.assert_array_equal(out, want[0])
+    np.testing.assert_array_equal(lse, want[1])
+    assert not [file for file in unbuilt.iterdir() if file.suffix == ".so"]
