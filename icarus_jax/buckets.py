@@ -9,7 +9,6 @@ from icarus_jax.scheduler import SCORE_ROWS
 from pallas_kernels.paged_attention.work import FEW_ROWS, SequenceRows, WorkShape
 
 PREFILL_WRITERS = 64  # the smallest prefill bucket; each next one has twice the rows, up to max_num_batched_tokens
-BETWEEN = ("cpu",)  # kernels with buckets of 1.5 times the rows in between: on a CPU every padded row takes its time
 GROUP_TILES = 8  # most tiles of sequences that share pages, in one step
 TPU_TILE_ROWS = {True: 32, False: 64}  # of decode steps (groups alone), and of others (prefills): docs/kernels.md
 
@@ -87,8 +86,9 @@ def make_buckets(config: EngineConfig, has_heads: bool, kernels: str = "xla") ->
     few = min(8, seqs)
     most = config.max_num_batched_tokens
     doubled = [PREFILL_WRITERS << i for i in range(most.bit_length())]
-    between = [rows * 3 // 2 for rows in doubled] if kernels in BETWEEN else []
-    for writers in [*(rows for rows in sorted(doubled + between) if rows < most), most]:
+    if kernels == "cpu":  # where every padded row takes its time: sizes in between
+        doubled += [rows * 3 // 2 for rows in doubled]
+    for writers in [*(rows for rows in sorted(doubled) if rows < most), most]:
         buckets += [bucket(writers, r, s, False) for r, s in ((0, few), (few, few), (seqs, seqs))]
     buckets += [bucket(few, top, top, False), bucket(most, top, top, False)]
     return sorted(set(buckets), key=lambda b: (b.writers + b.readers, b.logits, b.work.max_tiles))

@@ -23,12 +23,7 @@ from jax.typing import DTypeLike
 from icarus_jax.config import TARGETS, EngineConfig
 
 AXES = ("data", "model", "page")
-KERNELS_OF = {
-    "cpu": "cpu",
-    "tpu": "tpu",
-    "gpu": "gpu",
-    "cuda": "gpu",
-}  # a device's platform: the kernels written for it
+KERNELS_OF = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # by platform: the kernels written for it
 
 
 @dataclasses.dataclass(frozen=True)

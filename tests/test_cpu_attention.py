@@ -1,4 +1,4 @@
-"""The CPU attention library: how it is built, and what serves where it cannot be (its results: test_paged_attention)."""
+"""The CPU attention library: how it is built, and what serves without it (its results: test_paged_attention)."""
 
 from __future__ import annotations
 
