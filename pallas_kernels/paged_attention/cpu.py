@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -20,7 +21,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import jaxlib
 import numpy as np
 
 from pallas_kernels.paged_attention.partial import AttentionSpec
@@ -62,7 +62,7 @@ def compiled(compiler: str) -> Path:
     Raises OSError, CalledProcessError.
     """
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
-    made_of = (SOURCE.read_text(), *FLAGS, version, _processor(), jaxlib.__version__)
+    made_of = (SOURCE.read_text(), *FLAGS, version, _processor(), importlib.metadata.version("jaxlib"))
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
     folder = Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser()
     file = folder / f"{NAME}-{key}.so"
