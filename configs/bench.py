@@ -1,6 +1,6 @@
 """Agent sessions against servers: one KV cache for all models (`shared`) against one a model (`isolated`).
 
-    python launch/bench.py serve                               1, 2 and 8 models, ReAct trajectories, a sweep of rates
+    python launch/bench.py serve                               1, 2 and 8 models, ReAct trajectories, two rates
     python launch/bench.py serve --config=bench.py:once        24 sessions at once, 8 models
     python launch/bench.py prefix                              one conversation of 16 turns handed around 8 models
 
@@ -37,8 +37,9 @@ def get_config(arg: str = "") -> ConfigDict:
     config.peer = "icarus"  # what answers at url: icarus, vllm, llama.cpp
     config.system = "peer"  # its name in the report
     config.systems = "shared,isolated"  # without url: which of ours
-    config.models = "8" if arg else "1,2,8"  # numbers of models
-    config.rates = "inf" if arg else "0.1,0.2,0.4,0.8,inf"  # sessions a second; inf: all at once
+    config.models = "8" if arg else "8,1,2"  # numbers of models
+    # sessions a second; inf: all at once; 1.25x, after inf: 1.25 times what the last of the systems did at inf
+    config.rates = "inf" if arg else "inf,1.25x"
     config.workload = ConfigDict(
         {
             "name": "replay",  # replay, file (path: JSON lines of workload.py), react, reflexion, long_react, coding

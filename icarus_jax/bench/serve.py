@@ -108,21 +108,33 @@ def _server(config: ConfigDict, system: str, count: int, out: Path) -> Iterator[
 
 
 def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
-    """Every system, number of models and rate. Our own server starts anew for each run, with an empty cache."""
+    """Every system, number of models and rate. Our own server starts anew for each run, with an empty cache.
+
+    A rate '1.25x' is 1.25 times the sessions/s that the last of the systems ended at the rate before, 'inf'.
+    """
     marks = itertools.count()
+    capacity = None
     peer = config.peer if config.url else "icarus"
     systems = [config.system] if config.url else config.systems.split(",")
     for count in numbers(config.models, "models", int):
-        for rate in numbers(config.rates, "rates", float):
+        for text in config.rates.split(","):
             mark = next(marks)
+            if text.endswith("x") and capacity is None:
+                raise cli.UsageError(f"config.rates={config.rates}: before {text!r} there has to be 'inf'")
+            (rate,) = numbers(text.removesuffix("x"), "rates", float)
+            if text.endswith("x"):
+                rate = float(f"{rate * capacity:.3g}")
             for system in systems:
                 with _server(config, system, count, out) as url:
                     server = Server(url)
                     try:
                         names = asyncio.run(model_names(server, peer, count))
-                        yield asyncio.run(measure(server, peer, system, names, plan, rate, mark))
+                        done = asyncio.run(measure(server, peer, system, names, plan, rate, mark))
                     except (ServerError, OSError) as error:
                         raise cli.UsageError(f"{url}: {error}") from error
+                yield done
+            if rate == float("inf"):
+                capacity = done.summary["sessions_per_s"]
 
 
 def write(out: Path, title: str, runs: Sequence[compare.Run]) -> dict[str, Any]:
