@@ -254,14 +254,14 @@ def test_a_whole_sweep_of_a_server_by_its_url(served, folder, tmp_path, capsys):
     workload.save(SESSIONS, tmp_path / "w.jsonl")
     config = cli.load_config("bench.py")
     with config.unlocked():
-        config.url, config.system, config.models, config.rates = served.url, "ours", "1,2", "10,inf"
+        config.url, config.system, config.models, config.rates = served.url, "ours", "1,2", "inf,0.5x"
         config.trunk.source, config.out = folder, str(tmp_path / "out")
         config.workload.update({"name": "file", "path": str(tmp_path / "w.jsonl")})
     serve.run(config)
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert [(run["models"], run["rate"]) for run in report["runs"]] == [
-        (n, r) for n in (1, 2) for r in (10, float("inf"))
-    ]
+    for n, (most, half) in zip((1, 2), (report["runs"][:2], report["runs"][2:]), strict=True):
+        assert most["models"] == half["models"] == n and most["rate"] == float("inf")
+        assert half["rate"] == pytest.approx(0.5 * most["summary"]["sessions_per_s"], rel=0.01)
     # no run finds the cache of the one before
     assert all(run["summary"]["prefill_tokens"] >= 174 - BY_CHANCE for run in report["runs"])
     assert (tmp_path / "out" / "report.png").stat().st_size > 10_000
@@ -278,6 +278,7 @@ def test_a_whole_sweep_of_a_server_by_its_url(served, folder, tmp_path, capsys):
         (["serve", "--config.peer=sglang"], "vllm, llama.cpp"),
         (["serve", "--config.systems=mine"], "shared, isolated"),
         (["serve", "--config.workload.name=chat"], "replay"),
+        (["serve", "--config.rates=1.25x,inf"], "before '1.25x' there has to be 'inf'"),
         (["serve", "--config=bench.py:twice"], "once, prefix"),
         (["serve", "--config.workload.path=nowhere.jsonl"], "nowhere.jsonl"),
         (["swim"], "step, serve, prefix"),

@@ -113,10 +113,10 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
     A rate '1.25x' is 1.25 times the sessions/s that the last of the systems ended at the rate before, 'inf'.
     """
     marks = itertools.count()
-    capacity = None
     peer = config.peer if config.url else "icarus"
     systems = [config.system] if config.url else config.systems.split(",")
     for count in numbers(config.models, "models", int):
+        capacity = None
         for text in config.rates.split(","):
             mark = next(marks)
             if text.endswith("x") and capacity is None:
