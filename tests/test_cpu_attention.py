@@ -55,12 +55,12 @@ def test_it_is_what_serves_on_cpus():
 
 
 def test_it_is_compiled_once(unbuilt, monkeypatch):
-    file = cpu.compiled("c++")
+    file = cpu.compiled(["c++"])
     assert list(unbuilt.iterdir()) == [file]  # nothing else is left lying about
     made = file.stat().st_mtime_ns
-    assert cpu.compiled("c++") == file and file.stat().st_mtime_ns == made
+    assert cpu.compiled(["c++"]) == file and file.stat().st_mtime_ns == made
     monkeypatch.setattr(cpu, "_processor", lambda: "another one")
-    assert cpu.compiled("c++") != file
+    assert cpu.compiled(["c++"]) != file
 
 
 def test_results_do_not_depend_on_the_threads():

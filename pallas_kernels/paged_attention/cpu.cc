@@ -19,16 +19,17 @@ namespace ffi = xla::ffi;
 
 namespace {
 
-using Vec = float __attribute__((vector_size(32), aligned(4), may_alias));
-using Ints = int __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int kLanes = 8;         // of a Vec
+// typedef: clang drops the attributes of a `using`
+typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int Ints __attribute__((vector_size(32), aligned(4), may_alias));
+constexpr int kLanes = 8;           // of a Vec
 constexpr int kPanel = 2 * kLanes;  // columns that a product makes at once
-constexpr int kRows = 6;          // rows likewise: 12 sums, which 16 registers hold beside their inputs
-constexpr int kBlock = 128;       // tokens of a block, a multiple of kPanel
-constexpr float kNone = -1e30f;   // partial.py's NEG
+constexpr int kRows = 6;            // rows likewise: 12 sums, which 16 registers hold beside their inputs
+constexpr int kBlock = 128;         // tokens of a block, a multiple of kPanel
+constexpr float kNone = -1e30f;     // partial.py's NEG
 
 struct Spec {
-  float scale, soft_cap;  // soft_cap 0: none
+  float scale, soft_cap;    // soft_cap 0: none
   int window, page_stride;  // window 0: none
 };
 
@@ -121,17 +122,19 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
     for (int i = 0; i < group * h; ++i) scratch.queries[r * group * h + i] = from[i] * spec.scale;
   }
 
-  const int start = runs.start[run], length = runs.length[run];
+  // Of these rows, none sees any token of the run from `length` on, or of its pages before the window's.
+  const int start = runs.start[run], length = std::min(runs.length[run], last + 1 - start);
   const int stored = std::min(runs.num_pages, (length + spec.page_stride - 1) / spec.page_stride) * pool.page_size;
+  const int unseen = spec.window && used ? std::max(0, first - spec.window + 1 - start) / spec.page_stride : 0;
   int places[kBlock];  // KV positions of a block's tokens; INT_MAX: none
   bool seen[kBlock];   // by any row
-  for (int begin = 0; begin < stored; begin += kBlock) {
+  for (int begin = unseen * pool.page_size; begin < stored; begin += kBlock) {
     const int tokens = std::min(kBlock, stored - begin), padded = (tokens + kPanel - 1) / kPanel * kPanel;
     int live = 0;
     for (int t = 0; t < padded; ++t) {
       const int page = (begin + t) / pool.page_size, slot = (begin + t) % pool.page_size;
       const int token = page * spec.page_stride + pool.offset + slot, place = start + token;
-      seen[t] = t < tokens && token < length && place <= last;
+      seen[t] = t < tokens && token < length;
       if (seen[t] && spec.window) {
         seen[t] = false;
         for (int r = 0; r < used && !seen[t]; ++r)
@@ -165,15 +168,18 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
       if (spec.soft_cap)
         for (int t = 0; t < padded; ++t) s[t] = spec.soft_cap * std::tanh(s[t] / spec.soft_cap);
       Vec highest = Splat(m[lane]);
+      Ints any = Splat(0);
       for (int t = 0; t < padded; t += kLanes) {
         const Ints place = *reinterpret_cast<const Ints*>(places + t);
-        Vec x = ((place <= until) & (place > from)) ? At(s + t) : Splat(kNone);
-        At(s + t) = x;
+        const Ints mine = (place <= until) & (place > from);
+        Vec x = mine ? At(s + t) : Splat(kNone);
+        At(s + t) = x, any |= mine;
         highest = x > highest ? x : highest;
       }
       float high = m[lane];
-      for (int i = 0; i < kLanes; ++i) high = std::max(high, highest[i]);
-      if (high == kNone) {  // nothing seen so far
+      bool sees = false;
+      for (int i = 0; i < kLanes; ++i) high = std::max(high, highest[i]), sees |= any[i] != 0;
+      if (!sees) {
         std::fill(s, s + padded, 0.0f);
         continue;
       }

@@ -14,9 +14,11 @@ import importlib.metadata
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
+import threading
 from pathlib import Path
 
 import jax
@@ -28,50 +30,56 @@ from pallas_kernels.paged_attention.work import Array, WorkList
 
 NAME = "icarus_paged_attention"
 SOURCE = Path(__file__).with_name("cpu.cc")
-FLAGS = ("-std=c++17", "-O3", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-w")
+NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
+FLAGS = ("-std=c++17", "-O3", NATIVE, "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 COMPILERS = ("c++", "g++", "clang++")  # unless CXX names one
+
+_building = threading.Lock()  # programs are traced by several threads
 
 log = logging.getLogger(__name__)
 
 
 def supports(kv_pages: Array, kv_scales: Array | None) -> bool:
     """Whether this machine's library is there and takes such pages."""
-    return kv_pages.dtype == jnp.float32 and kv_scales is None and library()
+    if kv_pages.dtype != jnp.float32 or kv_scales is not None:
+        return False
+    with _building:
+        return library()
 
 
 @functools.cache
 def library() -> bool:
     """Compiles the library, unless that was done before, and loads it; False, with a warning, where that cannot be."""
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, COMPILERS)), None)
-    if compiler is None:
+    compiler = shlex.split(os.environ.get("CXX", "")) or [c for c in COMPILERS if shutil.which(c)][:1]
+    if not compiler:
         log.warning("no C++ compiler (%s, or CXX): attention runs as an XLA program, slower", ", ".join(COMPILERS))
         return False
     try:
         handler = getattr(ctypes.CDLL(str(compiled(compiler))), NAME)
-    except (OSError, subprocess.CalledProcessError) as error:
+    except (OSError, RuntimeError, subprocess.CalledProcessError) as error:
         told = getattr(error, "stderr", None) or error
-        log.warning("%s cannot be compiled, attention runs as an XLA program, slower: %s", SOURCE, told)
+        log.warning("%s cannot be compiled or loaded, attention runs as an XLA program, slower: %s", SOURCE, told)
         return False
     jax.ffi.register_ffi_target(NAME, jax.ffi.pycapsule(handler), platform="cpu")
     return True
 
 
-def compiled(compiler: str) -> Path:
+def compiled(compiler: list[str]) -> Path:
     """The shared library, from the cache if one was made of the same source by the same compiler for this processor.
 
-    Raises OSError, CalledProcessError.
+    Raises OSError, RuntimeError (no home), CalledProcessError.
     """
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    run = functools.partial(subprocess.run, capture_output=True, encoding="utf-8", errors="replace", check=True)
+    version = run([*compiler, "--version"]).stdout
     made_of = (SOURCE.read_text(), *FLAGS, version, _processor(), importlib.metadata.version("jaxlib"))
     key = hashlib.sha256("\0".join(made_of).encode()).hexdigest()[:16]
-    folder = Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser()
+    folder = Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser().absolute()
     file = folder / f"{NAME}-{key}.so"
     if not file.exists():
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:  # renamed when whole: others may be making it, too
             made = Path(scratch) / file.name
-            command = [compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)]
-            subprocess.run(command, capture_output=True, text=True, check=True)
+            run([*compiler, *FLAGS, "-I", jax.ffi.include_dir(), str(SOURCE), "-o", str(made)])
             made.replace(file)
     return file
 
