@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -33,6 +34,8 @@ SHARDED = {
     "2 shards": Layout(4, 2, 64, 32, shards=2, tiling=(8, 8)),
     "4 shards, window": Layout(4, 1, 64, 32, "bfloat16", window=90, shards=4, tiling=(32, 16)),
 }
+ANY_SIZES = ("xla", "cpu")  # the others' head_dim is a multiple of 64, or a power of two
+ODD = Layout(6, 2, 20, 24, window=70)
 TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2, "int8": 2e-2, "float8_e4m3fn": 2e-2}
 OTHERS = [name for name in op.IMPLEMENTATIONS if name != "reference"]
 
@@ -100,9 +103,30 @@ def test_matches_the_oracle(layout, implementation, case):
     check(layout, attend(layout, problem(layout, case), implementation), wanted(layout, case))
 
 
-@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("implementation", ANY_SIZES)
 @pytest.mark.parametrize("case", [CASES[name] for name in SOME_CASES], ids=SOME_CASES)
-@pytest.mark.parametrize("layout", SHARDED.values(), ids=SHARDED)
+@pytest.mark.parametrize("layout", [ODD, dataclasses.replace(ODD, window=None)], ids=["window", "causal"])
+def test_sizes_that_fill_no_tile(layout, implementation, case):
+    check(layout, attend(layout, problem(layout, case), implementation), wanted(layout, case))
+
+
+@pytest.mark.parametrize("implementation", ANY_SIZES)
+def test_a_query_that_is_no_number_stays_none(implementation):
+    layout = LAYOUTS["h64-page16"]
+    p = problem(layout, CASES["mixed"])
+    q = p.q.copy()
+    q[0] = np.nan
+    out, _ = attend(layout, p._replace(q=q), implementation)
+    want, _ = wanted(layout, CASES["mixed"])
+    assert np.isnan(out[0]).all()
+    np.testing.assert_allclose(out[1:], want[1:], atol=3e-5, rtol=3e-5)
+
+
+@pytest.mark.parametrize(
+    ("layout", "implementation"),
+    [*itertools.product(SHARDED.values(), OTHERS), *itertools.product([dataclasses.replace(ODD, shards=2)], ANY_SIZES)],
+)
+@pytest.mark.parametrize("case", [CASES[name] for name in SOME_CASES], ids=SOME_CASES)
 def test_shards_of_every_page_merge_to_the_whole(layout, implementation, case):
     p = problem(layout, case)
     size = layout.page // layout.shards

@@ -29,7 +29,7 @@ from icarus_jax.simulator.run import Simulation, make_models
 TOLERANCE = 0.2
 ROUNDS = 6  # each round's simulation gives the next fit its steps and FLOPs
 MODEL = "smollm2-135m"
-PAGE_BYTES_S = 7.5e9  # at which attention reads pages on two cores (docs/benchmarks.md: 25 ms for 8 x 512 tokens)
+PAGE_BYTES_S = 30e9  # at which attention takes pages on two cores, its arithmetic aside (bench.py attention)
 FIRST_GUESS = (0.03, 150e9)
 
 
