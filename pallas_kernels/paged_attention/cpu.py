@@ -1,6 +1,6 @@
 """Paged attention on CPUs: the whole op in C++ (cpu.cc), called through XLA's foreign function interface.
 
-XLA's own program for it (xla.py) is a loop of many small steps, and takes three to four times as long (docs/benchmarks.md).
+XLA's own program for it (xla.py) is a loop of many small steps that takes three to four times as long (bench.py).
 The source is compiled by the machine's own compiler when it is first needed, and kept in the user's cache. What it
 does not have (a compiler, pages other than float32), xla.py has.
 """
