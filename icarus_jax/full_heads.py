@@ -94,6 +94,9 @@ class PairedBlock(Block):
     def __init__(self, trunk: Block, own: Block):
         self.trunk, self.own = trunk, own
 
+    def at(self, layer: Array, kernels: str) -> PairedBlock:
+        return PairedBlock(self.trunk.at(layer, kernels), self.own.at(layer, kernels))
+
     def attention_inputs(
         self,
         config: ModelConfig,

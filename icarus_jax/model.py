@@ -8,6 +8,7 @@ over all rows costs less than two, and those k, v are dropped, never stored.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,6 +22,7 @@ from icarus_jax.config import ModelConfig
 from icarus_jax.heads import Adapters, HeadBank, LayerBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
 from icarus_jax.sharding import Layout
+from pallas_kernels.linear import linear
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
@@ -45,6 +47,24 @@ class Rows:
 
 Pin = Callable[[jax.Array], jax.Array]
 BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
+PROJECTIONS = ("qkv", "o", "gate_up", "down")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """One layer i32[] of a projection, left where it lies among all layers' weights [L, din, dout, ..]."""
+
+    weights: jax.Array
+    layer: Array
+    kernels: str = dataclasses.field(metadata={"static": True})
+
+
+def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
+    """Rows x [B, din] times a projection [din, dout, ..]: [B, dout, ..]."""
+    if isinstance(weight, Stacked):
+        return linear(x, weight.weights, weight.layer, implementation=weight.kernels)
+    return jnp.tensordot(x, weight[...], 1)
 
 
 class Block(nnx.Module):
@@ -64,6 +84,14 @@ class Block(nnx.Module):
         for name in BLOCK_PARAMS:
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
+    def at(self, layer: Array, kernels: str) -> Block:
+        """Of all layers' blocks, that of one, whose projections are not taken out of their stacks."""
+        stacks = {name: param[...] for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
+        block = Block({name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS})
+        for name in PROJECTIONS:
+            setattr(block, name, nnx.data(Stacked(stacks[name], layer, kernels)))
+        return block
+
     def attention_inputs(
         self,
         config: ModelConfig,
@@ -81,8 +109,7 @@ class Block(nnx.Module):
         x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
-        d = config.hidden_size
-        qkv = jnp.dot(x, self.qkv[...].reshape(d, -1)).reshape(b, k, config.group_size + 2, h)
+        qkv = product(x, self.qkv)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         query, key, value = (
@@ -102,19 +129,19 @@ class Block(nnx.Module):
 
     def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
         """What attention adds to the residual stream. attended [B, N, H] or [B, N * H] -> [B, D]."""
-        attended = attended.reshape(-1, self.o[...].shape[0])
-        out = jnp.dot(attended, self.o[...])
+        attended = attended.reshape(len(attended), math.prod(attended.shape[1:]))  # of no rows, too
+        out = product(attended, self.o)
         return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
 
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
         x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        gate_up = jnp.einsum("bd,dcf->bcf", x, self.gate_up[...])  # as it is: a reshape would undo the split of F
+        gate_up = product(x, self.gate_up)
         gate, up = gate_up[:, 0], gate_up[:, 1]
         if bank is not None:
             gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
         hidden = jax.nn.silu(gate) * up
-        out = jnp.dot(hidden, self.down[...])
+        out = product(hidden, self.down)
         return bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
 
 
@@ -159,6 +186,8 @@ class Trunk(nnx.Module):
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
+        # the CPU's kernel reads a layer where it lies; XLA takes each layer's weights out, in layouts that it chose
+        stay = kernels == "cpu" and layout.mesh.size == 1
 
         def pin(x: jax.Array) -> jax.Array:
             return layout.constrain(x, "rows", "embed")
@@ -166,7 +195,7 @@ class Trunk(nnx.Module):
         def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
             x, kv = carry
             index, block_state = inputs
-            block: Block = nnx.merge(block_def, block_state)
+            block: Block = self.blocks.at(index, kernels) if stay else nnx.merge(block_def, block_state)
             adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
             q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables, pin)
             attended, kv = append_and_attend(
@@ -186,6 +215,7 @@ class Trunk(nnx.Module):
             return (x, kv), None
 
         x = pin(self.embed[...][rows.tokens])
-        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), (jnp.arange(config.num_layers), block_state))
+        inputs = (jnp.arange(config.num_layers), None if stay else block_state)
+        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), inputs)
         sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
         return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages

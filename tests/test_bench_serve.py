@@ -84,7 +84,7 @@ def test_replies_go_into_the_next_prompt(served):
             asked.append((prompt, reply.token_ids))
             return reply
 
-    driver = Spy(Server(served.url), DIALECTS["icarus"], ["b"], 300, 1)
+    driver = Spy(Server(served.url), DIALECTS["icarus"], 300, 1)
     session = [dataclasses.replace(turn, model="b") for turn in SESSIONS[0]]
     asyncio.run(driver.run([session], [0.0]))
     (first, said), (second, _), _ = asked
@@ -163,7 +163,7 @@ class Instant(Driver):
     """Answers at once, and notes when it was asked."""
 
     def __init__(self, block=0.0):
-        super().__init__(None, DIALECTS["icarus"], ["m"], 99, 0)
+        super().__init__(None, DIALECTS["icarus"], 99, 0)
         self.block = block
 
     async def ask(self, prompt, model, output_len, want_ids):
@@ -200,9 +200,12 @@ def test_a_client_that_is_too_slow_says_so():
 
 
 def test_adapters_and_metrics_of_peers():
-    body = DIALECTS["llama.cpp"].body(["a", "b"], "b")
-    assert body == {"model": "b", "lora": [{"id": 0, "scale": 0.0}, {"id": 1, "scale": 1.0}]}
-    assert DIALECTS["vllm"].body(["a", "b"], "b") == {"model": "b"}
+    llama, vllm = DIALECTS["llama.cpp"], DIALECTS["vllm"]
+    assert llama.adapters(["base"], 2) == ["adapter0", "adapter1"]
+    assert llama.body("adapter1") == {"model": "adapter1", "lora": [{"id": 1, "scale": 1.0}]}
+    assert llama.body("base") == {"model": "base", "lora": [{"id": 0, "scale": 0.0}]}  # none of the loaded ones
+    assert vllm.adapters(["base", "a", "b"], 1) == ["a"]
+    assert vllm.body("b") == {"model": "b"}
     page = (
         '# HELP vllm:prompt_tokens_total x\nvllm:prompt_tokens_total{model_name="a"} 100.0\n'
         'vllm:prompt_tokens_total{model_name="b"} 50.0\nvllm:prefix_cache_hits_total{engine="0"} 30.0\n'

@@ -12,6 +12,7 @@ from aot import assert_pool_stays, compile_for
 from pallas_races import DMA_MODES, simulated_dma
 
 from pallas_kernels import lora as op
+from pallas_kernels.lora import cpu as lora_cpu
 from pallas_kernels.lora import tpu
 
 LAYERS, SLOTS = 2, 6
@@ -64,10 +65,23 @@ def check(implementation, args, mode=""):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])
 def test_matches_oracle(implementation, name, shape, dtype):
-    unused = np.nan if implementation == "tpu" else 1e30  # XLA's multiplies by zero what it does not want
+    in_place = implementation == "tpu" or (implementation == "cpu" and dtype == "float32")
+    unused = np.nan if in_place else 1e30  # XLA's multiplies by zero what it does not want
     check(implementation, make(name, shape, dtype, unused))
+
+
+@pytest.mark.parametrize("shape", [(52, 64, 6), (7, 16, 1), (20, 48, 3)], ids=str)
+def test_cpu_sizes_that_fill_no_vector(shape):
+    assert lora_cpu.supports(*make("prefill", shape)[:3])
+    check("cpu", make("prefill", shape))
+
+
+def test_cpu_units_of_many_rows():
+    x, a, b, layer, _, active = make("prefill", (576, 96, 16))
+    slots = np.array([1, 6, 1] * 50, np.int32)
+    check("cpu", (np.resize(x, (150, 576)), a, b, layer, slots, active))
 
 
 @pytest.fixture
@@ -111,7 +125,7 @@ def test_xla_cost_follows_the_slots_in_use():
     assert flops(4, 2) == flops(64, 2) < 0.6 * flops(64, 4)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])
 def test_nothing_to_do(implementation):
     x, a, b, layer, slots, active = make("decode")
     none = op.lora(x, a, b, layer, slots, active[:0], implementation=implementation)

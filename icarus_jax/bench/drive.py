@@ -42,16 +42,14 @@ class Driven:
 
 
 class Driver:
-    """Drives one server. models: names in the order of their adapters.
+    """Drives one server.
 
     mark: the first token of every prompt, another one in each run, so that no run finds the cache of the one before.
     """
 
-    def __init__(
-        self, server: Server, dialect: Dialect, models: Sequence[str], vocab_size: int, seed: int, mark: int = 0
-    ):
+    def __init__(self, server: Server, dialect: Dialect, vocab_size: int, seed: int, mark: int = 0):
         self._mark = mark
-        self._server, self._dialect, self._models = server, dialect, list(models)
+        self._server, self._dialect = server, dialect
         self._vocab, self._seed = vocab_size, seed
         self._needed, self._late, self._begin = 0, 0.0, 0.0
         self._calls: list[Call] = []
@@ -82,7 +80,7 @@ class Driver:
 
     async def ask(self, prompt: list[int], model: str, output_len: int, want_ids: bool) -> Reply:
         """One greedy completion of exactly output_len tokens."""
-        body = self._dialect.body(self._models, model) | {
+        body = self._dialect.body(model) | {
             "prompt": prompt,
             "max_tokens": output_len,
             "temperature": 0,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 
@@ -14,20 +14,23 @@ class Dialect:
 
     prefill: prompt tokens computed (or, where the server counts so, all: all prompt tokens, and cached: those found in
     the cache); evictions in pages; preemptions; steps, and busy: seconds in them; pages_used and pages_cached: gauges.
-    adapter_field: an adapter is named by its number in this field of the body, llama.cpp's way, not as the model.
+    numbered: the server knows its adapters by numbers, not by names: llama.cpp's way.
     """
 
     metrics: Mapping[str, tuple[str, ...]]
-    adapter_field: str = ""
+    numbered: bool = False
 
-    def body(self, names: list[str], model: str) -> dict[str, Any]:
-        """The fields of a request that choose a model; names: all models, in the order of their adapters."""
-        if not self.adapter_field:
+    def adapters(self, listed: Sequence[str], count: int) -> list[str]:
+        """Names of the first `count` adapters of a server that lists these models, its base model first."""
+        return [f"adapter{i}" for i in range(count)] if self.numbered else list(listed[1 : 1 + count])
+
+    def body(self, model: str) -> dict[str, Any]:
+        """The fields of a request that choose a model."""
+        if not self.numbered:
             return {"model": model}
-        return {
-            "model": model,
-            self.adapter_field: [{"id": i, "scale": float(n == model)} for i, n in enumerate(names)],
-        }
+        number = model.removeprefix("adapter")  # those that a request does not name have no weight in it
+        chosen = {"id": int(number), "scale": 1.0} if number != model else {"id": 0, "scale": 0.0}
+        return {"model": model, "lora": [chosen]}
 
     def read(self, text: str) -> dict[str, float]:
         """The values on a metrics page, by our words; those that it does not have are left out."""
@@ -62,5 +65,5 @@ DIALECTS = {
             "pages_used": ("vllm:kv_cache_usage_perc",),  # a share of all
         }
     ),
-    "llama.cpp": Dialect({"prefill": ("llamacpp:prompt_tokens_total",)}, adapter_field="lora"),
+    "llama.cpp": Dialect({"prefill": ("llamacpp:prompt_tokens_total",)}, numbered=True),
 }

@@ -76,7 +76,7 @@ async def measure(
     """One run against a server that is up. mark: as Driver's. Raises ServerError, OSError."""
     sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
     arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
-    driver = Driver(server, DIALECTS[peer], names, plan.vocab_size, plan.seed, mark)
+    driver = Driver(server, DIALECTS[peer], plan.vocab_size, plan.seed, mark)
     await driver.ask([1, 2, 3], names[0], 2, want_ids=False)  # the first request may be slow
     driven = await driver.run(sessions, arrivals)
     summary = summarise(driven.calls, arrivals, driven.counters)
@@ -87,12 +87,11 @@ async def measure(
 
 async def model_names(server: Server, peer: str, count: int) -> list[str]:
     """The first `count` adapters that a server lists after its base model; 0: the base model alone."""
-    if DIALECTS[peer].adapter_field and count:
-        return [f"adapter{i}" for i in range(count)]
     listed = [model["id"] for model in json.loads(await server.get("/v1/models"))["data"]]
-    if count >= len(listed):
+    adapters = DIALECTS[peer].adapters(listed, count)
+    if count > len(adapters):
         raise cli.UsageError(f"{count} adapters are wanted; the server lists {', '.join(listed)}")
-    return listed[1 : 1 + count] if count else listed[:1]
+    return adapters or listed[:1]
 
 
 @contextlib.contextmanager

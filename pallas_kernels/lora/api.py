@@ -10,13 +10,13 @@ from typing import Any
 
 import jax
 
-from pallas_kernels.lora import reference, tpu, xla
+from pallas_kernels.lora import cpu, reference, tpu, xla
 
 # On GPUs XLA's own program serves: two matrix products, and a gather of the adapters in use.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.lora,
     "xla": xla.lora,
-    "cpu": xla.lora,
+    "cpu": cpu.lora,
     "tpu": tpu.lora,
     "gpu": xla.lora,
 }
@@ -30,8 +30,8 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any, *, impleme
     the cost follows U and these, not A. A row whose slot is not among them gets zeros. Sums are float32; what comes out
     of A is rounded to x's dtype.
 
-    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'tpu': no
-    gradients). Raises ValueError on mismatched shapes or an unknown name.
+    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'tpu', 'cpu': no
+    gradients; 'cpu': 'xla' for what it does not take). Raises ValueError on mismatched shapes or an unknown name.
     """
     rank, din = a.shape[2:]
     if x.shape[1:] != (din,) or b.shape[:3] != (*a.shape[:2], rank) or slots.shape != x.shape[:1] or active.ndim != 1:
@@ -44,4 +44,6 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any, *, impleme
         name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
     if name not in IMPLEMENTATIONS:
         raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    if name == "cpu" and not cpu.supports(x, a, b):
+        name = "xla"
     return IMPLEMENTATIONS[name](x, a, b, layer, slots, active)

@@ -5,26 +5,16 @@
 // handed out over XLA's own threads. Then each row's partial results are merged by their log-sum-exp.
 
 #include <algorithm>
-#include <atomic>
 #include <climits>
 #include <cmath>
 #include <cstring>
 #include <memory>
-#include <thread>
 #include <vector>
 
-#include "xla/ffi/api/ffi.h"
-
-namespace ffi = xla::ffi;
+#include "cpu_kernels.h"
 
 namespace {
 
-// typedef: clang drops the attributes of a `using`
-typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
-typedef int Ints __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int kLanes = 8;           // of a Vec
-constexpr int kPanel = 2 * kLanes;  // columns that a product makes at once
-constexpr int kRows = 6;            // rows likewise: 12 sums, which 16 registers hold beside their inputs
 constexpr int kBlock = 128;         // tokens of a block, a multiple of kPanel
 constexpr float kNone = -1e30f;     // partial.py's NEG
 
@@ -43,11 +33,6 @@ struct Pool {
   int kv_heads, page_size, h, offset;
 };
 
-Vec Splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
-Ints Splat(int x) { return Ints{x, x, x, x, x, x, x, x}; }
-Vec& At(float* p) { return *reinterpret_cast<Vec*>(p); }
-const Vec& At(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-
 // exp(x) for x <= 0, to 2 units in the last place; 0 below -87.
 Vec Exp(Vec x) {
   const Vec magic = Splat(12582912.0f);  // 1.5 * 2**23: what is added to it is rounded to an integer
@@ -61,37 +46,6 @@ Vec Exp(Vec x) {
   p = p * r * r + r + Splat(1.0f);
   Ints power = (__builtin_convertvector(n, Ints) + Splat(127)) << 23;
   return x < low ? Splat(0.0f) : p * reinterpret_cast<Vec&>(power);
-}
-
-// c [R, kPanel] = (add ? c : 0) + a [R, k] @ b [k, kPanel]
-template <int R>
-void Tile(int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc, bool add) {
-  Vec sums[R][2];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2; ++j) sums[r][j] = add ? At(c + r * ldc + j * kLanes) : Splat(0.0f);
-  for (int p = 0; p < k; ++p) {
-    Vec b0 = At(b + p * ldb), b1 = At(b + p * ldb + kLanes);
-    for (int r = 0; r < R; ++r) {
-      Vec x = Splat(a[r * lda + p]);
-      sums[r][0] += x * b0;
-      sums[r][1] += x * b1;
-    }
-  }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < 2; ++j) At(c + r * ldc + j * kLanes) = sums[r][j];
-}
-
-void Product(int m, int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc, bool add) {
-  for (int i = 0; i < m; i += kRows, a += kRows * lda, c += kRows * ldc) {
-    switch (std::min(kRows, m - i)) {
-      case 1: Tile<1>(k, a, lda, b, ldb, c, ldc, add); break;
-      case 2: Tile<2>(k, a, lda, b, ldb, c, ldc, add); break;
-      case 3: Tile<3>(k, a, lda, b, ldb, c, ldc, add); break;
-      case 4: Tile<4>(k, a, lda, b, ldb, c, ldc, add); break;
-      case 5: Tile<5>(k, a, lda, b, ldb, c, ldc, add); break;
-      default: Tile<kRows>(k, a, lda, b, ldb, c, ldc, add);
-    }
-  }
 }
 
 // Memory of one thread, kept from unit to unit.
@@ -197,25 +151,6 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
   }
 }
 
-// work(i) for i < count, on the calling thread and on those of the pool that come to it in time.
-template <typename Work>
-void Parallel(ffi::ThreadPool& pool, int count, const Work& work) {
-  struct Shared {
-    std::atomic<int> next{0}, done{0};
-  };
-  auto shared = std::make_shared<Shared>();
-  // `work` lives as long as there is something to do: who comes later finds no number left and does not touch it
-  auto help = [shared, count, &work] {
-    for (int i; (i = shared->next.fetch_add(1)) < count; shared->done.fetch_add(1)) work(i);
-  };
-  for (int i = std::min<int>(pool.num_threads(), count) - 1; i > 0; --i) pool.Schedule(decltype(help)(help));
-  help();
-  while (shared->done.load() < count) std::this_thread::yield();
-}
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Integers = ffi::Buffer<ffi::S32>;
-
 Runs MakeRuns(Integers& rows, Integers& positions, Integers& pages, Integers& start, Integers& length, Integers& num) {
   return {rows.typed_data(),   positions.typed_data(), pages.typed_data(),
           start.typed_data(),  length.typed_data(),    num.typed_data()[0],
@@ -227,7 +162,7 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, 
                           Integers item_positions, Integers item_pages, Integers item_start, Integers item_length,
                           Integers num_items, Integers tile_rows, Integers tile_positions, Integers tile_pages,
                           Integers tile_start, Integers tile_length, Integers num_tiles, Integers parts,
-                          Integers num_parts, ffi::ResultBuffer<ffi::F32> out, ffi::ResultBuffer<ffi::F32> lse) {
+                          Integers num_parts, Result out, Result lse) {
   const auto shape = kv_pages.dimensions();
   const int num_rows = (int)q.dimensions()[0], kv_heads = (int)shape[2], h = (int)shape[4] / 2;
   const int group = (int)q.dimensions()[1] / kv_heads, width = (h + kPanel - 1) / kPanel * kPanel;

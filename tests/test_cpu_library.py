@@ -1,4 +1,4 @@
-"""The CPU attention library: how it is built, and what serves without it (its results: test_paged_attention)."""
+"""The CPU kernels: how they are built, and what serves without them (their results: each op's own tests)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pytest
 from icarus_jax.bench import attention as bench
 from icarus_jax.model_zoo import MODELS
 from icarus_jax.sharding import KERNELS_OF
+from pallas_kernels import cpu_library
 from pallas_kernels import paged_attention as op
-from pallas_kernels.paged_attention import cpu
 from tests.attention_cases import CASES, LAYER, Layout, problem
 
 LAYOUT = Layout(4, 2, 64, 16)
@@ -25,9 +25,9 @@ LAYOUT = Layout(4, 2, 64, 16)
 def unbuilt(tmp_path, monkeypatch):
     """An empty cache folder, and nothing loaded so far."""
     monkeypatch.setenv("ICARUS_CACHE", str(tmp_path))
-    cpu.library.cache_clear()
+    cpu_library._loaded.cache_clear()
     yield tmp_path
-    cpu.library.cache_clear()
+    cpu_library._loaded.cache_clear()
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def attend(implementation: str) -> tuple[np.ndarray, np.ndarray]:
 def calls_the_library() -> bool:
     p = problem(LAYOUT, CASES["mixed"])
     program.cache_clear()
-    return cpu.NAME in program("auto").lower(p.q, p.kv_pages, p.work).as_text()
+    return "icarus_paged_attention" in program("auto").lower(p.q, p.kv_pages, p.work).as_text()
 
 
 def test_it_is_what_serves_on_cpus():
@@ -59,12 +59,12 @@ def test_it_is_what_serves_on_cpus():
 
 
 def test_it_is_compiled_once(unbuilt, monkeypatch):
-    file = cpu.compiled(["c++"])
+    file = cpu_library.compiled(["c++"])
     assert list(unbuilt.iterdir()) == [file]  # nothing else is left lying about
     made = file.stat().st_mtime_ns
-    assert cpu.compiled(["c++"]) == file and file.stat().st_mtime_ns == made
-    monkeypatch.setattr(cpu, "_processor", lambda: "another one")
-    assert cpu.compiled(["c++"]) != file
+    assert cpu_library.compiled(["c++"]) == file and file.stat().st_mtime_ns == made
+    monkeypatch.setattr(cpu_library, "_processor", lambda: "another one")
+    assert cpu_library.compiled(["c++"]) != file
 
 
 def test_results_do_not_depend_on_the_threads():
@@ -80,17 +80,17 @@ def test_results_do_not_depend_on_the_threads():
 def test_without_it_xla_serves(unbuilt, monkeypatch, caplog, fault):
     if fault == "no compiler":
         monkeypatch.delenv("CXX", raising=False)
-        monkeypatch.setattr(cpu, "COMPILERS", ())
+        monkeypatch.setattr(cpu_library, "COMPILERS", ())
     elif fault == "no such compiler":
         monkeypatch.setenv("CXX", str(unbuilt / "none"))
     else:
         source = unbuilt / "broken.cc"
         source.write_text("int main( {")
-        monkeypatch.setattr(cpu, "SOURCE", source)
+        monkeypatch.setitem(cpu_library.KERNELS, "icarus_lora", source)
     with caplog.at_level(logging.WARNING):
         out, lse = attend("cpu")
     (record,) = caplog.records
-    assert "attention runs as an XLA program, slower" in record.getMessage()
+    assert "XLA programs run instead, slower" in record.getMessage()
     assert not calls_the_library()
     want = attend("xla")
     np.testing.assert_array_equal(out, want[0])

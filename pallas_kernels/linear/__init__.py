@@ -1,0 +1,5 @@
+"""Rows times one layer of stacked weights."""
+
+from pallas_kernels.linear.api import IMPLEMENTATIONS, linear
+
+__all__ = ["IMPLEMENTATIONS", "linear"]

@@ -1,0 +1,42 @@
+"""Rows times one layer of stacked weights: the public op and the choice of implementation.
+
+Letters: B rows, L layers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from pallas_kernels.linear import cpu, reference, xla
+
+# On TPUs and GPUs XLA's own product serves.
+IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
+    "reference": reference.linear,
+    "xla": xla.linear,
+    "cpu": cpu.linear,
+    "tpu": xla.linear,
+    "gpu": xla.linear,
+}
+
+
+def linear(x: Any, w: Any, layer: Any, *, implementation: str = "auto") -> jax.Array:
+    """x [B, din] @ w[layer]: [B, dout, ..] of x's dtype. w [L, din, dout, ..] is passed whole with the layer i32[].
+
+    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': no
+    gradients, on one device; 'xla' for what it does not take). Raises ValueError on mismatched shapes or an unknown name.
+    """
+    if x.ndim != 2 or w.ndim < 3 or w.shape[1] != x.shape[1]:
+        raise ValueError(f"x {x.shape} does not fit w {w.shape}: [B, din] and [L, din, dout, ..] are needed")
+    name = implementation
+    if name == "auto":
+        name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
+    if name not in IMPLEMENTATIONS:
+        raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    flat = w.reshape(*w.shape[:2], math.prod(w.shape[2:]))
+    if name == "cpu" and not cpu.supports(x, flat):
+        name = "xla"
+    return IMPLEMENTATIONS[name](x, flat, layer).reshape(x.shape[0], *w.shape[2:])

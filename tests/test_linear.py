@@ -1,0 +1,84 @@
+"""linear: every implementation against the oracle, and the oracle against a plain loop."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import linear as op
+from pallas_kernels.linear import cpu
+
+LAYERS, LAYER = 3, 1
+SHAPES = [(576, 960), (1536, 576), (70, 16), (65, 1040), (1, 48)]  # din, dout
+ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, cpu.MOST_ROWS, cpu.MOST_ROWS + 1]
+
+
+def make(rows, shape, dtype=np.float32):
+    """The op's arguments; other layers, and what lies behind the rows, are NaN."""
+    rng = np.random.default_rng(rows)
+    din, dout = shape
+    w = np.full((LAYERS, din, dout), np.nan, dtype)
+    w[LAYER] = rng.standard_normal(shape) * din**-0.5
+    return rng.standard_normal((rows, din)).astype(dtype), w, np.int32(LAYER)
+
+
+@functools.cache
+def program(implementation: str):
+    return jax.jit(functools.partial(op.linear, implementation=implementation))
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_matches_oracle(implementation, shape):
+    for rows in ROWS:
+        args = make(rows, shape)
+        want = op.linear(*args, implementation="reference")
+        np.testing.assert_allclose(program(implementation)(*args), want, atol=2e-5, err_msg=f"{rows} rows")
+
+
+def test_oracle_matches_a_loop():
+    x, w, layer = make(3, (5, 4))
+    got = op.linear(x, w.reshape(LAYERS, 5, 2, 2), layer, implementation="reference")
+    for row in range(3):
+        for i, j in np.ndindex(2, 2):
+            want = sum(float(x[row, d]) * float(w[LAYER, d, 2 * i + j]) for d in range(5))
+            assert got[row, i, j] == pytest.approx(want, rel=1e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+def test_a_row_does_not_depend_on_the_others(implementation):
+    """NaN in one row stays there; on CPUs a row's bits are the same beside any others."""
+    x, w, layer = make(8, (576, 96))
+    spoilt = x.copy()
+    spoilt[3] = np.nan
+    got, want = (np.asarray(program(implementation)(rows, w, layer)) for rows in (spoilt, x))
+    assert np.isnan(got[3]).all()
+    np.testing.assert_array_equal(np.delete(got, 3, 0), np.delete(want, 3, 0))
+    if implementation == "cpu":
+        np.testing.assert_array_equal(program("cpu")(x[5:6], w, layer)[0], want[5])
+
+
+def calls_the_kernel(x, w) -> bool:
+    return "icarus_linear" in program("cpu").lower(x, w, np.int32(0)).as_text()
+
+
+def test_what_the_cpu_kernel_takes():
+    x, w, _ = make(4, (64, 32))
+    assert calls_the_kernel(x, w)
+    assert calls_the_kernel(x, w.reshape(LAYERS, 64, 2, 16))
+    assert not calls_the_kernel(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
+    assert not calls_the_kernel(x, w[..., :31])
+    assert not calls_the_kernel(np.resize(x, (cpu.MOST_ROWS + 1, 64)), w)
+
+
+def test_wrong_calls_say_what_would_be_right():
+    x, w, layer = make(2, (64, 32))
+    with pytest.raises(ValueError, match=r"does not fit w .*\[L, din, dout, ..\]"):
+        op.linear(x[:, 1:], w, layer)
+    with pytest.raises(ValueError, match="unknown implementation 'fast'; known: auto, reference"):
+        op.linear(x, w, layer, implementation="fast")
+    assert op.linear(x[:0], w, layer, implementation="cpu").shape == (0, 32)
