@@ -6,7 +6,7 @@
     python launch/bench.py peers --config=multi.py:8     trunk and heads as files for vLLM and llama.cpp
     python launch/bench.py prefix                        prefill saved: one conversation handed around eight heads
     python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads against eight isolated requests
-    python launch/bench.py attention                     attention on this CPU: our library against XLA's program
+    python launch/bench.py cpu                           the kernels for CPUs against XLA's programs
     python launch/bench.py kernels                       bundles of the TPU kernels, from the compiler; no TPU is needed
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    the same on chips that are not here: SIMULATED
     python launch/bench.py calibrate                     does the simulator predict what `serve` has measured here?
@@ -72,10 +72,10 @@ def bench_fanout(config: ConfigDict) -> dict:
     return fanout.run(config, _PROMPT.value, _STEPS.value)
 
 
-def bench_attention(config: ConfigDict) -> dict:
-    from icarus_jax.bench import attention
+def bench_cpu(config: ConfigDict) -> dict:
+    from icarus_jax.bench import cpu_kernels
 
-    return attention.run("smollm2-135m")
+    return cpu_kernels.run("smollm2-135m")
 
 
 def bench_kernels(config: ConfigDict) -> dict:
@@ -92,7 +92,7 @@ COMMANDS = {
     "calibrate": (bench_calibrate, "bench.py"),
     "peers": (write_peers, "multi.py:8"),
     "fanout": (bench_fanout, "multi.py:8"),
-    "attention": (bench_attention, "single.py"),
+    "cpu": (bench_cpu, "single.py"),
     "kernels": (bench_kernels, "single.py"),
     "simulate": (bench_simulate, "simulate.py:llama8b_a100"),
 }

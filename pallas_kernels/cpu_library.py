@@ -1,6 +1,6 @@
 """The CPU kernels: C++ sources, called through XLA's foreign function interface.
 
-On a CPU XLA's own programs take up to several times as long for what serving does (bench.py attention, bench.py step).
+On a CPU XLA's own programs take up to several times as long for what serving does (bench.py cpu, bench.py step).
 The sources are compiled together by the machine's own compiler when they are first needed, and kept in the user's
 cache. Where there is no compiler, and for what a kernel does not take, XLA's programs run.
 """

@@ -7,11 +7,10 @@ import functools
 import logging
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from icarus_jax.bench import attention as bench
+from icarus_jax.bench import cpu_kernels as bench
 from icarus_jax.model_zoo import MODELS
 from icarus_jax.sharding import KERNELS_OF
 from pallas_kernels import cpu_library
@@ -98,13 +97,14 @@ def test_without_it_xla_serves(unbuilt, monkeypatch, caplog, fault):
     assert not [file for file in unbuilt.iterdir() if file.suffix == ".so"]
 
 
-@pytest.mark.parametrize("case", [bench.CASES[2], bench.CASES[5]], ids=lambda case: case.name)
-def test_the_benchmark_has_both_do_the_same(case):
+def test_the_benchmark_has_both_do_the_same():
     model = dataclasses.replace(MODELS["smollm2-135m"], num_layers=2)
-    rng = np.random.default_rng(0)
-    kv_pages = rng.standard_normal((2, bench.NUM_PAGES, 3, bench.PAGE, 128), np.float32)
-    work = jax.tree.map(jnp.asarray, bench.make_work(case))
-    q = rng.standard_normal((len(work.positions), 9, 64), np.float32)
-    one, other = (bench.layers(model, name)(q, kv_pages, work) for name in bench.IMPLEMENTATIONS)
-    assert not np.allclose(one, q, atol=1e-3)
-    np.testing.assert_allclose(one, other, atol=1e-4)
+    contests = [
+        *bench.attention_contests(model, [bench.CASES[2], bench.CASES[5]]),
+        *bench.projection_contests(model, [8]),
+        *bench.adapter_contests(model, [(24, 8)]),
+    ]
+    for contest in contests:
+        one, other = (program(*contest.args) for program in contest.programs(model).values())
+        assert not np.allclose(one, contest.args[0], atol=1e-3)
+        np.testing.assert_allclose(one, other, atol=1e-4)

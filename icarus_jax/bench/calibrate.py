@@ -29,7 +29,7 @@ from icarus_jax.simulator.run import Simulation, make_models
 TOLERANCE = 0.2
 ROUNDS = 6  # each round's simulation gives the next fit its steps and FLOPs
 MODEL = "smollm2-135m"
-PAGE_BYTES_S = 30e9  # at which attention takes pages on two cores, its arithmetic aside (bench.py attention)
+PAGE_BYTES_S = 30e9  # at which attention takes pages on two cores, its arithmetic aside (bench.py cpu)
 FIRST_GUESS = (0.03, 150e9)
 
 

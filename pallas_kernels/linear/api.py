@@ -27,7 +27,7 @@ def linear(x: Any, w: Any, layer: Any, *, implementation: str = "auto") -> jax.A
     """x [B, din] @ w[layer]: [B, dout, ..] of x's dtype. w [L, din, dout, ..] is passed whole with the layer i32[].
 
     implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': no
-    gradients, on one device; 'xla' for what it does not take). Raises ValueError on mismatched shapes or an unknown name.
+    gradients, one device; 'xla' for what it does not take). Raises ValueError on mismatched shapes or an unknown name.
     """
     if x.ndim != 2 or w.ndim < 3 or w.shape[1] != x.shape[1]:
         raise ValueError(f"x {x.shape} does not fit w {w.shape}: [B, din] and [L, din, dout, ..] are needed")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import cpu_library
 
 PANEL = 16  # columns that a product makes at once
-MOST_ROWS = 96  # from there on XLA's product is as fast (bench.py linear)
+MOST_ROWS = 96  # from there on XLA's product is as fast (bench.py cpu)
 
 
 def supports(x: Any, w: Any) -> bool:

@@ -1,7 +1,6 @@
 """Paged attention on CPUs: the whole op in C++ (cpu.cc), for float32 pages.
 
-XLA's own program for it (xla.py) is a loop of many small steps that takes three to four times as long (bench.py
-attention).
+XLA's own program for it (xla.py) is a loop of many small steps that takes three to four times as long.
 """
 
 from __future__ import annotations
@@ -13,8 +12,6 @@ import numpy as np
 from pallas_kernels import cpu_library
 from pallas_kernels.paged_attention.partial import AttentionSpec
 from pallas_kernels.paged_attention.work import Array, WorkList
-
-NAME = "icarus_paged_attention"
 
 
 def supports(kv_pages: Array, kv_scales: Array | None) -> bool:
@@ -34,7 +31,7 @@ def paged_attention(
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, q.shape[:2])]
     scalar = lambda x: jnp.reshape(x, 1).astype(jnp.int32)  # noqa: E731
     runs = [(r.rows, r.positions, r.pages, r.start, r.length, scalar(r.num)) for r in (work.items, work.tiles)]
-    out, lse = jax.ffi.ffi_call(NAME, shapes)(
+    out, lse = jax.ffi.ffi_call("icarus_paged_attention", shapes)(
         q.astype(jnp.float32),
         kv_pages,
         scalar(layer),
