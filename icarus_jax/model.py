@@ -64,7 +64,7 @@ def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
     """Rows x [B, din] times a projection [din, dout, ..]: [B, dout, ..]."""
     if isinstance(weight, Stacked):
         return linear(x, weight.weights, weight.layer, implementation=weight.kernels)
-    return jnp.tensordot(x, weight[...], 1)
+    return jnp.tensordot(x, weight[...], 1)  # as it is: a reshape would undo the split of F
 
 
 class Block(nnx.Module):

@@ -66,7 +66,7 @@ void Parallel(ffi::ThreadPool& pool, int count, const Work& work) {
   };
   auto shared = std::make_shared<Shared>();
   // `work` lives as long as there is something to do: who comes later finds no number left and does not touch it
-  auto help = [shared, count, &work] {
+  auto help = [shared, count, &work]() noexcept {  // an exception would leave the others with a `work` that is gone
     for (int i; (i = shared->next.fetch_add(1)) < count; shared->done.fetch_add(1)) work(i);
   };
   for (int i = std::min<int>(pool.num_threads(), count) - 1; i > 0; --i) pool.Schedule(decltype(help)(help));
@@ -77,9 +77,5 @@ void Parallel(ffi::ThreadPool& pool, int count, const Work& work) {
 using Floats = ffi::Buffer<ffi::F32>;
 using Integers = ffi::Buffer<ffi::S32>;
 using Result = ffi::ResultBuffer<ffi::F32>;
-
-
-using Floats = ffi::Buffer<ffi::F32>;
-using Integers = ffi::Buffer<ffi::S32>;
 
 }  // namespace

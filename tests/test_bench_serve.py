@@ -201,10 +201,8 @@ def test_a_client_that_is_too_slow_says_so():
 
 def test_adapters_and_metrics_of_peers():
     llama, vllm = DIALECTS["llama.cpp"], DIALECTS["vllm"]
-    assert llama.adapters(["base"], 2) == ["adapter0", "adapter1"]
     assert llama.body("adapter1") == {"model": "adapter1", "lora": [{"id": 1, "scale": 1.0}]}
     assert llama.body("base") == {"model": "base", "lora": [{"id": 0, "scale": 0.0}]}  # none of the loaded ones
-    assert vllm.adapters(["base", "a", "b"], 1) == ["a"]
     assert vllm.body("b") == {"model": "b"}
     page = (
         '# HELP vllm:prompt_tokens_total x\nvllm:prompt_tokens_total{model_name="a"} 100.0\n'
@@ -213,6 +211,28 @@ def test_adapters_and_metrics_of_peers():
     )
     assert DIALECTS["vllm"].read(page) == {"prefill": 120.0, "cached": 30.0, "pages_used": 0.25}
     assert DIALECTS["llama.cpp"].read("llamacpp:prompt_tokens_total 7\n") == {"prefill": 7.0}
+
+
+class Lists:
+    """A server that has these pages."""
+
+    def __init__(self, **pages):
+        self.pages = pages
+
+    async def get(self, path):
+        return json.dumps(self.pages[path.rsplit("/", 1)[1].replace("-", "_")])
+
+
+def test_the_adapters_that_a_server_has():
+    models = {"data": [{"id": name} for name in ("base", "a", "b")]}
+    vllm = Lists(models=models)
+    assert asyncio.run(serve.model_names(vllm, "vllm", 0)) == ["base"]
+    assert asyncio.run(serve.model_names(vllm, "vllm", 1)) == ["a"]
+    llama = Lists(models=models, lora_adapters=[{"id": 0}, {"id": 1}])
+    assert asyncio.run(serve.model_names(llama, "llama.cpp", 0)) == ["base"]
+    assert asyncio.run(serve.model_names(llama, "llama.cpp", 2)) == ["adapter0", "adapter1"]
+    with pytest.raises(cli.UsageError, match="3 adapters are wanted; the server lists base, adapter0, adapter1"):
+        asyncio.run(serve.model_names(llama, "llama.cpp", 3))
 
 
 def call(session, start, first, end, tokens=11, model="a", turn=0):

@@ -73,6 +73,12 @@ def test_results_do_not_depend_on_the_threads():
         again = program("cpu")(p.q, p.kv_pages, p.work)
         np.testing.assert_array_equal(again[0], out)
         np.testing.assert_array_equal(again[1], lse)
+    model = dataclasses.replace(MODELS["smollm2-135m"], num_layers=2)
+    for contest in (*bench.projection_contests(model, [13]), *bench.adapter_contests(model, [(13, 8)])):
+        kernel = contest.programs(model)["cpu"]
+        first = kernel(*contest.args)
+        for _ in range(50):
+            np.testing.assert_array_equal(kernel(*contest.args), first)
 
 
 @pytest.mark.parametrize("fault", ["no compiler", "no such compiler", "broken source"])

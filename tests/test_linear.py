@@ -18,7 +18,7 @@ ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, cpu.MOST_ROWS, cpu.MOST_ROWS + 1]
 
 
 def make(rows, shape, dtype=np.float32):
-    """The op's arguments; other layers, and what lies behind the rows, are NaN."""
+    """The op's arguments; the weights of other layers are NaN."""
     rng = np.random.default_rng(rows)
     din, dout = shape
     w = np.full((LAYERS, din, dout), np.nan, dtype)
@@ -51,7 +51,7 @@ def test_oracle_matches_a_loop():
 
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_a_row_does_not_depend_on_the_others(implementation):
-    """NaN in one row stays there; on CPUs a row's bits are the same beside any others."""
+    """NaN in one row stays there; on CPUs the kernel gives a row the same bits beside any others."""
     x, w, layer = make(8, (576, 96))
     spoilt = x.copy()
     spoilt[3] = np.nan

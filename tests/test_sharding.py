@@ -26,7 +26,7 @@ from icarus_jax import sharding
 from icarus_jax.attention import append_and_attend
 from icarus_jax.buckets import make_buckets
 from icarus_jax.checkpoint import load_trunk, open_trunk, save_orbax
-from icarus_jax.config import TARGETS, EngineConfig, ModelConfig
+from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
 from icarus_jax.distributed import CALLS
 from icarus_jax.heads import HeadBank
 from icarus_jax.model import Trunk
@@ -217,6 +217,18 @@ def test_the_decode_program(mesh, kv_heads, adapt_writers):
     assert compiled.memory_analysis().temp_size_in_bytes < math.prod(pool) * 4 / 8
     assert f"f32[{','.join(map(str, pool))}]" in text  # the pool's shape, on one device ...
     assert not re.search(rf"= f32\[{','.join(map(str, pool))}\]\S* copy\(", text)  # ... is never copied
+
+
+@pytest.mark.parametrize("mesh, projections", [("1x1", 4), ("1x8", 0)])
+def test_on_one_cpu_the_kernels_serve(mesh, projections):
+    config = dataclasses.replace(SMALL, page_size=8, max_num_seqs=4, mesh=mesh)
+    made = programs(ModelConfig("llama", 320, 64, 128, 2, 16, 8, 8), config, False)
+    bucket = [b for b in make_buckets(config, True) if b.writers == b.logits and b.readers][-1]
+    text = made.lower(bucket).as_text()
+    assert text.count("custom_call @icarus_linear") == projections
+    assert text.count("custom_call @icarus_paged_attention") == 1
+    if mesh == "1x1":
+        assert text.count("custom_call @icarus_lora") == len(LORA_TARGETS)
 
 
 # ---- attention

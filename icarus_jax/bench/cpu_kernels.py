@@ -145,7 +145,7 @@ def adapter_contests(model: ModelConfig, cases: Sequence[tuple[int, int]] = ADAP
 
     rng = np.random.default_rng(0)
     width = model.hidden_size
-    a, b = (jnp.asarray(rng.standard_normal((model.num_layers, 8, RANK, width), np.float32)) * 0.05 for _ in "ab")
+    a, b = (jnp.asarray(rng.standard_normal((model.num_layers, 8, RANK, width), np.float32)) * 0.1 for _ in "ab")
 
     def adapt(x, layer, a, b, slots, active, implementation):
         for _ in LORA_TARGETS:

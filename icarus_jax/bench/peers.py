@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -20,16 +20,12 @@ class Dialect:
     metrics: Mapping[str, tuple[str, ...]]
     numbered: bool = False
 
-    def adapters(self, listed: Sequence[str], count: int) -> list[str]:
-        """Names of the first `count` adapters of a server that lists these models, its base model first."""
-        return [f"adapter{i}" for i in range(count)] if self.numbered else list(listed[1 : 1 + count])
-
     def body(self, model: str) -> dict[str, Any]:
         """The fields of a request that choose a model."""
         if not self.numbered:
             return {"model": model}
-        number = model.removeprefix("adapter")  # those that a request does not name have no weight in it
-        chosen = {"id": int(number), "scale": 1.0} if number != model else {"id": 0, "scale": 0.0}
+        number = re.fullmatch(r"adapter(\d+)", model)  # those that a request does not name have no weight in it
+        chosen = {"id": int(number[1]), "scale": 1.0} if number else {"id": 0, "scale": 0.0}
         return {"model": model, "lora": [chosen]}
 
     def read(self, text: str) -> dict[str, float]:

@@ -88,10 +88,12 @@ async def measure(
 async def model_names(server: Server, peer: str, count: int) -> list[str]:
     """The first `count` adapters that a server lists after its base model; 0: the base model alone."""
     listed = [model["id"] for model in json.loads(await server.get("/v1/models"))["data"]]
-    adapters = DIALECTS[peer].adapters(listed, count)
-    if count > len(adapters):
+    if DIALECTS[peer].numbered:
+        loaded = json.loads(await server.get("/lora-adapters"))
+        listed = [listed[0], *(f"adapter{adapter['id']}" for adapter in loaded)]
+    if count >= len(listed):
         raise cli.UsageError(f"{count} adapters are wanted; the server lists {', '.join(listed)}")
-    return adapters or listed[:1]
+    return listed[1 : 1 + count] if count else listed[:1]
 
 
 @contextlib.contextmanager

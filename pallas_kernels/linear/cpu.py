@@ -18,7 +18,7 @@ MOST_ROWS = 96  # from there on XLA's product is as fast (bench.py cpu)
 
 def supports(x: Any, w: Any) -> bool:
     """Whether the kernel takes these arrays, and this machine has it."""
-    fits = x.dtype == w.dtype == jnp.float32 and 0 < x.shape[0] <= MOST_ROWS and w.shape[-1] % PANEL == 0
+    fits = x.dtype == w.dtype == jnp.float32 and 0 < x.shape[0] <= MOST_ROWS and w.shape[1] and w.shape[-1] % PANEL == 0
     return fits and cpu_library.available()
 
 

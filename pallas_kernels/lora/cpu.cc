@@ -55,7 +55,7 @@ ffi::Error Lora(ffi::ThreadPool threads, Floats x, Floats a, Floats b, Integers 
   const int* of = slots.typed_data();
   for (size_t u = 0; u < active.element_count(); ++u) {
     const int slot = active.typed_data()[u];
-    if (slot <= 0) continue;
+    if (slot <= 0 || slot > num_slots) continue;
     std::vector<int> unit;
     for (int row = 0; row < rows; ++row) {
       if (of[row] != slot) continue;

@@ -1,7 +1,7 @@
 """The adapters in use side by side: two plain matrix products serve rows of any mixture of slots.
 
 A row meets the lanes of every adapter in use, and keeps those of its own. That beats a product per slot or per row at
-the sizes of serving, where U * r is about the width of a matrix unit (docs/benchmarks.md: KERNELS has the CPU's).
+the sizes of serving where there is a matrix unit, about as wide as U * r; CPUs have a kernel of their own (cpu.py).
 """
 
 from __future__ import annotations
