@@ -1,11 +1,11 @@
 """Trains a head, on the frozen trunk's K/V.
 
     python launch/train.py --config=train.py:intent    77 banking intents      about 27 minutes on two CPU cores
-    python launch/train.py --config=train.py:slots     slots as JSON (snips)   about 42 minutes
+    python launch/train.py --config=train.py:slots     slots as JSON (snips)   about 60 minutes
     python launch/train.py --config=train.py:sql       text to SQL (GeoQuery)  about 25 minutes
     python launch/train.py --config=train.py:math      GSM8K, worked answers   about 55 minutes
 
-The times are estimates from the speed of the first steps on an idle machine; no run of these sizes was made on a CPU.
+The times are estimates from the speed of the first steps on an idle machine; slots' was measured.
 
     --config.head.kv=isolated          a conventional LoRA instead (k and v too): the baseline
     --config.head.method=full          all weights of the head's decoder instead of LoRA (served alone beside the trunk)
