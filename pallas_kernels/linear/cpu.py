@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from pallas_kernels import cpu_library
 
 PANEL = 16  # columns that a product makes at once
-MOST_ROWS = 96  # from there on XLA's product is as fast (bench.py cpu)
+MOST_ROWS = 64  # with more, XLA's product is as fast or faster (bench.py cpu)
 
 
 def supports(x: Any, w: Any) -> bool:
