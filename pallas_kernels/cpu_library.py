@@ -30,6 +30,7 @@ KERNELS = {  # the name that a program calls -> its source
     "icarus_lora": FOLDER / "lora" / "cpu.cc",
 }
 HEADER = FOLDER / "cpu_kernels.h"
+PANEL = 16  # its kPanel: products make so many columns at once
 NATIVE = "-mcpu=native" if platform.machine() in ("arm64", "aarch64") else "-march=native"
 FLAGS = ("-std=c++17", "-O3", NATIVE, "-ffp-contract=fast", "-shared", "-fPIC", "-w")
 COMPILERS = ("c++", "g++", "clang++")  # unless CXX names one

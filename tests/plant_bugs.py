@@ -290,7 +290,47 @@ LORA = [
     lora("lora: the last block of B for every one", "jnp.where(k < count[i], j, steps - 1)", "steps - 1", tests=TILES),
 ]
 
-BUGS = [*ATTENTION, *GPU_ATTENTION, *XLA_ATTENTION, *WORK_AND_MERGE, *APPEND, *LORA]
+# A bug that keeps the source from compiling is not caught: XLA's program then serves.
+cpu_attention = functools.partial(
+    Bug, file="pallas_kernels/paged_attention/cpu.cc", tests=(OP, "test_matches_the_oracle and cpu")
+)
+cpu_linear = functools.partial(Bug, file="pallas_kernels/linear/cpu.cc", tests=("tests/test_linear.py", "cpu"))
+cpu_lora = functools.partial(Bug, file="pallas_kernels/lora/cpu.cc", tests=("tests/test_lora.py", "cpu"))
+CPU = [
+    cpu_attention("cpu: a row does not see itself", "(place <= until)", "(place < until)"),
+    cpu_attention("cpu: sums of earlier blocks not rescaled", "std::exp(m[lane] - high)", "1.0f"),
+    cpu_attention("cpu: parts merged with equal weights", "share = std::exp(*m - now)", "share = 1.0f"),
+    cpu_attention("cpu: reads beyond a run's length", "t < tokens && token < length;", "t < tokens;"),
+    cpu_attention("cpu: the cap scales nothing", "spec.soft_cap * std::tanh(", "std::tanh("),
+    cpu_linear("cpu: each block of inputs overwrites", "ldw, p > 0);", "ldw, false);"),
+    cpu_linear("cpu: the first block adds to garbage", "ldw, p > 0);", "ldw, true);"),
+    cpu_linear(
+        "cpu: an odd input left out",
+        "depth = std::min(kDepth, din - p),",
+        "depth = std::min(kDepth, (din - p) / 2 * 2),",
+    ),
+    cpu_linear("cpu: always the first layer", "(size_t)layer.typed_data()[0] * din", "(size_t)0 * din"),
+    cpu_linear("cpu: shares start at the wrong column", "out->typed_data() + first);", "out->typed_data());"),
+    cpu_lora("cpu: always the first layer's adapters", "(size_t)layer.typed_data()[0] * num_slots", "0"),
+    cpu_lora("cpu: the trunk's rows adapted", "slot <= 0 || slot", "slot < 0 || slot"),
+    cpu_lora(
+        "cpu: the tail of the inputs left out",
+        "for (int i = d; i < din; ++i) total",
+        "for (int i = d; i < d; ++i) total",
+    ),
+    cpu_lora("cpu: lanes of an adapter overwrite each other", "hidden[r * rank + first + j]", "hidden[r * rank + j]"),
+    cpu_lora("cpu: a slot's last rows left out", "if (!unit.empty())", "if (unit.size() > 1)"),
+    cpu_lora("cpu: rows scattered to the wrong place", "to + (size_t)unit[i] * dout", "to + (size_t)i * dout"),
+    cpu_lora("cpu: rows that no adapter meets are garbage", "(size_t)rows * dout, 0.0f)", "(size_t)rows * dout, 1.0f)"),
+    cpu_lora(
+        "cpu: half of a panel from the other half",
+        "sums[r][1] += x * b1;",
+        "sums[r][1] += x * b0;",
+        file="pallas_kernels/cpu_kernels.h",
+    ),
+]
+
+BUGS = [*ATTENTION, *GPU_ATTENTION, *XLA_ATTENTION, *WORK_AND_MERGE, *APPEND, *LORA, *CPU]
 
 
 def run_tests(tests: tuple[str, str], bug: Bug | None) -> tuple[bool, str]:

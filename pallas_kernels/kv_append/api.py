@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
+from pallas_kernels.choice import choose
 from pallas_kernels.kv_append import reference, tpu, xla
 
 # On GPUs, unlike TPUs, XLA's scatter leaves the rest of the pages where it is.
@@ -48,9 +47,5 @@ def kv_append(
         raise ValueError(f"k {k.shape}, v {v.shape}, slots {slot_mapping.shape} do not fit kv_pages {kv_pages.shape}")
     if kv_scales is not None and kv_scales.shape != (layers, kv_heads, 2):
         raise ValueError(f"kv_scales {kv_scales.shape} do not fit kv_pages {kv_pages.shape}: [L, K, 2] is needed")
-    name = implementation
-    if name == "auto":
-        name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    name = choose(implementation, IMPLEMENTATIONS)
     return IMPLEMENTATIONS[name](kv_pages, layer, k, v, slot_mapping, kv_scales, page_stride or page_size, page_offset)

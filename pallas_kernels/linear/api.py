@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.choice import choose
 from pallas_kernels.linear import cpu, reference, xla
 
 # On TPUs and GPUs XLA's own product serves.
@@ -31,11 +32,7 @@ def linear(x: Any, w: Any, layer: Any, *, implementation: str = "auto") -> jax.A
     """
     if x.ndim != 2 or w.ndim < 3 or w.shape[1] != x.shape[1]:
         raise ValueError(f"x {x.shape} does not fit w {w.shape}: [B, din] and [L, din, dout, ..] are needed")
-    name = implementation
-    if name == "auto":
-        name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    name = choose(implementation, IMPLEMENTATIONS)
     flat = w.reshape(*w.shape[:2], math.prod(w.shape[2:]))
     if name == "cpu" and not cpu.supports(x, flat):
         name = "xla"

@@ -12,13 +12,17 @@ import jax.numpy as jnp
 
 from pallas_kernels import cpu_library
 
-PANEL = 16  # columns that a product makes at once
 MOST_ROWS = 64  # with more, XLA's product is as fast or faster (bench.py cpu)
 
 
 def supports(x: Any, w: Any) -> bool:
     """Whether the kernel takes these arrays, and this machine has it."""
-    fits = x.dtype == w.dtype == jnp.float32 and 0 < x.shape[0] <= MOST_ROWS and w.shape[1] and w.shape[-1] % PANEL == 0
+    fits = (
+        x.dtype == w.dtype == jnp.float32
+        and 0 < x.shape[0] <= MOST_ROWS
+        and w.shape[1]
+        and w.shape[-1] % cpu_library.PANEL == 0
+    )
     return fits and cpu_library.available()
 
 

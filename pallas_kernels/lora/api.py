@@ -8,8 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import jax
-
+from pallas_kernels.choice import choose
 from pallas_kernels.lora import cpu, reference, tpu, xla
 
 # On GPUs XLA's own program serves: two matrix products, and a gather of the adapters in use.
@@ -39,11 +38,7 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any, *, impleme
             f"x {x.shape}, slots {slots.shape} and active {active.shape} do not fit a {a.shape}, b {b.shape}: "
             f"[R, din], [R], [U], [L, A, r, din] and [L, A, r, dout] are needed"
         )
-    name = implementation
-    if name == "auto":
-        name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
+    name = choose(implementation, IMPLEMENTATIONS)
     if name == "cpu" and not cpu.supports(x, a, b):
         name = "xla"
     return IMPLEMENTATIONS[name](x, a, b, layer, slots, active)

@@ -9,12 +9,10 @@ import jax.numpy as jnp
 
 from pallas_kernels import cpu_library
 
-PANEL = 16  # columns that a product makes at once
-
 
 def supports(x: Any, a: Any, b: Any) -> bool:
     """Whether the kernel takes these arrays, and this machine has it."""
-    fits = x.dtype == a.dtype == b.dtype == jnp.float32 and b.shape[-1] % PANEL == 0
+    fits = x.dtype == a.dtype == b.dtype == jnp.float32 and b.shape[-1] % cpu_library.PANEL == 0
     return fits and cpu_library.available()
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.choice import choose
 from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, by_row, merge
 from pallas_kernels.paged_attention.work import Array, Runs, WorkList
@@ -55,13 +56,9 @@ def paged_attention(
         )
     if work.positions.shape != (b,):
         raise ValueError(f"the work list is for {work.positions.shape[0]} rows, q has {b}")
-    name = implementation
-    if name == "auto":
-        name = jax.default_backend() if jax.default_backend() in IMPLEMENTATIONS else "xla"
+    name = choose(implementation, IMPLEMENTATIONS)
     if name == "cpu" and not cpu.supports(kv_pages, kv_scales):
         name = "xla"
-    if name not in IMPLEMENTATIONS:
-        raise ValueError(f"unknown implementation {name!r}; known: auto, {', '.join(IMPLEMENTATIONS)}")
     out: Array
     lse: Array
     spec = AttentionSpec(scale, window, soft_cap, page_stride or kv_pages.shape[3])
