@@ -201,7 +201,7 @@ class Sequence:
     num_computed: int = 0
     num_scored: int = 0  # prompt positions whose log-probabilities are known (prompt_logprobs)
     cached_tokens: int | None = None  # set at the first admission
-    overtaken: int = 0  # later arrivals that were admitted before it
+    overtaken: int = 0  # later arrivals that were admitted while it was first in line
     page_table: list[int] = dataclasses.field(default_factory=list)
     adapted_from: int = NEVER  # first position whose K/V the model's own adapter makes
     chain: Chain = dataclasses.field(default_factory=Chain)  # how its pages are named

@@ -6,28 +6,33 @@ turn, and compute them again. Among equals, first come, first served. Nobody is 
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
 
 from icarus_jax.pages import PagePool
 from icarus_jax.sequence import Sequence
 
-LOOKAHEAD = 256  # waiting sequences that are looked at
-PATIENCE = 16  # later arrivals that may go before a sequence, times the places, until it goes before all others
+LOOKAHEAD = 256  # waiting sequences that are looked at: those next in line, and as many of the latest
+PATIENCE = 4  # later arrivals that may go before the first in line, times the places, until it goes before all others
 
 
 def in_order(waiting: deque[Sequence], pool: PagePool, places: int) -> list[Sequence]:
     """The order of admission. places: how many sequences can run at once."""
-    first = list(itertools.islice(waiting, LOOKAHEAD))
+    if not waiting:
+        return []
+    near = list(waiting)
+    if len(near) > LOOKAHEAD:  # the latest: an agent's next call finds what its last one has just left
+        near = near[: LOOKAHEAD // 2] + near[-LOOKAHEAD // 2 :]
     cached = {}
-    for seq in first:
+    for seq in near:
         seq.page_keys = seq.chain.keys(seq.tokens, pool.page_size, seq.page_keys)
         cached[seq] = 0 if seq.private else pool.num_cached_of(seq.page_keys)
-    return sorted(first, key=lambda seq: (seq.overtaken < PATIENCE * places, -cached[seq]))
+    patient = near[0].overtaken < PATIENCE * places
+    return sorted(near, key=lambda seq: (patient or seq is not near[0], -cached[seq]))
 
 
 def admit(waiting: deque[Sequence], seq: Sequence) -> None:
-    """Takes `seq` out, past those that came before it."""
-    for earlier in itertools.takewhile(lambda other: other is not seq, waiting):
-        earlier.overtaken += 1
+    """Takes `seq` out. Only the first in line counts who goes before it: if all who were passed over often went before
+    the others, they would evict what a long queue's next calls find cached."""
+    if seq is not waiting[0]:
+        waiting[0].overtaken += 1
     waiting.remove(seq)

@@ -12,7 +12,7 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.pages import Chain, OutOfPages, PagePool, page_key
 from icarus_jax.scheduler import Scheduler
 from icarus_jax.sequence import Model, SampleRow, SamplingParams, Sequence, SessionHint, Status, TokenLogprob
-from icarus_jax.waiting import PATIENCE
+from icarus_jax.waiting import LOOKAHEAD, PATIENCE
 
 CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=5, max_num_batched_tokens=12, max_model_len=48)
 NAMES = ("trunk", "a", "b", "c", "x", "y", "z")
@@ -236,6 +236,28 @@ def test_nobody_waits_for_ever():
         device.run()
         assert len(others) < 5 * PATIENCE
     assert sum(seq.status is Status.FINISHED for seq in others) == PATIENCE
+
+
+def test_a_long_queue_does_not_evict_the_next_calls_of_those_before_it():
+    """Many sessions at once, each of four calls: a call goes out when the reply to the one before it is there."""
+    sessions, calls = LOOKAHEAD + 50, 4
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=2))
+    model, device = Model("trunk", "base"), Device(scheduler)
+    prompts = [[100 + i, 1, 2, 3, 4, 5, 6, 7] for i in range(sessions)]
+    going = [add(scheduler, i, model, prompt, max_tokens=2) for i, prompt in enumerate(prompts)]
+    done = [0] * sessions
+    while scheduler.has_work:
+        device.run()
+        for i, seq in enumerate(going):
+            if seq.status is Status.FINISHED and done[i] < calls:
+                done[i] += 1
+                if done[i] < calls:
+                    prompt = [*seq.tokens, 7, 8]
+                    going[i] = add(scheduler, done[i] * sessions + i, model, prompt, max_tokens=2)
+    assert done == [calls] * sessions
+    computed = scheduler.stats.prompt_tokens - scheduler.stats.cached_tokens_same_model
+    needed = sessions * (len(prompts[0]) + (calls - 1) * 3)  # a reply's last token and what came after it
+    assert needed <= computed < 1.1 * needed
 
 
 def test_latest_arrival_is_preempted():

@@ -114,21 +114,24 @@ def ratio_lines(found: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def plot(runs: Sequence[Run], file: Path, title: str) -> None:
-    """A PNG: throughput and P95 against the rate, a line for each system and number of models, and pages over time."""
+    """A PNG: throughput and P95 against the rate, a line for each system and number of models, and pages over time.
+
+    Runs of an infinite rate lie at the right edge."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 3, figsize=(16, 4.5))
+    edge = 1.25 * max((run.rate for run in runs if run.rate < float("inf")), default=1.0)
     for key in sorted({(run.models, run.system) for run in runs}):
-        some = sorted((r for r in runs if (r.models, r.system) == key and r.rate < float("inf")), key=lambda r: r.rate)
+        some = sorted((run for run in runs if (run.models, run.system) == key), key=lambda run: run.rate)
+        rates = [min(run.rate, edge) for run in some]
         style = {"marker": "o", "label": f"{key[1]}, N={key[0]}", "linestyle": "--" if key[1] == "isolated" else "-"}
-        axes[0].plot([r.rate for r in some], [r.throughput for r in some], **style)
-        axes[1].plot([r.rate for r in some], [r.p95 for r in some], **style)
-        last = max((r for r in runs if (r.models, r.system) == key), key=lambda r: r.rate)
-        if last.pages:
-            times, used, cached = zip(*last.pages, strict=True)
+        axes[0].plot(rates, [r.throughput for r in some], **style)
+        axes[1].plot(rates, [r.p95 for r in some], **style)
+        if some[-1].pages:
+            times, used, cached = zip(*some[-1].pages, strict=True)
             (drawn,) = axes[2].plot(times, used, label=f"{style['label']}: held")
             total = [u + c for u, c in zip(used, cached, strict=True)]
             axes[2].plot(times, total, linestyle=":", color=drawn.get_color(), label="with those kept for reuse")
@@ -136,6 +139,8 @@ def plot(runs: Sequence[Run], file: Path, title: str) -> None:
     for axis, name in zip(axes, names, strict=True):
         axis.set(xlabel="sessions/s" if axis is not axes[2] else "s", ylabel=name)
         axis.grid(alpha=0.3)
+        if axis is not axes[2] and any(run.rate > edge for run in runs):
+            axis.axvline(edge, color="grey", linestyle=":", label="all at once")
         if axis.has_data():
             axis.legend(fontsize=7)
     axes[1].set_yscale("log")
