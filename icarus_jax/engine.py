@@ -23,6 +23,7 @@ from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.distributed import spread
 from icarus_jax.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.heads import Factors, make_bank
+from icarus_jax.model import place_weights
 from icarus_jax.registry import Registry
 from icarus_jax.requests import EngineStats, Request
 from icarus_jax.reuse_check import ReuseCheck
@@ -80,7 +81,7 @@ class Engine:
         Raises ValueError: a head cannot be loaded, or a fully fine-tuned one is not alone.
         """
         layout = make_layout(config, model_config.num_kv_heads)
-        place = functools.partial(layout.place_params, dtype=config.dtype)
+        place = functools.partial(place_weights, layout=layout, config=config)
         trunk, adapters = make_trunk(model_config, params, list((heads or {}).values()), place)
         adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
         ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]

@@ -11,6 +11,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +70,7 @@ def make_trunk(
     config: ModelConfig,
     params: Mapping[str, Weight],
     heads: Sequence[tuple[HeadConfig, Factors | FullHead]],
-    place: Callable[[Mapping[str, Weight]], dict[str, jax.Array]],
+    place: Callable[[Mapping[str, Weight]], dict[str, Any]],
 ) -> tuple[Trunk, list[tuple[HeadConfig, Factors]]]:
     """(The trunk, its weights where `place` puts them; what is left for adapter slots). A fully fine-tuned head lies
     beside the trunk, and has an empty adapter. Raises ValueError if it is not the only head."""
@@ -130,7 +131,7 @@ def _by_slot(trunks: jax.Array, own: jax.Array, slots: Array, first: int) -> jax
 class PairedTrunk(Trunk):
     """The trunk and one fully fine-tuned head."""
 
-    def __init__(self, config: ModelConfig, params: Mapping[str, jax.Array], own: Mapping[str, jax.Array]):
+    def __init__(self, config: ModelConfig, params: Mapping[str, Any], own: Mapping[str, Any]):
         super().__init__(config, dict(params))
         self.blocks = PairedBlock(self.blocks, Block(dict(own)))
         self.own_final_norm = nnx.Param(own["final_norm"])

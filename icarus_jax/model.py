@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -18,11 +18,11 @@ from flax import nnx
 from jax import lax
 
 from icarus_jax.attention import append_and_attend
-from icarus_jax.config import ModelConfig
+from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.heads import Adapters, HeadBank, LayerBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
-from icarus_jax.sharding import Layout
-from pallas_kernels.linear import linear
+from icarus_jax.sharding import Layout, Weight
+from pallas_kernels.linear import Panels, linear, pack
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
@@ -53,18 +53,44 @@ PROJECTIONS = ("qkv", "o", "gate_up", "down")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Stacked:
-    """One layer i32[] of a projection, left where it lies among all layers' weights [L, din, dout, ..]."""
+    """One layer i32[] of a projection, left where it lies among all layers' weights."""
 
-    weights: jax.Array
+    weights: jax.Array | Panels  # [L, din, dout, ..]
     layer: Array
     kernels: str = dataclasses.field(metadata={"static": True})
 
 
 def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
-    """Rows x [B, din] times a projection [din, dout, ..]: [B, dout, ..]."""
+    """Rows x [B, din] times a projection [din, dout, ..]: [B, dout, ..], or of Panels [B, dout]."""
     if isinstance(weight, Stacked):
         return linear(x, weight.weights, weight.layer, implementation=weight.kernels)
     return jnp.tensordot(x, weight[...], 1)  # as it is: a reshape would undo the split of F
+
+
+def place_weights(params: Mapping[str, Weight], layout: Layout, config: EngineConfig) -> dict[str, jax.Array | Panels]:
+    """A trunk's weights on the mesh; on one CPU in Panels, where its kernel takes them. Of a weight that is turned
+    around there are two for a moment."""
+
+    def put(name: str) -> jax.Array | Panels:
+        weight = layout.place_params({name: params[name]}, config.dtype)[name]
+        return in_panels(name, weight) if kernel_reads_layers(layout, layout.kernels(config.kernels)) else weight
+
+    return {name: put(name) for name in params}
+
+
+def kernel_reads_layers(layout: Layout, kernels: str) -> bool:
+    """The CPU's kernel reads a layer where it lies; XLA takes each layer's weights out, in layouts that it chose."""
+    return kernels == "cpu" and layout.mesh.size == 1
+
+
+def in_panels(name: str, weight: jax.Array) -> jax.Array | Panels:
+    """A trunk's weight as the CPU's kernel reads it: those of products in Panels."""
+    if name in PROJECTIONS:
+        return pack(weight)
+    if name in ("embed", "lm_head"):
+        turned = pack(weight.T[None])
+        return turned if isinstance(turned, Panels) else weight
+    return weight
 
 
 class Block(nnx.Module):
@@ -80,13 +106,13 @@ class Block(nnx.Module):
     gate_up: nnx.Param
     down: nnx.Param
 
-    def __init__(self, params: dict[str, jax.Array]):
+    def __init__(self, params: dict[str, Any]):
         for name in BLOCK_PARAMS:
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
     def at(self, layer: Array, kernels: str) -> Block:
         """Of all layers' blocks, that of one, whose projections are not taken out of their stacks."""
-        stacks = {name: param[...] for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
+        stacks = {name: param.get_value() for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
         block = Block({name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS})
         for name in PROJECTIONS:
             setattr(block, name, nnx.data(Stacked(stacks[name], layer, kernels)))
@@ -109,7 +135,7 @@ class Block(nnx.Module):
         x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
-        qkv = product(x, self.qkv)
+        qkv = product(x, self.qkv).reshape(b, k, n // k + 2, h)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         query, key, value = (
@@ -136,7 +162,7 @@ class Block(nnx.Module):
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
         x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        gate_up = product(x, self.gate_up)
+        gate_up = product(x, self.gate_up).reshape(len(x), 2, config.intermediate_size)
         gate, up = gate_up[:, 0], gate_up[:, 1]
         if bank is not None:
             gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
@@ -146,14 +172,19 @@ class Block(nnx.Module):
 
 
 class Trunk(nnx.Module):
-    """The frozen base model. `params` is the canonical dict of checkpoint.py."""
+    """The frozen base model. `params` is the canonical dict of checkpoint.py, or what place_weights made of it."""
 
-    def __init__(self, config: ModelConfig, params: dict[str, jax.Array]):
+    def __init__(self, config: ModelConfig, params: dict[str, Any]):
         self.config = config
         self.embed = nnx.Param(params["embed"])
         self.blocks = Block({name: params[name] for name in BLOCK_PARAMS if name in params})
         self.final_norm = nnx.Param(params["final_norm"])
         self.lm_head = nnx.data(None if config.tie_word_embeddings else nnx.Param(params["lm_head"]))
+
+    def embedded(self, tokens: Array) -> jax.Array:
+        """Tokens i32[B] -> rows [B, D]."""
+        embed = self.embed.get_value()
+        return embed.columns(0, tokens) if isinstance(embed, Panels) else embed[tokens]
 
     def normed(self, x: jax.Array, slots: Array) -> jax.Array:
         """The final norm of the residual stream [S, D], rows of the slots i32[S]."""
@@ -161,7 +192,9 @@ class Trunk(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Normalised rows [S, D] -> logits f32[S, V]."""
-        weight = (self.embed if self.lm_head is None else self.lm_head)[...]
+        weight = (self.embed if self.lm_head is None else self.lm_head).get_value()
+        if isinstance(weight, Panels):
+            return linear(x, weight, 0)
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     def __call__(
@@ -186,8 +219,7 @@ class Trunk(nnx.Module):
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
-        # the CPU's kernel reads a layer where it lies; XLA takes each layer's weights out, in layouts that it chose
-        stay = kernels == "cpu" and layout.mesh.size == 1
+        stay = kernel_reads_layers(layout, kernels)
 
         def pin(x: jax.Array) -> jax.Array:
             return layout.constrain(x, "rows", "embed")
@@ -214,7 +246,7 @@ class Trunk(nnx.Module):
             x = pin(x + block.mlp(config, adapters, x, rows.slots, first))
             return (x, kv), None
 
-        x = pin(self.embed[...][rows.tokens])
+        x = pin(self.embedded(rows.tokens))
         inputs = (jnp.arange(config.num_layers), None if stay else block_state)
         (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), inputs)
         sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")

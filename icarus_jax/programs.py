@@ -45,7 +45,7 @@ class Programs:
         self.num_slots = bank.num_slots if bank is not None else 0
         self._vocab, self._context = model.vocab_size, config.max_model_len
         self._max_num_seqs, self._adapt_writers = config.max_num_seqs, adapt_writers
-        self.kernels = kernels = layout.kernels if config.kernels == "auto" else config.kernels
+        self.kernels = kernels = layout.kernels(config.kernels)
         trunk_def, trunk_state = nnx.split(trunk)
         bank_def, bank_state = nnx.split(bank)
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.as_held(x))  # noqa: E731

@@ -115,10 +115,9 @@ class Layout:
         """How many devices share the tokens of a page."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.kv_tokens)
 
-    @property
-    def kernels(self) -> str:
-        """The implementation of the ops that is made for these devices."""
-        return KERNELS_OF.get(self.platform, "xla")
+    def kernels(self, wanted: str = "auto") -> str:
+        """The implementation of the ops: the one wanted (engine.kernels), or the one made for these devices."""
+        return KERNELS_OF.get(self.platform, "xla") if wanted == "auto" else wanted
 
     @property
     def platform(self) -> str:

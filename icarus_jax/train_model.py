@@ -154,7 +154,7 @@ def prefix_kv(
 ) -> KeyValues:
     """K/V [L, P, K, H] of the tokens i32[P] that all examples begin with: run once, not once an example."""
     length = tokens.shape[0]
-    x = model.embed[...][tokens][None]
+    x = model.embedded(tokens)[None]
     empty = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), x.dtype)
     if not length:
         return empty, empty

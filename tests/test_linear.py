@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from pallas_kernels import linear as op
-from pallas_kernels.linear import cpu
+from pallas_kernels.linear import Panels, pack
 
 LAYERS, LAYER = 3, 1
 SHAPES = [(576, 960), (1536, 576), (70, 16), (65, 1040), (1, 48)]  # din, dout
-ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, cpu.MOST_ROWS, cpu.MOST_ROWS + 1]
+ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, 191, 192, 193, 400]  # its kernel takes 192 at once
 
 
 def make(rows, shape, dtype=np.float32):
@@ -26,6 +26,12 @@ def make(rows, shape, dtype=np.float32):
     return rng.standard_normal((rows, din)).astype(dtype), w, np.int32(LAYER)
 
 
+def packed(w):
+    panels = pack(jnp.asarray(w))
+    assert isinstance(panels, Panels)
+    return panels
+
+
 @functools.cache
 def program(implementation: str):
     return jax.jit(functools.partial(op.linear, implementation=implementation))
@@ -35,9 +41,22 @@ def program(implementation: str):
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_matches_oracle(implementation, shape):
     for rows in ROWS:
-        args = make(rows, shape)
-        want = op.linear(*args, implementation="reference")
-        np.testing.assert_allclose(program(implementation)(*args), want, atol=2e-5, err_msg=f"{rows} rows")
+        x, w, layer = make(rows, shape)
+        want = op.linear(x, w, layer, implementation="reference")
+        for weights in (w, packed(w)):
+            got = program(implementation)(x, weights, layer)
+            np.testing.assert_allclose(got, want, atol=2e-5, err_msg=f"{rows} rows, {type(weights).__name__}")
+
+
+def test_panels_hold_the_weights():
+    _, w, layer = make(1, (65, 1040))
+    panels = packed(w.reshape(LAYERS, 65, 2, 520))
+    assert panels.panels.shape == (LAYERS, 65, 65, 16)
+    np.testing.assert_array_equal(panels.whole(), w)
+    columns = np.array([0, 1039, 17, 17])
+    np.testing.assert_array_equal(panels.columns(layer, columns), w[LAYER][:, columns].T)
+    got = op.linear(np.eye(3, 65, dtype=np.float32), panels, layer, implementation="reference")
+    np.testing.assert_array_equal(got, w[LAYER][:3])
 
 
 def test_oracle_matches_a_loop():
@@ -52,14 +71,16 @@ def test_oracle_matches_a_loop():
 @pytest.mark.parametrize("implementation", ["xla", "cpu"])
 def test_a_row_does_not_depend_on_the_others(implementation):
     """NaN in one row stays there; on CPUs the kernel gives a row the same bits beside any others."""
-    x, w, layer = make(8, (576, 96))
+    x, w, layer = make(200, (576, 96))
+    weights = packed(w) if implementation == "cpu" else w
     spoilt = x.copy()
     spoilt[3] = np.nan
-    got, want = (np.asarray(program(implementation)(rows, w, layer)) for rows in (spoilt, x))
+    got, want = (np.asarray(program(implementation)(rows, weights, layer)) for rows in (spoilt, x))
     assert np.isnan(got[3]).all()
     np.testing.assert_array_equal(np.delete(got, 3, 0), np.delete(want, 3, 0))
     if implementation == "cpu":
-        np.testing.assert_array_equal(program("cpu")(x[5:6], w, layer)[0], want[5])
+        for row in (5, 191, 199):
+            np.testing.assert_array_equal(program("cpu")(x[row : row + 1], weights, layer)[0], want[row])
 
 
 def calls_the_kernel(x, w) -> bool:
@@ -68,17 +89,20 @@ def calls_the_kernel(x, w) -> bool:
 
 def test_what_the_cpu_kernel_takes():
     x, w, _ = make(4, (64, 32))
-    assert calls_the_kernel(x, w)
-    assert calls_the_kernel(x, w.reshape(LAYERS, 64, 2, 16))
-    assert not calls_the_kernel(x.astype(jnp.bfloat16), w.astype(jnp.bfloat16))
-    assert not calls_the_kernel(x, w[..., :31])
-    assert not calls_the_kernel(np.resize(x, (cpu.MOST_ROWS + 1, 64)), w)
+    assert calls_the_kernel(x, packed(w))
+    assert calls_the_kernel(x, packed(w.reshape(LAYERS, 64, 2, 16)))
+    assert not calls_the_kernel(x.astype(jnp.bfloat16), packed(w))
+    for other in (w, w.astype(jnp.bfloat16), w[..., :31]):
+        assert not calls_the_kernel(x.astype(other.dtype), other)
+    for other in (w.astype(jnp.bfloat16), w[..., :31], w[:, :0]):
+        assert pack(jnp.asarray(other)).shape == other.shape
 
 
 def test_wrong_calls_say_what_would_be_right():
     x, w, layer = make(2, (64, 32))
-    with pytest.raises(ValueError, match=r"does not fit w .*\[L, din, dout, ..\]"):
-        op.linear(x[:, 1:], w, layer)
+    for weights in (w, packed(w)):
+        with pytest.raises(ValueError, match=r"does not fit w .*\[L, din, dout, ..\]"):
+            op.linear(x[:, 1:], weights, layer, implementation="cpu")
+        assert op.linear(x[:0], weights, layer, implementation="cpu").shape == (0, 32)
     with pytest.raises(ValueError, match="unknown implementation 'fast'; known: auto, reference"):
         op.linear(x, w, layer, implementation="fast")
-    assert op.linear(x[:0], w, layer, implementation="cpu").shape == (0, 32)

@@ -29,7 +29,7 @@ from icarus_jax.checkpoint import load_trunk, open_trunk, save_orbax
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
 from icarus_jax.distributed import CALLS
 from icarus_jax.heads import HeadBank
-from icarus_jax.model import Trunk
+from icarus_jax.model import Trunk, place_weights
 from icarus_jax.programs import Programs
 from icarus_jax.runner import Runner
 from icarus_jax.sharding import KV_PAGES_AXES, make_layout
@@ -184,10 +184,9 @@ def test_a_host_never_holds_the_model(tmp_path):
 
 
 def programs(model: ModelConfig, config: EngineConfig, adapt_writers: bool) -> Programs:
-    """From shapes alone."""
     layout = make_layout(config, model.num_kv_heads)
-    abstract = lambda name, shape: jax.ShapeDtypeStruct(shape, "float32", sharding=layout.param(name, shape))  # noqa: E731
-    trunk = Trunk(model, {name: abstract(name, shape) for name, shape in param_shapes(model).items()})
+    zeros = {name: np.zeros(shape, np.float32) for name, shape in param_shapes(model).items()}
+    trunk = Trunk(model, place_weights(zeros, layout, config))
     bank = layout.place_bank(HeadBank(model, "float32", 2, 4, TARGETS))
     return Programs(trunk, bank, config, adapt_writers, layout)
 
@@ -219,7 +218,7 @@ def test_the_decode_program(mesh, kv_heads, adapt_writers):
     assert not re.search(rf"= f32\[{','.join(map(str, pool))}\]\S* copy\(", text)  # ... is never copied
 
 
-@pytest.mark.parametrize("mesh, projections", [("1x1", 4), ("1x8", 0)])
+@pytest.mark.parametrize("mesh, projections", [("1x1", 5), ("1x8", 0)])  # four in a layer, and the logits
 def test_on_one_cpu_the_kernels_serve(mesh, projections):
     config = dataclasses.replace(SMALL, page_size=8, max_num_seqs=4, mesh=mesh)
     made = programs(ModelConfig("llama", 320, 64, 128, 2, 16, 8, 8), config, False)

@@ -16,7 +16,7 @@ import numpy as np
 from icarus_jax import cli
 from icarus_jax.config import LORA_TARGETS, ModelConfig
 from icarus_jax.model_zoo import MODELS
-from pallas_kernels.linear import linear
+from pallas_kernels.linear import linear, pack
 from pallas_kernels.lora import lora
 from pallas_kernels.paged_attention import SequenceRows, WorkShape, build_work, paged_attention
 
@@ -42,7 +42,7 @@ class Case:
         return f"{self.sequences} x ({self.common} common + {self.own} own tokens), {what}"
 
 
-PRODUCTS = (1, 2, 8, 16, 32, 48, 96, 128)  # rows
+PRODUCTS = (1, 2, 8, 16, 32, 64, 128, 256, 512)  # rows
 ADAPTED = ((1, 1), (8, 8), (24, 8), (128, 1))  # rows, adapters among them
 RANK = 16
 CASES = (
@@ -125,11 +125,12 @@ def projection_contests(model: ModelConfig, rows: Sequence[int] = PRODUCTS) -> I
     rng = np.random.default_rng(0)
     d, f, h = model.hidden_size, model.intermediate_size, model.head_dim
     shapes = ((d, (model.num_heads + 2 * model.num_kv_heads) * h), (model.num_heads * h, d), (d, 2 * f), (f, d))
-    weights = [jnp.asarray(rng.standard_normal((model.num_layers, *s), np.float32) * s[0] ** -0.5) for s in shapes]
+    plain = [jnp.asarray(rng.standard_normal((model.num_layers, *s), np.float32) * s[0] ** -0.5) for s in shapes]
+    weights = {"xla": plain, "cpu": [pack(w) for w in plain]}
 
     def project(x, layer, weights, implementation):
         qkv, o, gate_up, down = (
-            functools.partial(linear, w=w, layer=layer, implementation=implementation) for w in weights
+            functools.partial(linear, w=w, layer=layer, implementation=implementation) for w in weights[implementation]
         )
         x = o(qkv(x)[:, : model.num_heads * h])
         gate, up = jnp.split(gate_up(x), 2, axis=1)

@@ -1,5 +1,6 @@
 """Rows times one layer of stacked weights."""
 
 from pallas_kernels.linear.api import IMPLEMENTATIONS, linear
+from pallas_kernels.linear.panels import Panels, pack
 
-__all__ = ["IMPLEMENTATIONS", "linear"]
+__all__ = ["IMPLEMENTATIONS", "Panels", "linear", "pack"]

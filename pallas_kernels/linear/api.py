@@ -10,9 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.choice import choose
 from pallas_kernels.linear import cpu, reference, xla
+from pallas_kernels.linear.panels import Panels
 
 # On TPUs and GPUs XLA's own product serves.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
@@ -25,15 +27,20 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def linear(x: Any, w: Any, layer: Any, *, implementation: str = "auto") -> jax.Array:
-    """x [B, din] @ w[layer]: [B, dout, ..] of x's dtype. w [L, din, dout, ..] is passed whole with the layer i32[].
+    """x [B, din] @ w[layer]: [B, dout, ..] of x's dtype. w is passed whole, [L, din, dout, ..] or Panels (then the
+    result is [B, dout]), with the layer i32[].
 
-    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': no
-    gradients, one device; 'xla' for what it does not take). Raises ValueError on mismatched shapes or an unknown name.
+    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': for x of
+    float32 and Panels, no gradients, one device; 'xla' for what it does not take). Raises ValueError on mismatched
+    shapes or an unknown name.
     """
+    name = choose(implementation, IMPLEMENTATIONS)
+    if isinstance(w, Panels):
+        if name == "cpu" and x.dtype == jnp.float32 and x.ndim == 2 and x.shape[1] == w.panels.shape[2]:
+            return cpu.linear(x, w.panels, layer)
+        w = w.whole()
     if x.ndim != 2 or w.ndim < 3 or w.shape[1] != x.shape[1]:
         raise ValueError(f"x {x.shape} does not fit w {w.shape}: [B, din] and [L, din, dout, ..] are needed")
-    name = choose(implementation, IMPLEMENTATIONS)
     flat = w.reshape(*w.shape[:2], math.prod(w.shape[2:]))
-    if name == "cpu" and not cpu.supports(x, flat):
-        name = "xla"
-    return IMPLEMENTATIONS[name](x, flat, layer).reshape(x.shape[0], *w.shape[2:])
+    op = xla.linear if name == "cpu" else IMPLEMENTATIONS[name]
+    return op(x, flat, layer).reshape(x.shape[0], *w.shape[2:])
