@@ -22,7 +22,7 @@ from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.heads import Adapters, HeadBank, LayerBank
 from icarus_jax.layers import Tables, rms_norm, rope, rope_tables
 from icarus_jax.sharding import Layout, Weight
-from pallas_kernels.linear import Panels, linear, pack
+from pallas_kernels.linear import Panels, linear, pack, pack_transposed
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
@@ -68,13 +68,14 @@ def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
 
 
 def place_weights(params: Mapping[str, Weight], layout: Layout, config: EngineConfig) -> dict[str, jax.Array | Panels]:
-    """A trunk's weights on the mesh; on one CPU in Panels, where its kernel takes them. Of a weight that is turned
-    around there are two for a moment."""
+    """A trunk's weights on the mesh; on one CPU in Panels, where its kernel takes them. One after the other: of a weight
+    that is turned around there are two for a moment."""
 
     def put(name: str) -> jax.Array | Panels:
         weight = layout.place_params({name: params[name]}, config.dtype)[name]
-        return in_panels(name, weight) if kernel_reads_layers(layout, layout.kernels(config.kernels)) else weight
+        return jax.block_until_ready(in_panels(name, weight)) if turned else weight
 
+    turned = kernel_reads_layers(layout, layout.kernels(config.kernels))
     return {name: put(name) for name in params}
 
 
@@ -87,10 +88,7 @@ def in_panels(name: str, weight: jax.Array) -> jax.Array | Panels:
     """A trunk's weight as the CPU's kernel reads it: those of products in Panels."""
     if name in PROJECTIONS:
         return pack(weight)
-    if name in ("embed", "lm_head"):
-        turned = pack(weight.T[None])
-        return turned if isinstance(turned, Panels) else weight
-    return weight
+    return pack_transposed(weight) if name in ("embed", "lm_head") else weight
 
 
 class Block(nnx.Module):
@@ -194,7 +192,7 @@ class Trunk(nnx.Module):
         """Normalised rows [S, D] -> logits f32[S, V]."""
         weight = (self.embed if self.lm_head is None else self.lm_head).get_value()
         if isinstance(weight, Panels):
-            return linear(x, weight, 0)
+            return linear(x, weight, 0, implementation="cpu")[:, : self.config.vocab_size]
         return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
 
     def __call__(

@@ -146,6 +146,8 @@ class Scheduler:
             if need + idle > self.pool.num_free and not self.sessions.make_room(need + idle):
                 return
             if not self.slots.acquire(seq.model):
+                if waiting.is_overdue(seq, places):  # else the others might keep the slots for ever
+                    return
                 continue
             self._enter(seq, match, covered, to_compute, plan)
             self._extend(seq, len(seq.tokens) - seq.num_computed)

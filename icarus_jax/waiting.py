@@ -26,8 +26,12 @@ def in_order(waiting: deque[Sequence], pool: PagePool, places: int) -> list[Sequ
     for seq in near:
         seq.page_keys = seq.chain.keys(seq.tokens, pool.page_size, seq.page_keys)
         cached[seq] = 0 if seq.private else pool.num_cached_of(seq.page_keys)
-    patient = near[0].overtaken < PATIENCE * places
-    return sorted(near, key=lambda seq: (patient or seq is not near[0], -cached[seq]))
+    return sorted(near, key=lambda seq: (seq is not near[0] or not is_overdue(seq, places), -cached[seq]))
+
+
+def is_overdue(first: Sequence, places: int) -> bool:
+    """Whether the first in line goes before all others."""
+    return first.overtaken >= PATIENCE * places
 
 
 def admit(waiting: deque[Sequence], seq: Sequence) -> None:

@@ -7,6 +7,7 @@ import functools
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -15,6 +16,7 @@ from icarus_jax.model_zoo import MODELS
 from icarus_jax.sharding import KERNELS_OF
 from pallas_kernels import cpu_library
 from pallas_kernels import paged_attention as op
+from pallas_kernels.linear import pack, pack_transposed
 from tests.attention_cases import CASES, LAYER, Layout, problem
 
 LAYOUT = Layout(4, 2, 64, 16)
@@ -97,6 +99,8 @@ def test_without_it_xla_serves(unbuilt, monkeypatch, caplog, fault):
     (record,) = caplog.records
     assert "XLA programs run instead, slower" in record.getMessage()
     assert not calls_the_library()
+    weights = jnp.ones((2, 16, 32))
+    assert pack(weights) is weights and pack_transposed(weights[0]).shape == (16, 32)
     want = attend("xla")
     np.testing.assert_array_equal(out, want[0])
     np.testing.assert_array_equal(lse, want[1])

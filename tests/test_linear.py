@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from pallas_kernels import linear as op
-from pallas_kernels.linear import Panels, pack
+from pallas_kernels.linear import Panels, pack, pack_transposed
 
 LAYERS, LAYER = 3, 1
-SHAPES = [(576, 960), (1536, 576), (70, 16), (65, 1040), (1, 48)]  # din, dout
+SHAPES = [(576, 960), (1536, 576), (70, 16), (65, 1040), (1, 48), (2100, 32)]  # din, dout
 ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, 191, 192, 193, 400]  # its kernel takes 192 at once
 
 
@@ -52,9 +52,11 @@ def test_panels_hold_the_weights():
     _, w, layer = make(1, (65, 1040))
     panels = packed(w.reshape(LAYERS, 65, 2, 520))
     assert panels.panels.shape == (LAYERS, 65, 65, 16)
-    np.testing.assert_array_equal(panels.whole(), w)
+    np.testing.assert_array_equal(panels.layer(layer), w[LAYER])
     columns = np.array([0, 1039, 17, 17])
     np.testing.assert_array_equal(panels.columns(layer, columns), w[LAYER][:, columns].T)
+    transposed = pack_transposed(jnp.asarray(w[LAYER, :, :1030].T))
+    np.testing.assert_array_equal(transposed.layer(0), np.pad(w[LAYER, :, :1030], ((0, 0), (0, 10))))
     got = op.linear(np.eye(3, 65, dtype=np.float32), panels, layer, implementation="reference")
     np.testing.assert_array_equal(got, w[LAYER][:3])
 
@@ -92,6 +94,8 @@ def test_what_the_cpu_kernel_takes():
     assert calls_the_kernel(x, packed(w))
     assert calls_the_kernel(x, packed(w.reshape(LAYERS, 64, 2, 16)))
     assert not calls_the_kernel(x.astype(jnp.bfloat16), packed(w))
+    assert isinstance(pack_transposed(jnp.asarray(w[0, :, :31])), Panels)
+    assert pack_transposed(jnp.asarray(w[0], jnp.bfloat16)).shape == w[0].shape
     for other in (w, w.astype(jnp.bfloat16), w[..., :31]):
         assert not calls_the_kernel(x.astype(other.dtype), other)
     for other in (w.astype(jnp.bfloat16), w[..., :31], w[:, :0]):

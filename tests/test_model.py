@@ -19,8 +19,11 @@ from icarus_jax.tokenizer import load_tokenizer
 
 VARIANTS = {
     "llama": ("llama", {}),
-    "llama3 rope": ("llama", {"rope_parameters": {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 64}}),
-    "llama tied, no GQA": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 6}),
+    "llama3 rope": (
+        "llama",
+        {"rope_parameters": {**tiny.LLAMA3_ROPE, "original_max_position_embeddings": 64}, "vocab_size": 321},
+    ),
+    "llama tied, no GQA": ("llama", {"tie_word_embeddings": True, "num_key_value_heads": 6, "vocab_size": 321}),
     "qwen2": ("qwen2", {}),
     "qwen3": ("qwen3", {"head_dim": 16}),
 }

@@ -223,11 +223,18 @@ def test_on_one_cpu_the_kernels_serve(mesh, projections):
     config = dataclasses.replace(SMALL, page_size=8, max_num_seqs=4, mesh=mesh)
     made = programs(ModelConfig("llama", 320, 64, 128, 2, 16, 8, 8), config, False)
     bucket = [b for b in make_buckets(config, True) if b.writers == b.logits and b.readers][-1]
-    text = made.lower(bucket).as_text()
+    lowered = made.lower(bucket)
+    text = lowered.as_text()
     assert text.count("custom_call @icarus_linear") == projections
     assert text.count("custom_call @icarus_paged_attention") == 1
     if mesh == "1x1":
         assert text.count("custom_call @icarus_lora") == len(LORA_TARGETS)
+        shapes = [leaf.shape for leaf in jax.tree.leaves(made.weights[0]) if leaf.ndim == 4]
+        text = lowered.compile().as_text()
+        for shape in shapes:
+            panels = rf"f32\[{','.join(map(str, shape))}\]"
+            assert re.search(panels, text) and not re.search(rf"= {panels}\S* (copy|transpose|fusion)\(", text)
+        assert len(shapes) == projections
 
 
 # ---- attention

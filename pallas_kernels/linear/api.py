@@ -35,12 +35,13 @@ def linear(x: Any, w: Any, layer: Any, *, implementation: str = "auto") -> jax.A
     shapes or an unknown name.
     """
     name = choose(implementation, IMPLEMENTATIONS)
+    din = w.panels.shape[2] if isinstance(w, Panels) else w.shape[1] if w.ndim > 2 else None
+    if x.ndim != 2 or x.shape[1] != din:
+        shape = w.panels.shape if isinstance(w, Panels) else w.shape
+        raise ValueError(f"x {x.shape} does not fit w {shape}: [B, din] and [L, din, dout, ..] (or Panels) are needed")
+    if name == "cpu" and not (isinstance(w, Panels) and x.dtype == jnp.float32):
+        name = "xla"
     if isinstance(w, Panels):
-        if name == "cpu" and x.dtype == jnp.float32 and x.ndim == 2 and x.shape[1] == w.panels.shape[2]:
-            return cpu.linear(x, w.panels, layer)
-        w = w.whole()
-    if x.ndim != 2 or w.ndim < 3 or w.shape[1] != x.shape[1]:
-        raise ValueError(f"x {x.shape} does not fit w {w.shape}: [B, din] and [L, din, dout, ..] are needed")
+        return cpu.linear(x, w, layer) if name == "cpu" else IMPLEMENTATIONS[name](x, w.layer(layer)[None], 0)
     flat = w.reshape(*w.shape[:2], math.prod(w.shape[2:]))
-    op = xla.linear if name == "cpu" else IMPLEMENTATIONS[name]
-    return op(x, flat, layer).reshape(x.shape[0], *w.shape[2:])
+    return IMPLEMENTATIONS[name](x, flat, layer).reshape(x.shape[0], *w.shape[2:])

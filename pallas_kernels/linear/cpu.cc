@@ -8,6 +8,7 @@ namespace {
 
 constexpr int kShares = 4;      // of the panels, at least, for each thread
 constexpr int kTogether = 192;  // rows at once: a cache keeps them while the panels pass
+constexpr int kDepth = 2048;    // inputs at once: a cache keeps this much of a panel while the rows pass
 
 // x [B, din], w [L, dout / kPanel, din, kPanel], layer [1]: out [B, dout]
 ffi::Error Linear(ffi::ThreadPool threads, Floats x, Floats w, Integers layer, Result out) {
@@ -21,8 +22,10 @@ ffi::Error Linear(ffi::ThreadPool threads, Floats x, Floats w, Integers layer, R
     const int first = panels * unit / units, last = panels * (unit + 1) / units;
     for (int row = 0; row < rows; row += kTogether)
       for (int panel = first; panel < last; ++panel)
-        Product(std::min(kTogether, rows - row), din, x.typed_data() + (size_t)row * din, din, weights + panel * size,
-                kPanel, out->typed_data() + (size_t)row * dout + panel * kPanel, dout, false);
+        for (int d = 0; d < din; d += kDepth)
+          Product(std::min(kTogether, rows - row), std::min(kDepth, din - d), x.typed_data() + (size_t)row * din + d,
+                  din, weights + panel * size + (size_t)d * kPanel, kPanel,
+                  out->typed_data() + (size_t)row * dout + panel * kPanel, dout, d > 0);
   });
   return ffi::Error::Success();
 }

@@ -10,9 +10,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels import cpu_library
+from pallas_kernels.linear.panels import Panels
 
-def linear(x: Any, panels: Any, layer: Any) -> jax.Array:
-    """The public op (api.py) for weights in panels [L, dout / 16, din, 16] and x f32[B, din]: f32[B, dout]."""
-    _, count, _, width = panels.shape
-    shape = jax.ShapeDtypeStruct((x.shape[0], count * width), jnp.float32)
-    return jax.ffi.ffi_call("icarus_linear", shape)(x, panels, jnp.reshape(layer, 1).astype(jnp.int32))
+
+def linear(x: Any, w: Panels, layer: Any) -> jax.Array:
+    """Same signature as the public op (api.py), for x f32[B, din] and Panels alone."""
+    shape = jax.ShapeDtypeStruct((x.shape[0], w.panels.shape[1] * cpu_library.PANEL), jnp.float32)
+    return jax.ffi.ffi_call("icarus_linear", shape)(x, w.panels, jnp.reshape(layer, 1).astype(jnp.int32))

@@ -24,10 +24,9 @@ class Panels:
 
     panels: jax.Array
 
-    def whole(self) -> jax.Array:
-        """The weights [L, din, dout]."""
-        layers, count, din, width = self.panels.shape
-        return self.panels.swapaxes(1, 2).reshape(layers, din, count * width)
+    def layer(self, layer: Any) -> jax.Array:
+        """A layer's weights [din, dout]."""
+        return self.panels[layer].swapaxes(0, 1).reshape(self.panels.shape[2], -1)
 
     def columns(self, layer: Any, indices: jax.Array) -> jax.Array:
         """Columns i32[B] of a layer i32[]: [B, din]."""
@@ -36,8 +35,25 @@ class Panels:
 
 def pack(w: jax.Array) -> jax.Array | Panels:
     """Weights [L, din, dout, ..] in panels; as they are, if the kernel does not take them or cannot be had."""
-    layers, din, *rest = w.shape
-    dout = math.prod(rest)
-    if w.dtype != jnp.float32 or not din or dout % WIDTH or not cpu_library.available():
-        return w
-    return Panels(w.reshape(layers, din, dout // WIDTH, WIDTH).swapaxes(1, 2))
+    return Panels(_turn(w)) if w.shape[1] and math.prod(w.shape[2:]) % WIDTH == 0 and _fits(w) else w
+
+
+def pack_transposed(w: jax.Array) -> jax.Array | Panels:
+    """Weights [dout, din], as those of one layer, in panels, with columns of zeros up to a whole panel; or as they are."""
+    return Panels(_turn_rows(w)) if _fits(w) else w
+
+
+def _fits(w: jax.Array) -> bool:
+    return w.dtype == jnp.float32 and cpu_library.available()
+
+
+@jax.jit
+def _turn(w: jax.Array) -> jax.Array:
+    layers, din = w.shape[:2]
+    return w.reshape(layers, din, -1, WIDTH).swapaxes(1, 2)
+
+
+@jax.jit
+def _turn_rows(w: jax.Array) -> jax.Array:
+    dout, din = w.shape
+    return jnp.pad(w, ((0, -dout % WIDTH), (0, 0))).reshape(1, -1, WIDTH, din).swapaxes(2, 3)
