@@ -68,27 +68,25 @@ def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
 
 
 def place_weights(params: Mapping[str, Weight], layout: Layout, config: EngineConfig) -> dict[str, jax.Array | Panels]:
-    """A trunk's weights on the mesh; on one CPU in Panels, where its kernel takes them. One after the other: of a weight
-    that is turned around there are two for a moment."""
+    """A trunk's weights on the mesh; on one CPU those of products in Panels, where its kernel takes them.
+
+    One after the other: of a weight that is turned around there are two for a moment.
+    """
+    turned = kernel_reads_layers(layout, layout.kernels(config.kernels))
+    vocabulary = "lm_head" if "lm_head" in params else "embed"  # the product with it is that of its transpose
 
     def put(name: str) -> jax.Array | Panels:
         weight = layout.place_params({name: params[name]}, config.dtype)[name]
-        return jax.block_until_ready(in_panels(name, weight)) if turned else weight
+        if turned and name in PROJECTIONS:
+            return jax.block_until_ready(pack(weight))
+        return jax.block_until_ready(pack_transposed(weight)) if turned and name == vocabulary else weight
 
-    turned = kernel_reads_layers(layout, layout.kernels(config.kernels))
     return {name: put(name) for name in params}
 
 
 def kernel_reads_layers(layout: Layout, kernels: str) -> bool:
     """The CPU's kernel reads a layer where it lies; XLA takes each layer's weights out, in layouts that it chose."""
     return kernels == "cpu" and layout.mesh.size == 1
-
-
-def in_panels(name: str, weight: jax.Array) -> jax.Array | Panels:
-    """A trunk's weight as the CPU's kernel reads it: those of products in Panels."""
-    if name in PROJECTIONS:
-        return pack(weight)
-    return pack_transposed(weight) if name in ("embed", "lm_head") else weight
 
 
 class Block(nnx.Module):

@@ -39,7 +39,7 @@ def pack(w: jax.Array) -> jax.Array | Panels:
 
 
 def pack_transposed(w: jax.Array) -> jax.Array | Panels:
-    """Weights [dout, din], as those of one layer, in panels, with columns of zeros up to a whole panel; or as they are."""
+    """Weights [dout, din] of a single layer in panels, with columns of zeros up to a whole one; or as they are."""
     return Panels(_turn_rows(w)) if _fits(w) else w
 
 
