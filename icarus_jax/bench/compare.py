@@ -116,7 +116,8 @@ def ratio_lines(found: Iterable[dict[str, Any]]) -> list[str]:
 def plot(runs: Sequence[Run], file: Path, title: str) -> None:
     """A PNG: throughput and P95 against the rate, a line for each system and number of models, and pages over time.
 
-    Runs of an infinite rate lie at the right edge."""
+    Runs of an infinite rate lie at the right edge.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
