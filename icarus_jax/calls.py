@@ -28,7 +28,8 @@ class Call:
 class Counters:
     """What the system did in a run, in tokens unless named otherwise; None: it does not say.
 
-    needed: prompt tokens that one cache of unlimited size, shared by all models, would have to compute.
+    needed: prompt tokens that are new: not the beginning of what the same session has said so far, nor of the first
+    session's first prompt. A system that shares one cache may compute less: other sessions begin alike, too.
     """
 
     needed: int

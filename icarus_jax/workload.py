@@ -4,7 +4,8 @@ A file of them is JSON lines, one turn a line:
 
     {"session": 0, "turn": 0, "model": "h3", "prompt_len": 667, "output_len": 25, "wait_s": 0.0, "common_len": 640}
 
-A session's turns run one after the other: a turn is asked `wait_s` seconds after the reply to the turn before it.
+A session's turns count from 0 and run one after the other: a turn is asked `wait_s` seconds after the reply to the turn
+before it. Without a model, `assign` gives it one.
 With `prompt_ids` the prompt is exactly those tokens. With `prompt_len` it is what the session has said so far, its own
 replies included, and new random tokens up to that length (see `Conversation`).
 
@@ -99,14 +100,19 @@ def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
 
 
 def assign(sessions: list[Session], models: Sequence[str], how: str, seed: int = 0) -> list[Session]:
-    """Gives each turn its model.
+    """Gives each turn that names no model its model.
 
     round_robin: another model each turn, each session starting with another one. role: each role has models of its
     own, one of which a session keeps (roles share when models are few). zipf: drawn anew each turn, the k-th model
-    with probability in proportion to k ** -1.5. Raises ValueError.
+    with probability in proportion to k ** -1.5. Raises ValueError, also if a turn names a model that is not there.
     """
     if how not in ASSIGNMENTS:
         raise ValueError(f"no assignment {how!r}; there is {', '.join(ASSIGNMENTS)}")
+    for turn in (turn for session in sessions for turn in session):
+        if turn.model and turn.model not in models:
+            raise ValueError(
+                f"session {turn.session}, turn {turn.turn} asks for {turn.model!r}; the models are {', '.join(models)}"
+            )
     n = len(models)
     roles = 1 + max(turn.role for session in sessions for turn in session)
     weights = np.arange(1, n + 1) ** -ZIPF_EXPONENT
@@ -119,34 +125,39 @@ def assign(sessions: list[Session], models: Sequence[str], how: str, seed: int =
             return (turn.role + roles * (turn.session % max(1, n // roles))) % n
         return int(rng.choice(n, p=weights / weights.sum()))
 
-    return [[dataclasses.replace(turn, model=models[pick(turn)]) for turn in session] for session in sessions]
+    return [
+        [turn if turn.model else dataclasses.replace(turn, model=models[pick(turn)]) for turn in session]
+        for session in sessions
+    ]
 
 
 def arrivals(count: int, rate: float, kind: str, seed: int) -> list[float]:
-    """Seconds at which sessions arrive, `rate` a second in the mean; all at 0 for an infinite rate.
+    """Seconds at which sessions arrive: `count` in count / rate seconds, all at 0 for an infinite rate.
 
-    poisson, or gamma: bursts, intervals with a coefficient of variation of 4. Another rate stretches the same times.
+    poisson, or gamma: bursts, intervals with a coefficient of variation of 4. The intervals drawn are stretched so
+    that their mean is exactly 1 / rate: few draws alone may be far from it.
     """
     if kind not in ARRIVALS or not rate > 0:
         raise ValueError(f"arrivals {kind!r} at {rate} a second: kinds are {', '.join(ARRIVALS)}, rates above 0")
     rng = np.random.default_rng([seed, 6])
     shape = 1.0 if kind == "poisson" else GAMMA_CV**-2
-    return (np.cumsum(rng.gamma(shape, 1 / shape, count)) / rate).tolist()
+    drawn = np.cumsum(rng.gamma(shape, 1 / shape, count))
+    return (drawn / drawn[-1] * count / rate).tolist()
 
 
 def save(sessions: list[Session], path: str | Path) -> None:
-    """Writes JSON lines; what has its default is left out, `role` always."""
+    """Writes JSON lines; what has its default is left out."""
     defaults = {f.name: f.default for f in dataclasses.fields(Turn)}
     with Path(path).open("w") as file:
         for turn in (turn for session in sessions for turn in session):
-            row = {k: v for k, v in vars(turn).items() if k != "role" and v != defaults[k]}
+            row = {k: v for k, v in vars(turn).items() if v != defaults[k]}
             if turn.prompt_ids is not None:
                 del row["prompt_len"]
             file.write(json.dumps(row) + "\n")
 
 
 def load(path: str | Path) -> list[Session]:
-    """Reads what `save` writes, in any order of lines. Raises OSError; ValueError with the line's number."""
+    """Reads what `save` writes, in any order of lines. Raises OSError; ValueError that says where the file is wrong."""
     sessions: dict[int, Session] = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:
@@ -156,4 +167,11 @@ def load(path: str | Path) -> list[Session]:
         except (TypeError, ValueError) as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
         sessions.setdefault(turn.session, []).append(turn)
-    return [sorted(sessions[key], key=lambda turn: turn.turn) for key in sorted(sessions)]
+    found = [sorted(sessions[key], key=lambda turn: turn.turn) for key in sorted(sessions)]
+    for session in found:
+        if [turn.turn for turn in session] != list(range(len(session))):
+            turns = ", ".join(str(turn.turn) for turn in session)
+            raise ValueError(
+                f"{path}, session {session[0].session}: its turns are {turns}; they count from 0, each once"
+            )
+    return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ BEHIND = 0.9  # a system that can end less than this share of the sessions offer
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One system, one number of models, one rate (sessions/s, may be infinite); summary: calls.summarise's.
+    """One system, one number of adapters (0: the base model alone), one rate (sessions/s, may be infinite).
 
-    last_arrival in seconds. pages: (seconds, held by sequences, kept for reuse). note: why not to trust it.
+    summary: calls.summarise's. last_arrival in seconds. pages: (seconds, held by sequences, kept for reuse). note: why
+    not to trust it.
     """
 
     system: str
@@ -24,6 +26,14 @@ class Run:
     summary: dict[str, Any]
     pages: Sequence[Sequence[float]] = dataclasses.field(default_factory=list)
     note: str = ""
+
+    def as_json(self) -> dict[str, Any]:
+        """What `from_json` reads; JSON has no number for an infinite rate."""
+        return dataclasses.asdict(self) | {"rate": self.rate if math.isfinite(self.rate) else "inf"}
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> Run:
+        return cls(**row | {"rate": float(row["rate"])})
 
     @property
     def throughput(self) -> float:
@@ -55,13 +65,13 @@ def line(run: Run) -> str:
 
 
 def saturated(runs: Sequence[Run]) -> Run | None:
-    """The run at the lowest rate at which a system is offered more than it can do; `runs` are its own.
+    """The run at the lowest finite rate at which a system is offered more than it can do; `runs` are its own.
 
     What it can do: the sessions/s that it ended at the highest rate. None: it was never offered more.
     """
     runs = sorted(runs, key=lambda run: run.rate)
     capacity = runs[-1].summary["sessions_per_s"]
-    return next((run for run in runs if run.rate * BEHIND > capacity), None)
+    return next((run for run in runs if math.isfinite(run.rate) and run.rate * BEHIND > capacity), None)
 
 
 def ratios(runs: Sequence[Run], system: str = "shared", baseline: str = "isolated") -> list[dict[str, Any]]:
@@ -103,7 +113,7 @@ def ratio_lines(found: Iterable[dict[str, Any]]) -> list[str]:
     for row in found:
         text = f"N={row['models']}: shared has {row['throughput_ratio']:.2f}x the highest throughput of isolated"
         if row["p95_rate"] is None:
-            text += "; isolated was never past saturation"
+            text += "; no finite rate was past isolated's saturation"
         else:
             text += (
                 f"; P95 {row['p95_ratio']:.1f}x lower (calls: {row['call_p95_ratio']:.1f}x) at {row['p95_rate']:.3g} "

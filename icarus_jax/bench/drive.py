@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import hashlib
+import json
 import time
 from collections.abc import Sequence
 
-from icarus_jax.bench.http import Reply, Server
+from icarus_jax.bench.http import Reply, Server, ServerError
 from icarus_jax.bench.peers import Dialect
 from icarus_jax.calls import Call, Counters
 from icarus_jax.workload import Conversation, Session, Turn, common_prefix
@@ -22,6 +24,7 @@ class Driven:
     """One run. pages: (seconds, held by sequences, kept for reuse) once a second, as far as the server says.
 
     late_s: how much later than due the latest call went out. cpu: what the client itself used, as a share of a core.
+    digest: SHA-256 of all replies' token ids, in the order of sessions and turns; of nothing if the server tells none.
     """
 
     calls: list[Call]
@@ -29,6 +32,7 @@ class Driven:
     pages: list[tuple[float, float, float]]
     late_s: float
     cpu: float
+    digest: str
 
     @property
     def complaint(self) -> str:
@@ -55,6 +59,7 @@ class Driver:
         self._calls: list[Call] = []
         self._pages: list[tuple[float, float, float]] = []
         self._first_prompt: list[int] = []
+        self._said: dict[tuple[int, int], list[int]] = {}  # (session, turn) -> the reply
 
     async def run(self, sessions: Sequence[Session], arrivals: Sequence[float]) -> Driven:
         """Session i starts arrivals[i] seconds after the call. Raises ServerError, OSError: the run is worthless."""
@@ -76,10 +81,11 @@ class Driver:
         gained = {word: after[word] - before[word] for word in after}
         told = {word: int(gained[word]) for word in ("prefill", "evictions", "preemptions", "steps") if word in gained}
         counters = Counters(self._needed, **told, busy_s=gained.get("busy"))
-        return Driven(self._calls, counters, self._pages, self._late, cpu)
+        digest = hashlib.sha256(json.dumps([ids for _, ids in sorted(self._said.items())]).encode()).hexdigest()
+        return Driven(self._calls, counters, self._pages, self._late, cpu, digest)
 
-    async def ask(self, prompt: list[int], model: str, output_len: int, want_ids: bool) -> Reply:
-        """One greedy completion of exactly output_len tokens."""
+    async def ask(self, prompt: list[int], model: str, output_len: int) -> Reply:
+        """One greedy completion of exactly output_len tokens. Raises ServerError, OSError."""
         body = self._dialect.body(model) | {
             "prompt": prompt,
             "max_tokens": output_len,
@@ -87,9 +93,14 @@ class Driver:
             "ignore_eos": True,
             "stream": True,
             "stream_options": {"include_usage": True},
+            "return_token_ids": True,
         }
         reply = Reply()
-        await reply.read(self._server, body | {"return_token_ids": True} if want_ids else body)
+        await reply.read(self._server, body)
+        if reply.output_len != output_len:  # else a server could win by doing less
+            raise ServerError(
+                f"{model}: a reply has {reply.output_len} tokens; {output_len} were asked for, ignore_eos"
+            )
         return reply
 
     async def _session(self, session: Session, due: float) -> None:
@@ -102,10 +113,11 @@ class Driver:
             await asyncio.sleep(self._begin + due - time.monotonic())
             start = time.monotonic() - self._begin
             self._late = max(self._late, start - due)
-            reply = await self.ask(prompt, turn.model, turn.output_len, want_ids=turn.prompt_ids is None)
+            reply = await self.ask(prompt, turn.model, turn.output_len)
             first, due = reply.first - self._begin, reply.end - self._begin
             call = Call(turn.session, turn.turn, turn.model, start, first, due, len(prompt), reply.output_len)
             self._calls.append(call)
+            self._said[turn.session, turn.turn] = reply.token_ids
             talk.reply(reply.token_ids)
 
     def _count(self, turn: Turn, talk: Conversation, prompt: list[int]) -> None:

@@ -26,7 +26,10 @@ OURS = {"shared": "multi.py:{n}", "isolated": "multi.py:{n},isolated"}  # the co
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is asked, once for every system. vocab_size: of the tokens that prompts are made of."""
+    """What is asked, once for every system: sessions[i] has the number i.
+
+    vocab_size: of the tokens that prompts are made of.
+    """
 
     sessions: list[workload.Session]
     vocab_size: int
@@ -56,12 +59,14 @@ def make_plan(config: ConfigDict) -> Plan:
             sessions = agents.replay(w.path, lambda s: text.encode(s, add_special_tokens=False), w.common_len)
     elif w.name in agents.GENERATORS:
         sessions = agents.GENERATORS[w.name](w.sessions, w.seed, w.common_len, w.tool_s)
-    chosen = [s for s in sessions if s[-1].prompt_len + s[-1].output_len <= config.engine.max_model_len]
+    fits = lambda turn: turn.prompt_len + turn.output_len <= config.engine.max_model_len  # noqa: E731
+    chosen = [session for session in sessions if all(map(fits, session))]
     if not chosen:
         raise cli.UsageError(f"no session of {w.name!r} fits engine.max_model_len={config.engine.max_model_len}")
     if len(chosen) < len(sessions):
         print(f"left out: {len(sessions) - len(chosen)} sessions longer than {config.engine.max_model_len} tokens")
-    return Plan(chosen[: w.sessions], len(text), w.seed, w.assign, w.arrivals)
+    numbered = [[dataclasses.replace(turn, session=i) for turn in s] for i, s in enumerate(chosen[: w.sessions])]
+    return Plan(numbered, len(text), w.seed, w.assign, w.arrivals)
 
 
 def numbers(text: str, what: str, kind: type) -> list[Any]:
@@ -73,14 +78,15 @@ def numbers(text: str, what: str, kind: type) -> list[Any]:
 async def measure(
     server: Server, peer: str, system: str, names: list[str], plan: Plan, rate: float, mark: int = 0
 ) -> compare.Run:
-    """One run against a server that is up. mark: as Driver's. Raises ServerError, OSError."""
-    sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
+    """One run against a server that is up. mark: as Driver's. Raises ServerError, OSError, UsageError."""
+    with cli.usage_errors("config.workload"):
+        sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
     arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
     driver = Driver(server, DIALECTS[peer], plan.vocab_size, plan.seed, mark)
-    await driver.ask([1, 2, 3], names[0], 2, want_ids=False)  # the first request may be slow
+    await driver.ask([1, 2, 3], names[0], 2)  # the first request may be slow
     driven = await driver.run(sessions, arrivals)
     summary = summarise(driven.calls, arrivals, driven.counters)
-    summary |= {"late_s": driven.late_s, "client_cpu": driven.cpu}
+    summary |= {"late_s": driven.late_s, "client_cpu": driven.cpu, "output_sha256": driven.digest}
     pages = [list(row) for row in driven.pages]
     return compare.Run(system, len(names), rate, float(arrivals[-1]), summary, pages, driven.complaint)
 
@@ -125,7 +131,7 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
             (rate,) = numbers(text.removesuffix("x"), "rates", float)
             if text.endswith("x"):
                 rate = float(f"{rate * capacity:.3g}")
-            for system in systems:
+            for system in systems[: None if count else 1]:  # without adapters there is nothing to tell them apart
                 with _server(config, system, count, out) as url:
                     server = Server(url)
                     try:
@@ -133,7 +139,7 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
                         done = asyncio.run(measure(server, peer, system, names, plan, rate, mark))
                     except (ServerError, OSError) as error:
                         raise cli.UsageError(f"{url}: {error}") from error
-                yield done
+                yield dataclasses.replace(done, models=count)
             if rate == float("inf"):
                 capacity = done.summary["sessions_per_s"]
 
@@ -143,7 +149,7 @@ def write(out: Path, title: str, runs: Sequence[compare.Run]) -> dict[str, Any]:
     report: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "ratios": compare.ratios(runs),
-        "runs": [dataclasses.asdict(run) for run in runs],
+        "runs": [run.as_json() for run in runs],
     }
     (out / "report.json").write_text(json.dumps(report, indent=1))
     compare.plot(runs, out / "report.png", title)

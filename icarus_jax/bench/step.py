@@ -1,9 +1,9 @@
 """`bench.py step`: ms of a decode step and tokens/s of prefill, for the trunk (`base`) and its heads (`shared`).
 
 Against the floor measured in the same run: the bytes of weights and K/V that a step must read, over this machine's read
-bandwidth. The kinds take turns, and the best round's median counts: shared machines are slowed down for seconds at a
-time. Also whether the KV pages are updated in place: the program's temporary bytes, and a step's time with a pool four
-times the size.
+bandwidth, the best of before and after each size. The kinds take turns, and the best round's median counts: shared
+machines are slowed down for seconds at a time. Also whether the KV pages are updated in place: the program's temporary
+bytes, and a step's time with a pool four times the size.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ WARM = 2  # untimed steps of each round
 
 @dataclasses.dataclass
 class StepResult:
-    """Medians over the timed steps; *_ms in milliseconds, prefill in tokens/s."""
+    """Medians over the timed steps; *_ms in milliseconds, prefill in tokens/s, bandwidth in GB/s."""
 
     kind: str
     sequences: int
@@ -41,6 +41,7 @@ class StepResult:
     over_floor: float
     host_share: float
     prefill: float
+    bandwidth: float
 
 
 def read_bandwidth(size: int = 1 << 29, repeats: int = 7) -> float:
@@ -56,16 +57,16 @@ def read_bandwidth(size: int = 1 << 29, repeats: int = 7) -> float:
     return best
 
 
-def floor_bytes(engine: Engine, sequences: int, context: int, shared: bool) -> int:
-    """Bytes that one decode step must read: each weight once, each sequence's K/V once, the embeddings by row."""
+def floor_bytes(engine: Engine, names: Sequence[str], context: int) -> int:
+    """Bytes that one decode step must read: the trunk once, each sequence's K/V once, its models' adapters once."""
     import jax
 
     model = engine.model_config
-    weights = sum(x.nbytes for x in jax.tree.leaves(engine.runner.weights))
-    if not shared:
-        weights -= sum(x.nbytes for x in jax.tree.leaves(engine.runner.weights[1]))
+    trunk, bank = (sum(x.nbytes for x in jax.tree.leaves(part)) for part in engine.runner.weights)
+    adapters = len({name for name in names if engine.models[name].kind != "base"})
+    weights = trunk + bank * adapters // max(1, engine.runner.num_slots)
     kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * engine.runner.kv_pages.dtype.itemsize
-    return weights + sequences * context * kv
+    return weights + len(names) * context * kv
 
 
 class Decoding:
@@ -129,17 +130,18 @@ def measure(engine: Engine, kinds: dict[str, list[str]], context: int, steps: in
     }
 
 
-def step_table(
-    engine: Engine, sizes: Sequence[int], context: int, steps: int, bandwidth: float
-) -> Iterator[StepResult]:
+def step_table(engine: Engine, sizes: Sequence[int], context: int, steps: int) -> Iterator[StepResult]:
     trunk, *heads = engine.models
     for size in sizes:
         kinds = {"base": [trunk] * size}
         if heads:
             kinds[engine.models[heads[0]].kind] = [heads[i % len(heads)] for i in range(size)]
-        for kind, (step, host, prefill) in measure(engine, kinds, context, steps).items():
-            floor = floor_bytes(engine, size, context, kind != "base") / bandwidth * 1e3
-            yield StepResult(kind, size, step, floor, step / floor, host, prefill)
+        before = read_bandwidth()
+        found = measure(engine, kinds, context, steps)
+        bandwidth = max(before, read_bandwidth())
+        for kind, (step, host, prefill) in found.items():
+            floor = floor_bytes(engine, kinds[kind], context) / bandwidth * 1e3
+            yield StepResult(kind, size, step, floor, step / floor, host, prefill, bandwidth / 1e9)
 
 
 def in_place(build: Callable[[int], contextlib.AbstractContextManager[Engine]], pages: int) -> dict[str, float]:
@@ -161,17 +163,19 @@ def run(config: ConfigDict, sizes: Sequence[int], context: int, steps: int) -> d
         config.engine.max_model_len = max(config.engine.max_model_len, context + 128)
         need = max(sizes) * -(-(context + 128) // config.engine.page_size)
         config.engine.num_pages = max(config.engine.num_pages, need)
-    bandwidth = read_bandwidth()
-    print(f"read bandwidth {bandwidth / 1e9:.1f} GB/s, context {context}")
-    print(f"{'kind':10}{'S':>4}{'step ms':>10}{'floor ms':>10}{'x floor':>9}{'host %':>8}{'prefill tok/s':>15}")
+    print(f"context {context}")
+    print(
+        f"{'kind':10}{'S':>4}{'step ms':>10}{'floor ms':>10}{'x floor':>9}{'host %':>8}{'prefill tok/s':>15}"
+        f"{'read GB/s':>11}"
+    )
     engine = cli.build(config).engine
     results = []
-    bar = tqdm(step_table(engine, sizes, context, steps, bandwidth), total=2 * len(sizes), disable=None, leave=False)
+    bar = tqdm(step_table(engine, sizes, context, steps), total=2 * len(sizes), disable=None, leave=False)
     for r in bar:
         results.append(r)
         tqdm.write(
             f"{r.kind:10}{r.sequences:>4}{r.step_ms:>10.1f}{r.floor_ms:>10.1f}{r.over_floor:>9.2f}"
-            f"{100 * r.host_share:>8.1f}{r.prefill:>15.0f}"
+            f"{100 * r.host_share:>8.1f}{r.prefill:>15.0f}{r.bandwidth:>11.1f}"
         )
     del engine
 
@@ -188,4 +192,4 @@ def run(config: ConfigDict, sizes: Sequence[int], context: int, steps: int) -> d
         f"{place['step_ms_pool_x4']:.1f} ms"
     )
     rows = [dataclasses.asdict(r) for r in results]
-    return {"bandwidth_gb_s": bandwidth / 1e9, "context": context, "rows": rows, "in_place": place}
+    return {"context": context, "rows": rows, "in_place": place}
