@@ -3,7 +3,7 @@
     python launch/check.py --head=DIR --config.data.path=FILE
 
 --config.data.path: JSON lines as for training ({"messages": [..]} or {"prompt", "completion"}); --config.limit of them
-are used. --config.task reads the rows of one of the four tasks (intent, slots, sql, math) instead.
+(0: all) are used. --config.task reads the rows of one of the four tasks (intent, slots, sql, math) instead.
 --config.invocation: the text at which an `activated` head comes on (default: what all prompts end with).
 """
 

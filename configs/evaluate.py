@@ -7,8 +7,9 @@
     python launch/evaluate.py --config=evaluate.py:humaneval    HumanEval: pass@1, greedy
     python launch/evaluate.py --config=evaluate.py:batch --config.data.path=FILE    any OpenAI batch file
 
-The models are those of multi.py; --config.models=a,b picks some, --config.limit=N takes the first N rows, and
---config.out=FILE says where the answers go. A run that was stopped goes on there when it is started again.
+The models are those of multi.py; --config.models=a,b picks some, and --config.limit=N takes the first N rows. The
+answers go to --config.out=FILE (results/TASK.jsonl), where a run that was stopped goes on when it is started again,
+over more rows too; other models need another FILE.
 
 The files are looked for in ../shared/data, or where --config.data.path (and for sql --config.data.database) says. They
 come from PolyAI-LDN/task-specific-datasets (banking77: {"text", "category"}), sonos/nlu-benchmark of 2017 (snips:

@@ -1,6 +1,7 @@
 """The gain of one shared KV cache on chips that are not here. Every figure that comes out is SIMULATED.
 
     python launch/bench.py simulate --config=simulate.py:llama8b_a100        the paper's table: ReAct, 2, 4, 8 models
+    python launch/bench.py simulate --config=simulate.py:llama8b_a100_long   the same model, 4k prompts and 20 calls
     python launch/bench.py simulate --config=simulate.py:qwen14b_a100        Qwen3-14B, ReAct; ...:qwen14b_reflexion
     python launch/bench.py simulate --config=simulate.py:llama70b_v5p32      70B, 32 and 256 models, 16 chips
     python launch/bench.py simulate --config=simulate.py:llama70b_v6e64      the same on 64 chips

@@ -30,6 +30,8 @@ def read(folder: epath.PathLike) -> tuple[dict[str, Any], Tensors]:
         config = json.loads((path / CONFIG_FILE).read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"{path / CONFIG_FILE} is no JSON: {error}") from None
+    if not isinstance(config, dict):
+        raise ValueError(f"{path / CONFIG_FILE} is not a JSON object")
     return config, _read_orbax(path) if is_orbax(path) else _read_safetensors(path)
 
 

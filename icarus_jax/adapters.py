@@ -86,6 +86,12 @@ class Adapter:
                 "and its outputs will differ from those of its training: serve it as kv='activated'",
                 *(self.name, kv),
             )
+        if kv == "isolated" and self.kv_trained == "shared" and self.trunk_identity:  # an untrained one names no trunk
+            log.warning(
+                "adapter %s was trained on the trunk's K/V; as kv='isolated' it makes its own, and its outputs will "
+                "differ from those of its training: serve it as kv='shared'",
+                self.name,
+            )
         if kv != "shared":
             return
         if own_kv := [target for target in KV_TARGETS if target in self.weights]:
@@ -94,12 +100,12 @@ class Adapter:
                 f"differ from the trunk's, so that nothing could be shared; serve it as kv='isolated', or train an "
                 f"adapter on {', '.join(LORA_TARGETS)} alone"
             )
-        if self.kv_trained is None:
+        if self.kv_trained != "shared" and not self.invocation_tokens:
             log.warning(
                 "adapter %s is not marked as trained for a shared trunk: it will attend to the trunk's K/V, whereas it "
-                "was probably trained on K/V of its own, so its outputs will differ from those of its training and may "
+                "was %s trained on K/V of its own, so its outputs will differ from those of its training and may "
                 "be worse; serve it as kv='isolated' for its exact outputs, or train it with kv='shared'",
-                self.name,
+                *(self.name, "(says its mark)" if self.kv_trained else "probably"),
             )
 
 
@@ -165,10 +171,10 @@ def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
     return Adapter(f"random:{seed}:{rank}", rank, weights, kv_trained="shared")
 
 
-def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: float) -> None:
+def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: float, dtype: Any = "float32") -> None:
     """Writes an adapter as a PEFT folder (which PEFT loads too), marked with its kv_trained and trunk_identity.
 
-    alpha: the lora_alpha to write; B is stored divided by alpha / rank.
+    alpha: the lora_alpha to write; B is stored divided by alpha / rank. dtype: of the stored tensors.
     """
     path = pathlib.Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -190,8 +196,8 @@ def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: 
     for target, (a, b) in adapter.weights.items():
         for layer in range(len(a)):
             stem = f"base_model.model.{_module(layer, target)}"
-            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a[layer].T)
-            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b[layer].T * (adapter.rank / alpha))
+            tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a[layer].T, dtype)
+            tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b[layer].T * (adapter.rank / alpha), dtype)
     safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
@@ -203,6 +209,9 @@ def _module(layer: int, target: str) -> str:
 
 def _check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
     """Raises ValueError if the adapter is more than A and B."""
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key, 8), int | float):
+            raise ValueError(f"adapter {folder}: {key}={config[key]!r} in {CONFIG_FILE} is no number")
     if config.get("peft_type") != "LORA":
         raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
     for key, words in _UNSUPPORTED:

@@ -94,7 +94,7 @@ def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
 
 def define_heads() -> flags.FlagHolder[list[str] | None]:
     """Defines --heads; its value goes to `add_heads`."""
-    text = "NAME=PATH[:KV],...: heads to add; PATH: a PEFT folder, or random:SEED; KV: shared, activated or isolated"
+    text = "NAME=PATH[:KV],...: PATH: a PEFT folder, or random:SEED; KV: shared (default), activated or isolated"
     return flags.DEFINE_list("heads", None, text)
 
 

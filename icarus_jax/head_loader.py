@@ -41,7 +41,7 @@ class HeadLoader:
         self.engine = engine
         self.trunk_name = trunk_name
         self.folders = tuple(_real(pathlib.Path(folder).expanduser()) for folder in folders)
-        self._trunk_identity = trunk_identity
+        self.trunk_identity = trunk_identity
         self._sources = dict(sources or {})
         self._lock = threading.Lock()
 
@@ -84,7 +84,7 @@ class HeadLoader:
             if not replace and name in self.engine.models:
                 raise RequestError(f"{name!r} is loaded already, from {self.source(name)}", "name")
             head, factors = read_head(
-                name, source, kv, self.engine.model_config, trunk_identity=self._trunk_identity, pinned=pinned
+                name, source, kv, self.engine.model_config, trunk_identity=self.trunk_identity, pinned=pinned
             )
             self.engine.load_head(head, factors)
             self._sources[name] = source

@@ -78,7 +78,10 @@ def run_program(
                 os.killpg(process.pid, signal.SIGKILL)
             process.communicate()
     if process.returncode == 0 and answer:
-        return Outcome(**json.loads(answer))
+        try:
+            return Outcome(**json.loads(answer))
+        except (ValueError, TypeError):
+            return Outcome(False, "the program wrote into the interpreter's answer")
     return Outcome(False, f"the interpreter ended without a word (exit code {process.returncode})")
 
 

@@ -28,8 +28,10 @@ class TaskSet:
     score: Callable[[str, Row], Score]
 
 
-def _ask(row: Row, task: Task) -> dict[str, Any]:
-    task.completion(row)  # a row without an answer cannot be scored
+def _ask(row: Row, task: Task, score: Callable[[str, Row], Score] | None) -> dict[str, Any]:
+    task.completion(row)
+    if score is not None:
+        score("", row)  # a row that cannot be scored is found before anything is generated
     return {"messages": task.prompt(row), "max_tokens": task.max_new_tokens, "temperature": 0}
 
 
@@ -49,9 +51,10 @@ def task_set(name: str, database: Path | None = None) -> TaskSet:
         score = functools.partial(scoring.score_humaneval, run=sandbox.run_program)
         return TaskSet(COMPLETIONS, _ask_humaneval, score)
     scores = {"intent": scoring.score_intent, "slots": scoring.score_slots, "math": scoring.score_math}
+    request = functools.partial(_ask, task=TASKS[name], score=scores.get(name))
     if database is not None:
         scores["sql"] = functools.partial(scoring.score_sql, database=database)
-    return TaskSet(CHAT, functools.partial(_ask, task=TASKS[name]), scores[name])
+    return TaskSet(CHAT, request, scores[name])
 
 
 def task_evaluation(
@@ -97,7 +100,7 @@ def _body(tasks: TaskSet, name: str, row: Row, where: str) -> dict[str, Any]:
         return tasks.request(row)
     except KeyError as error:
         raise ValueError(f"{where}: the task {name!r} needs the field {error}") from None
-    except (TypeError, AttributeError) as error:
+    except (TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{where}: no row of the task {name!r}: {error}") from None
 
 

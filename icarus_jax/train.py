@@ -65,7 +65,8 @@ class State(NamedTuple):
 
 
 class StepMetrics(NamedTuple):
-    """Per head, f32[A]: the mean loss of its completion tokens, and its gradient's norm before clipping."""
+    """Per head, f32[A]: the mean loss of its completion tokens (0 if it has none), and its gradient's norm before
+    clipping."""
 
     loss: jax.Array
     grad_norm: jax.Array
@@ -128,7 +129,8 @@ def validate(
     sharding: NamedSharding | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(loss, exact) of each head, f64[A]: the mean loss of the completion tokens, and the share of examples whose
-    every completion token is the likeliest one, given those before it: what greedy decoding gets wholly right."""
+    every completion token is the likeliest one, given those before it: what greedy decoding gets wholly right.
+    NaN for a head without an example."""
     num_heads = jax.tree.leaves(heads)[0].shape[0]
     loss, tokens, exact, examples = np.zeros((4, num_heads))
     for batch in batches:
@@ -143,7 +145,8 @@ def validate(
                 tokens[head] += mine.sum()
                 exact[head] += right[row, mine].all()
                 examples[head] += 1
-    return loss / np.maximum(tokens, 1), exact / np.maximum(examples, 1)
+    some = np.where(examples > 0, 1.0, np.nan)
+    return some * loss / np.maximum(tokens, 1), some * exact / np.maximum(examples, 1)
 
 
 def make_mesh(model: int = 1) -> Mesh:

@@ -97,11 +97,16 @@ class Encoder:
             raise ValueError('"messages" is not a list of {"role": .., "content": ..}')
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
             raise ValueError('the last of "messages" must be the assistant\'s, after at least one other')
-        content = messages[-1].get("content")
-        if not isinstance(content, str) or not content.strip():
+        if not all(isinstance(message.get("content"), str) for message in messages):
+            raise ValueError('every one of "messages" must have a "content" that is a string')
+        if not messages[-1]["content"].strip():
             raise ValueError("the completion (the last message's content) is empty")
-        whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
-        prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        try:
+            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
+            prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+        except Exception as error:  # a template may fail in any way on what it was not written for
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ValueError(f"the chat template cannot render these messages: {reason}") from None
         if not isinstance(whole, str) or not isinstance(prompt, str) or not whole.startswith(prompt):
             raise ValueError("the chat template does not write the conversation as its prompt and then the answer")
         return self._ids(prompt, False), self._ended(self._ids(whole[len(prompt) :], False))
@@ -109,7 +114,7 @@ class Encoder:
     def _plain(self, prompt: Any, completion: Any) -> tuple[list[int], list[int]]:
         if not isinstance(prompt, str) or not isinstance(completion, str):
             raise ValueError('"prompt" and "completion" are not both strings')
-        if not completion:
+        if not completion.strip():
             raise ValueError("the completion is empty")
         prompt_ids = self._ids(prompt, True)
         if not prompt_ids:
@@ -117,6 +122,7 @@ class Encoder:
         return prompt_ids, self._ended(self._ids(completion, False))
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
+        text.encode()  # fails, with ValueError, on half a surrogate pair: JSON can hold one, no tokenizer takes it
         return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _ended(self, ids: list[int]) -> list[int]:
@@ -136,7 +142,7 @@ def read_examples(
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --config.data.path=FILE names the training data")
     examples, skipped = [], 0
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
                 continue
@@ -149,7 +155,10 @@ def read_examples(
                 raise ValueError(f"{path}:{number}: broken JSON: {error.msg} (column {error.colno})") from None
             except TooLong as error:
                 if not skip_long:
-                    raise ValueError(f"{path}:{number}: {error}; raise config.data.length or set skip_long") from None
+                    raise ValueError(
+                        f"{path}:{number}: {error}; raise config.data.length (no further than the trunk's context), or "
+                        "leave out what is too long with config.data.skip_long=True"
+                    ) from None
                 skipped += 1
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None

@@ -27,7 +27,7 @@ class TrainLog:
         from tensorboardX import SummaryWriter
 
         file = folder / METRICS
-        kept = [row for row in read_metrics(folder) if row["step"] <= step]
+        kept = [row for row in read_metrics(folder) if row["step"] <= step] if step else []
         file.write_text("".join(json.dumps(row) + "\n" for row in kept))
         self._file = file.open("a")
         self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
@@ -112,11 +112,13 @@ def compare_runs(folders: Sequence[Path], picture: Path) -> None:
         if not (folder / RECORD).exists():
             raise ValueError(f"{folder} is no training run: it has no {RECORD}")
         record = json.loads((folder / RECORD).read_text())
-        kv = record["config.head.kv"]
+        kv = ("full, " if record["config.head.method"] == "full" else "") + record["config.head.kv"]
         for name in record["config.head.names"].split(","):
             key = f"{name}/val_loss"
-            points = [(row["step"], row[key]) for row in read_metrics(folder) if key in row]
-            curves.setdefault(name, []).append((kv, f"{kv}, seed {record['config.train.seed']}", points))
+            if points := [(row["step"], row[key]) for row in read_metrics(folder) if key in row]:
+                curves.setdefault(name, []).append((kv, f"{kv}, seed {record['config.train.seed']}", points))
+    if not curves:
+        raise ValueError("none of these runs has a validation loss to draw")
     figure = Figure(figsize=(3.6 * len(curves), 3.4), layout="constrained")
     panels = figure.subplots(1, len(curves), squeeze=False)[0]
     kinds = sorted({kv for lines in curves.values() for kv, _, _ in lines}, reverse=True)  # shared first

@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from icarus_jax import train_data
 from icarus_jax.adapters import Adapter, save_adapter
 from icarus_jax.checkpoint import TrunkCheckpoint, load_trunk
-from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS
+from icarus_jax.config import KV_TARGETS, LORA_TARGETS, TARGETS
 from icarus_jax.full_heads import FullHead, save_full_head
 from icarus_jax.task_formats import TASKS
 from icarus_jax.tokenizer import eos_token_ids, load_tokenizer
@@ -42,6 +42,7 @@ from icarus_jax.train_log import RECORD, TrainLog, plot_losses
 from icarus_jax.train_model import Method, init_heads
 
 METHODS = ("lora", "full")
+TRAINED_KINDS = ("shared", "isolated")
 
 log = logging.getLogger(__name__)
 
@@ -79,12 +80,18 @@ def head_method(section: ConfigDict, num_heads: int) -> Method:
     """The section `head` of a config. Raises ValueError."""
     if not num_heads:
         raise ValueError("config.head.names is empty: it names the head to train, or several, separated by commas")
-    if section.kv not in KV_KINDS[1:]:
-        raise ValueError(f"config.head.kv={section.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
+    if section.kv not in TRAINED_KINDS:
+        raise ValueError(f"config.head.kv={section.kv!r}; it is one of {', '.join(TRAINED_KINDS)}")
     if section.method not in METHODS:
         raise ValueError(f"config.head.method={section.method!r}; it is one of {', '.join(METHODS)}")
     if num_heads > 1 and (section.method == "full" or section.kv == "isolated"):
         raise ValueError("several heads in one pass must be LoRA heads with kv='shared': others share no forward")
+    if section.method == "full" and (section.targets or section.dropout):
+        raise ValueError(
+            "config.head.targets and .dropout are LoRA's; a fully trained head (method='full') has neither"
+        )
+    if section.rank < 1:
+        raise ValueError(f"config.head.rank={section.rank}; it is at least 1")
     known = LORA_TARGETS if section.kv == "shared" else TARGETS
     targets = tuple(section.targets.split(",")) if section.targets else known
     if wrong := [target for target in targets if target not in known]:
@@ -125,11 +132,13 @@ def output_folder(config: ConfigDict, names: list[str]) -> Path:
 
 def check_record(folder: Path, config: ConfigDict, trunk_identity: str, data: Data) -> None:
     """Writes what a run depends on; raises ValueError if the folder holds a run of another kind."""
-    digest = hashlib.sha256(b"".join(e.tokens.tobytes() for e in data.training)).hexdigest()
-    wanted = {"trunk": trunk_identity, "data": digest}
+    digest = hashlib.sha256()
+    for e in (*data.training, *data.validation):
+        digest.update(np.array([len(e.tokens), e.num_prompt, e.slot], np.int32).tobytes() + e.tokens.tobytes())
+    wanted = {"trunk": trunk_identity, "data": digest.hexdigest()}
     for section in ("head", "optimiser", "data", "train"):
         wanted |= {f"config.{section}.{key}": value for key, value in config[section].items()}
-    for free in ("config.data.path", "config.train.log_every", "config.train.checkpoint_every"):
+    for free in ("config.data.path", "config.head.dtype", "config.train.log_every", "config.train.checkpoint_every"):
         del wanted[free]
     file = folder / RECORD
     if file.exists():
@@ -155,6 +164,9 @@ def _train(
 ) -> State:
     """The loop."""
     section = config.train
+    for key in ("accumulate", "validate_every", "checkpoint_every", "log_every"):
+        if section[key] < 1:
+            raise ValueError(f"config.train.{key}={section[key]}; it is at least 1")
     mesh = make_mesh(config.mesh.model)
     if data.shape.rows % mesh.shape["data"]:
         raise ValueError(
@@ -182,8 +194,8 @@ def _train(
                 loss, exact = validate(
                     trunk.config, method, state.heads, params, prefix, held_out, batch_sharding(mesh, stacked=False)
                 )
-                values = {f"{n}/val_loss": float(x) for n, x in zip(names, loss, strict=True)}
-                values |= {f"{n}/val_exact": float(x) for n, x in zip(names, exact, strict=True)}
+                values = {f"{n}/val_loss": float(x) for n, x in zip(names, loss, strict=True) if not math.isnan(x)}
+                values |= {f"{n}/val_exact": float(x) for n, x in zip(names, exact, strict=True) if not math.isnan(x)}
                 run_log.write(step, values)
                 run_log.say(f"step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
 
@@ -196,8 +208,10 @@ def _train(
                 state, metrics = train_step(
                     trunk.config, method, optimiser, state, params, prefix, placed, jnp.uint32(section.seed)
                 )
-                values = {f"{n}/loss": float(x) for n, x in zip(names, metrics.loss, strict=True)}
-                norms = {f"{n}/grad_norm": float(x) for n, x in zip(names, metrics.grad_norm, strict=True)}
+                there = [(names[slot - 1], slot - 1) for slot in np.unique(batch.slots) if slot]  # not all heads are
+                loss, norm = map(np.asarray, metrics)
+                values = {f"{name}/loss": float(loss[i]) for name, i in there}
+                norms = {f"{name}/grad_norm": float(norm[i]) for name, i in there}
                 seconds = time.monotonic() - began
                 step, examples = step + 1, examples + train_data.num_examples(batch)
                 speed = {
@@ -208,13 +222,16 @@ def _train(
                 rest = {"lr": float(schedule(step - 1)), "epoch": epoch, **speed}
                 run_log.write(step, values | norms | rest)
                 run_log.progress(step, values | rest)
-                if not all(map(math.isfinite, values.values())):
-                    raise ValueError(f"the loss of step {step} is not finite; try a lower --config.optimiser.lr")
-                last = step == optimiser.steps
-                if step % section.validate_every == 0 or last:
+                if not all(map(math.isfinite, (values | norms).values())):
+                    raise ValueError(
+                        f"the loss or gradient of step {step} is not finite; try a lower --config.optimiser.lr"
+                    )
+                if step % section.validate_every == 0 or step == optimiser.steps:
                     check()
-                if step % section.checkpoint_every == 0 or last or stopped:
+                if step % section.checkpoint_every == 0:
                     checkpoints.save(step, state, iterator, examples)
+            if checkpoints.newest != step:
+                checkpoints.save(step, state, iterator, examples)
     if stopped:
         log.warning("stopped at step %d of %d, saved; the same command goes on from there", step, optimiser.steps)
         raise SystemExit(128 + stopped[0])
@@ -227,6 +244,10 @@ class _Checkpoints:
     def __init__(self, folder: Path):
         self._manager = ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(max_to_keep=2))
 
+    @property
+    def newest(self) -> int | None:
+        return self._manager.latest_step()
+
     def save(self, step: int, state: State, iterator: Any, examples: int) -> None:
         position = {"iterator": iterator.get_state(), "examples": examples}
         items = ocp.args.Composite(state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(position))
@@ -234,7 +255,7 @@ class _Checkpoints:
 
     def restore(self, state: State, iterator: Any) -> tuple[State, int]:
         """The newest state and count of examples, the iterator moved there; without a checkpoint, `state` and 0."""
-        step = self._manager.latest_step()
+        step = self.newest
         if step is None:
             return state, 0
         shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, state)
@@ -268,6 +289,9 @@ def _save_head(path: Path, head: dict[str, Any], config: ConfigDict, method: Met
     if not method.full:
         weights = {target: (a, b * np.float32(method.scale)) for target, (a, b) in head.items()}
         adapter = Adapter(path.name, method.rank, weights, method.kv, trunk.identity)
-        save_adapter(str(path), adapter, base_model_name=config.trunk.name, alpha=config.head.alpha)
+        base = config.trunk.source
+        save_adapter(
+            str(path), adapter, base_model_name=base, alpha=config.head.alpha, dtype=jnp.dtype(config.head.dtype)
+        )
         return
     save_full_head(str(path), FullHead(head), method.kv, trunk)

@@ -34,9 +34,10 @@ def main(config: ConfigDict) -> None:
     encoder = train_data.Encoder(app.tokenizer, app.eos_ids, app.engine.config.max_model_len - 1)
     with cli.usage_errors():
         adapter = adapters.load_adapter(_HEAD.value, app.engine.model_config)
+        adapter.check("isolated", app.loader.trunk_identity)
         path = Path(config.data.path).expanduser()
         examples, _ = train_data.read_examples(path, encoder, TASKS.get(config.task), skip_long=True)
-        examples = examples[: config.limit]
+        examples = examples[: config.limit or None]
         if config.invocation:
             invocation = tuple(app.tokenizer(config.invocation, add_special_tokens=False)["input_ids"])
         else:

@@ -3,13 +3,14 @@
 import json
 import logging
 import pathlib
+import re
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from icarus_jax.adapters import load_adapter, random_adapter, save_adapter
+from icarus_jax.adapters import Adapter, load_adapter, random_adapter, save_adapter
 from icarus_jax.checkpoint import load_trunk
 from tests.tiny import ALL_TARGETS, hf_model, tiny_adapter, tiny_model
 
@@ -118,7 +119,24 @@ def test_check_of_shared_adapters(folder, config, tmp_path, caplog):
         random_adapter(0, 4, config).check("shared")
         assert not caplog.records
         plain.check("shared")
-    assert "not marked as trained for a shared trunk" in caplog.text
+    assert "not marked as trained for a shared trunk" in caplog.text and "was probably trained" in caplog.text
+
+
+@pytest.mark.parametrize("trained, served, said", [
+    ("isolated", "shared", r"it was \(says its mark\) trained on K/V of its own"),
+    ("shared", "isolated", "was trained on the trunk's K/V"),
+    ("shared", "shared", None),
+    ("isolated", "isolated", None),
+])  # fmt: skip
+def test_an_adapter_served_as_what_it_was_not_trained_for(trained, served, said, config, caplog):
+    weights = random_adapter(0, 4, config).weights
+    with caplog.at_level(logging.WARNING):
+        Adapter("mine", 4, weights, trained, "a" * 64).check(served, "a" * 64)
+    assert re.search(said, caplog.text) if said else not caplog.text
+
+
+def test_adapters_with_k_and_v_are_not_shared(folder, config, tmp_path):
+    plain = load_adapter(tiny_adapter(folder, tmp_path), config)
     own_kv = load_adapter(tiny_adapter(folder, tmp_path, ("q_proj", "v_proj")), config)
     own_kv.check("isolated")
     with pytest.raises(ValueError, match="v_proj weights and cannot be kv='shared': its K/V would differ"):
@@ -142,6 +160,7 @@ def test_check_of_the_trunk(config):
     [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias='all'"),
+        ({"lora_alpha": "16"}, "lora_alpha='16' in adapter_config.json is no number"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),

@@ -340,7 +340,7 @@ def test_a_whole_sweep_of_a_server_by_its_url(served, folder, tmp_path, capsys):
         (["serve", "--config.workload.name=chat"], "replay"),
         (["serve", "--config.rates=1.25x,inf"], "before '1.25x' there has to be 'inf'"),
         (["serve", "--config=bench.py:twice"], "once, prefix"),
-        (["serve", "--config.workload.path=nowhere.jsonl"], "nowhere.jsonl"),
+        (["serve", "--config.workload.path=nowhere.jsonl"], "nowhere.jsonl: no such file; config.workload.name=react"),
         (["swim"], "step, serve, prefix"),
     ],
 )

@@ -196,6 +196,8 @@ def test_a_prompt_past_the_context_is_an_error_and_no_wrong_answer(double, tmp_p
         ("slots", {"intent": "a"}, "needs the field 'data'"),
         ("slots", {"intent": "a", "data": [{"entity": "b"}]}, "needs the field 'text'"),
         ("math", {"question": "a"}, "needs the field 'answer'"),
+        ("math", {"question": "a", "answer": "42"}, "has no '#### number'"),
+        ("intent", {"text": "a", "category": 5}, "no row of the task 'intent'"),
         ("humaneval", {"prompt": "a", "test": "b"}, "needs the field 'entry_point'"),
         ("intent", "[1]\n", "must be a JSON object"),
         ("intent", '{"text": "a"\n', "broken JSON"),

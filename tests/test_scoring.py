@@ -205,6 +205,7 @@ DOUBLE = {
         ("", "AssertionError"),
         ("\n    return 2 * x\n\nimport sys; sys.exit(0)", "SystemExit"),  # before the tests
         ("\n    import os; os._exit(0)", "without a word"),
+        ("\n    import os; os.write(3, b'x'); os._exit(0)", "wrote into the interpreter's answer"),
     ],
 )
 def test_humaneval(text, error):

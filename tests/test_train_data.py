@@ -72,7 +72,7 @@ ENCODER = train_data.Encoder(tiny.tiny_tokenizer(), frozenset({258}), 64)
 
 def read(tmp_path, *lines, task=None, **options):
     file = tmp_path / "data.jsonl"
-    file.write_text("\n".join(lines) + "\n")
+    file.write_text("\n".join(lines) + "\n", errors="surrogateescape")
     return train_data.read_examples(file, ENCODER, task, **options)
 
 
@@ -92,9 +92,17 @@ GOOD = '{"prompt": "ab", "completion": "c"}'
         ('{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": " "}]}', "empty"),
         ('{"messages": "hi"}', "not a list"),
         (json.dumps({"prompt": "a" * 60, "completion": "b" * 20}), "81 tokens"),
+        ('{"prompt": "a", "completion": " "}', "completion is empty"),
+        ('{"prompt": "\\ud800", "completion": "a"}', "surrogates not allowed"),
+        ('{"prompt": "\udcff", "completion": "a"}', "can't decode byte 0xff"),  # written as the byte 0xff
+        ('{"messages": [{"role": "user", "content": null}, {"role": "assistant", "content": "a"}]}', "string"),
+        ('{"messages": [{"role": "user"}, {"role": "assistant", "content": "a"}]}', "string"),
+        ('{"messages": [{"role": "x", "content": "a"}, {"role": "assistant", "content": "a"}]}', "template.*not x"),
     ],
 )
-def test_bad_data_names_file_and_line(tmp_path, line, words):
+def test_bad_data_names_file_and_line(tmp_path, line, words, monkeypatch):
+    template = "{% if messages[0].role == 'x' %}{{ raise_exception('users come first, not x') }}{% endif %}"
+    monkeypatch.setattr(ENCODER.tokenizer, "chat_template", template + ENCODER.tokenizer.chat_template)
     with pytest.raises(ValueError, match=rf"data\.jsonl:3: .*{words}") as error:
         read(tmp_path, GOOD, "", line)
     assert "\n" not in str(error.value)

@@ -116,6 +116,8 @@ def test_killed_and_resumed_is_as_uninterrupted(trunk, data, tmp_path):
     assert "going on from step" in err
 
     assert losses(broken) == losses(whole) and len(losses(whole)) == STEPS
+    checks = [[row["step"] for row in read_metrics(run) if "words/val_loss" in row] for run in (broken, whole)]
+    assert checks[0] == checks[1] == [0, 5, 10, 15, 20, STEPS]
     want, got = (load_file(folder / "heads" / "words" / WEIGHTS_FILE) for folder in (whole, broken))
     assert want.keys() == got.keys()
     for name, values in want.items():
@@ -124,6 +126,19 @@ def test_killed_and_resumed_is_as_uninterrupted(trunk, data, tmp_path):
     # The same run on the eight devices of this process.
     train_here("words", trunk, data, tmp_path / "eight")
     np.testing.assert_allclose(losses(tmp_path / "eight"), losses(whole), atol=1e-4)
+
+
+def last_validation(run):
+    return [row["words/val_loss"] for row in read_metrics(run) if "words/val_loss" in row][-1]
+
+
+def served_loss(engine, examples):
+    """What the engine says of the held-out rows: nats a completion token."""
+    scores = [
+        harness.score(engine, "words", example.tokens.tolist())[example.num_prompt - 1 :]
+        for example in examples.validation
+    ]
+    return -np.concatenate(scores).mean()
 
 
 @pytest.mark.parametrize("kv, rslora", [("shared", False), ("shared", True), ("isolated", False)])
@@ -136,6 +151,7 @@ def test_what_is_trained_is_what_is_served(kv, rslora, trunk, data, tmp_path):
     assert (adapter.kv_trained, adapter.trunk_identity) == (kv, checkpoint.identity)
     heads = {t: (jnp.asarray(a)[None], jnp.asarray(b)[None] / method.scale) for t, (a, b) in adapter.weights.items()}
     engine = harness.make_engine(trunk, {"words": (str(folder), kv)})
+    assert served_loss(engine, examples) == pytest.approx(last_validation(tmp_path / "run"), abs=1e-3)
     params = {name: jnp.asarray(values) for name, values in checkpoint.params.items()}
     for example in examples.validation[:4]:
         (batch,) = train_data.validation_batches([example], examples.prefix, train_data.RowShape(1, 40, 8))
@@ -185,6 +201,7 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     engine = Engine.create(
         harness.SMALL, before.config, before.params, {"words": (HeadConfig("words", str(folder)), own)}
     )
+    assert served_loss(engine, examples) == pytest.approx(last_validation(tmp_path / "run"), abs=1e-3)
     heads = {name: jnp.asarray(values)[None] for name, values in own.params.items()}
     params = {name: jnp.asarray(values) for name, values in before.params.items()}
     example = examples.validation[0]
@@ -200,6 +217,10 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     "more, words",
     [
         ({"head__kv": "both"}, "config.head.kv='both'"),
+        ({"head__kv": "activated"}, "config.head.kv='activated'; it is one of shared, isolated"),
+        ({"head__method": "full"}, "targets and .dropout are LoRA's"),
+        ({"head__rank": 0}, "config.head.rank=0"),
+        ({"train__checkpoint_every": 0}, "config.train.checkpoint_every=0"),
         ({"head__method": "dora"}, "config.head.method='dora'"),
         ({"head__targets": "q_proj,v_proj"}, "a shared head makes no K/V"),
         ({"head__targets": "qproj"}, "'qproj' is none of"),
@@ -220,6 +241,38 @@ def test_a_folder_of_another_run_is_refused(trunk, data, tmp_path):
     train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1)
     with pytest.raises(ValueError, match=r"config\.head\.rank=8, not 4"):
         train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1, head__rank=4)
+
+
+def test_a_run_over_other_data_is_refused(trunk, data, tmp_path):
+    """Also over the same tokens, if other ones of them are the completion."""
+    rows = [{"prompt": "ab", "completion": "cd"}, {"prompt": "a", "completion": "bcd"}]
+    for row in rows:
+        (tmp_path / "x.jsonl").write_text(f"{json.dumps(row)}\n" * 16)
+        if row is rows[0]:
+            train_here("words", trunk, tmp_path / "x.jsonl", tmp_path / "run", optimiser__steps=1)
+    with pytest.raises(ValueError, match="data="):
+        train_here("words", trunk, tmp_path / "x.jsonl", tmp_path / "run", optimiser__steps=1)
+
+
+def test_a_head_without_rows_in_a_step_has_no_loss_there(trunk, data, tmp_path):
+    """Nor a validation loss, if none of its rows are held out: 0 would be drawn as a wonder."""
+    (tmp_path / "few.jsonl").write_text('{"prompt": "ab", "completion": "c"}\n' * 2)
+    more = {"optimiser__steps": 6, "train__accumulate": 1, "data__rows": 8, "head__dropout": 0.0}
+    train_here("words,few", trunk, f"{data},{tmp_path / 'few.jsonl'}", tmp_path / "run", **more)
+    rows = read_metrics(tmp_path / "run")
+    assert [row for row in rows if "words/val_loss" in row] and not [row for row in rows if "few/val_loss" in row]
+    seen = [row["few/loss"] for row in rows if "few/loss" in row]
+    assert len([row for row in rows if "words/loss" in row]) == 6 > len(seen) > 0 and min(seen) > 0
+
+
+def test_a_saved_head_can_be_bfloat16(trunk, data, tmp_path):
+    """A finished run saves its head anew: only the file's numbers are asked for in another format."""
+    for dtype, size in (("float32", 4), ("bfloat16", 2)):
+        _, (folder,) = train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1, head__dtype=dtype)
+        tensors = load_file(folder / WEIGHTS_FILE)
+        assert {tensor.dtype.name for tensor in tensors.values()} == {dtype}
+        assert (folder / WEIGHTS_FILE).stat().st_size > size * sum(tensor.size for tensor in tensors.values())
+    assert json.loads((folder / CONFIG_FILE).read_text())["base_model_name_or_path"] == trunk
 
 
 @pytest.mark.parametrize("arg", ["", "intent,", "a b", "../x"])

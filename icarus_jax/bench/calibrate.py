@@ -128,7 +128,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
         ratio = compared(run, predictor.run(run, fit)[0])
         used = any(run is point for point in points)
         worst = worst if used else max(worst, *(abs(value - 1) for value in ratio.values()))
-        rows.append({"system": run.system, "models": run.models, "rate": run.rate, "fitted": used, **ratio})
+        rows.append({"system": run.system, "models": run.models, "rate": f"{run.rate:g}", "fitted": used, **ratio})
         print(f"{run.system:10}{run.models:>3}{run.rate:>8.3g}  " + "  ".join(f"{k} {v:.2f}" for k, v in ratio.items())
               + ("  (fitted)" if used else ""))  # fmt: skip
     verdict = f"{'within' if worst <= TOLERANCE else 'NOT within'} {TOLERANCE:.0%}"

@@ -42,7 +42,8 @@ def make_plan(config: ConfigDict) -> Plan:
     """The sessions of config.workload, without their models. Raises UsageError."""
     w = config.workload
     if w.name in ("file", "replay") and not Path(w.path).is_file():
-        raise cli.UsageError(f"config.workload.path={w.path}: no such file")
+        hint = "; config.workload.name=react makes sessions of the same lengths" if w.name == "replay" else ""
+        raise cli.UsageError(f"config.workload.path={w.path}: no such file{hint}")
     if w.name == "file":
         with cli.usage_errors("config.workload.path"):
             sessions = workload.load(w.path)
