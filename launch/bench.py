@@ -107,4 +107,5 @@ if __name__ == "__main__":
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "step"
     if command not in COMMANDS:
         sys.exit(f"bench.py: no benchmark {command!r}; there is {', '.join(COMMANDS)}")
+    sys.argv[0] += f" {command}"  # reports say how they were made
     cli.run(main, COMMANDS[command][1])
