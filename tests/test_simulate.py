@@ -170,7 +170,8 @@ def test_replicas_share_the_sessions():
 @pytest.mark.parametrize(
     "key, value, said",
     [("chip", "b200", "h200"), ("model", "gpt", "qwen3-14b"), ("workload.name", "chat", "reflexion"),
-     ("mesh.model", 7, "7 chips"), ("model", "llama-3.1-70b", "missing"), ("rates", "1,x", "config.rates")],
+     ("mesh.model", 7, "7 chips"), ("model", "llama-3.1-70b", "missing"), ("rates", "1,x", "config.rates"),
+     ("workload.assign", "random", "round_robin"), ("workload.arrivals", "late", "poisson")],
 )  # fmt: skip
 def test_a_wrong_word_is_one_line(key, value, said):
     with pytest.raises(cli.UsageError, match=said):

@@ -82,7 +82,7 @@ async def measure(
     """One run against a server that is up. mark: as Driver's. Raises ServerError, OSError, UsageError."""
     with cli.usage_errors("config.workload"):
         sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
-    arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
+        arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
     driver = Driver(server, DIALECTS[peer], plan.vocab_size, plan.seed, mark)
     await driver.ask([1, 2, 3], names[0], 2)  # the first request may be slow
     driven = await driver.run(sessions, arrivals)

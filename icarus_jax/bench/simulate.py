@@ -70,11 +70,12 @@ def make_sessions(config: ConfigDict) -> list[workload.Session]:
 def simulate(
     machine: Machine, sessions: Sequence[workload.Session], config: ConfigDict, system: str, models: int, rate: float
 ) -> tuple[compare.Run, Simulated]:
-    """One run; `rate` is that of all replicas."""
+    """One run; `rate` is that of all replicas. Raises UsageError."""
     w = config.workload
     heads = make_models(models, system)
-    assigned = workload.assign(list(sessions), list(heads), w.assign, w.seed)
-    arrivals = workload.arrivals(len(assigned), rate / machine.data, w.arrivals, w.seed)
+    with cli.usage_errors("config.workload"):
+        assigned = workload.assign(list(sessions), list(heads), w.assign, w.seed)
+        arrivals = workload.arrivals(len(assigned), rate / machine.data, w.arrivals, w.seed)
     done = Simulation(assigned, arrivals, heads, machine.engine, machine.step_seconds, w.seed).run()
     summary = summarise(done.calls, arrivals, done.counters)
     for name in ("sessions_per_s", "output_tokens_per_s"):
@@ -91,7 +92,8 @@ def capacity(machine: Machine, sessions: Sequence[workload.Session], config: Con
         return 0.0
 
     heads, some = make_models(models, "isolated"), sessions[:CAPACITY_SESSIONS]
-    assigned = workload.assign(list(some), list(heads), config.workload.assign, config.workload.seed)
+    with cli.usage_errors("config.workload"):
+        assigned = workload.assign(list(some), list(heads), config.workload.assign, config.workload.seed)
     Simulation(assigned, range(len(some)), heads, machine.engine, step_seconds, config.workload.seed).run()
     rate = machine.roofline.chip.flops * machine.roofline.assumed.flops_share * machine.roofline.shards
     return machine.data * len(some) * rate / total[0]
