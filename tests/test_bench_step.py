@@ -23,3 +23,22 @@ def test_the_floor_counts_what_a_step_must_read(tmp_path):
     assert one == weights + adapters // 4 + 10 * token  # the other three heads' are not read
     assert step.floor_bytes(engine, names[:1] * 3, 10) == one + 20 * token
     assert step.floor_bytes(engine, names, 10) == weights + adapters + 40 * token
+
+
+def test_the_bandwidth_is_that_of_the_memory_that_the_engine_reads(monkeypatch):
+    asked = []
+
+    def reads(name, num_bytes):
+        return lambda size: lambda: asked.append(name) or num_bytes
+
+    monkeypatch.setattr(step, "_cores_read", reads("cores", 1))
+    monkeypatch.setattr(step, "_device_reads", reads("device", 1))
+    step.read_bandwidth(1 << 20, 2)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # its floor was the host's memory's, on an H100
+    step.read_bandwidth(1 << 20, 2)
+    assert asked == 3 * ["cores"] + 3 * ["device"]
+
+
+def test_both_ways_of_reading_read_every_byte():
+    assert step._cores_read(1 << 20)() == 1 << 20
+    assert step._device_reads(1 << 20, 4)() == 4 << 20
