@@ -45,7 +45,7 @@ class StepResult:
 
 
 def read_bandwidth(size: int = 1 << 29, repeats: int = 7) -> float:
-    """Bytes/s at which the memory that the engine computes from is read, past every cache; the best of several tries."""
+    """Bytes/s at which the memory that the engine computes from is read, past all caches; the best of several tries."""
     import jax
 
     read = _cores_read(size) if jax.default_backend() == "cpu" else _device_reads(size)
