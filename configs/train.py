@@ -29,7 +29,7 @@ from icarus_jax.task_formats import TASKS
 DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # steps and learning rate; then what a packed batch holds: rows, tokens a row, whether longer examples may be left out
 SIZES = {
-    "intent": (600, 2e-3, 6, 144, False),
+    "intent": (600, 4e-3, 6, 144, False),
     "slots": (1000, 2e-3, 5, 168, False),
     "sql": (300, 2e-3, 3, 352, False),
     "math": (400, 1e-3, 3, 512, True),
