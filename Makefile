@@ -1,5 +1,5 @@
 # make serve   start the server (the first time: .venv, packages, default weights)
-# make test    run the tests
+# make test    run the tests, two files at a time
 # make lint    ruff, mypy
 # make clean   remove .venv and every cache of this folder
 # PYTHON=...   the interpreter to make .venv with (3.11 or newer)
@@ -15,7 +15,7 @@ serve: .venv/.stamp
 	$(BIN)/python launch/serve.py --config=multi.py $(ARGS)
 
 test: .venv/.stamp-test
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist=loadfile
 
 lint: .venv/.stamp-test
 	$(BIN)/ruff check --quiet .

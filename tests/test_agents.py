@@ -274,14 +274,14 @@ def test_200_reloads_under_load(world):
     for i in range(200):
         ask()
         engine.load_head(heads["a"][0], heads["ac"[i % 2]][1])
-        if i % 50 == 9:
-            sizes.append(sum(x.nbytes for x in jax.live_arrays()))
+        sizes.append(sum(x.nbytes for x in jax.live_arrays()))
     for _ in range(200):
         assert lock.acquire(timeout=60)
     engine.shutdown()
     assert len(done) == 201 and not failed and engine.stats.head_loads == 200
     assert engine.stats.prefill_tokens == len(PROMPT) and engine.stats.evictions == 0
-    assert max(sizes) <= 1.01 * sizes[0]  # other tests' arrays may go meanwhile
+    # The least of 50: a step that runs meanwhile holds arrays of its own, and other tests' arrays may go.
+    assert min(sizes[150:]) <= 1.01 * min(sizes[:50])
 
 
 # ---- sessions

