@@ -15,14 +15,12 @@ The trajectories are those of noahshinn/reflexion (HotpotQA), in ../shared/data 
 """
 
 import dataclasses
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import single
+from icarus_jax.cli import DATA, serving_config
 from icarus_jax.config import EngineConfig
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 ARGS = ("", "once", "prefix")
 # Of float32 K/V on the CPU. 20,480 tokens: the sessions that run at once fit, once; eight copies of them do not.
 ENGINE = EngineConfig(num_pages=1280, max_num_seqs=24, max_model_len=2560)
@@ -54,7 +52,7 @@ def get_config(arg: str = "") -> ConfigDict:
     )
     if arg == "prefix":
         config.workload.update({"name": "conversation", "sessions": 1, "common_len": 1010})
-    config.trunk = ConfigDict({"source": single.get_config().trunk.source})
+    config.trunk = ConfigDict({"source": serving_config().trunk.source})
     config.engine = ConfigDict(dataclasses.asdict(ENGINE))
     config.out = f"results/serve{'-' + arg if arg else ''}"
     return config.lock()

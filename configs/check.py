@@ -9,18 +9,19 @@
 
 from ml_collections import ConfigDict
 
-from configs import single
+from icarus_jax.cli import serving_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Takes no argument."""
-    config = single.get_config(arg)
-    with config.unlocked():
-        config.data = ConfigDict({"path": ""})
-        config.task = ""
-        config.limit = 50
-        config.invocation = ""
-        config.engine.writer_adapters = True
-        config.engine.max_loras = 3
-        config.engine.max_lora_rank = 64
-    return config
+    if arg:
+        raise ValueError(f"check.py takes no argument, but got {arg!r}")
+    config = serving_config()
+    config.data = ConfigDict({"path": ""})
+    config.task = ""
+    config.limit = 50
+    config.invocation = ""
+    config.engine.writer_adapters = True
+    config.engine.max_loras = 3
+    config.engine.max_lora_rank = 64
+    return config.lock()

@@ -17,13 +17,10 @@ come from PolyAI-LDN/task-specific-datasets (banking77: {"text", "category"}), s
 database as an sqlite file), openai/grade-school-math and openai/human-eval (as they are), one row a line.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from configs import multi
+from icarus_jax.cli import DATA, serving_config, trained_heads
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 FILES = {
     "intent": {"path": "banking77_dev.jsonl"},
     "slots": {"path": "snips_dev.jsonl"},
@@ -38,11 +35,11 @@ def get_config(arg: str = "") -> ConfigDict:
     """arg: the task set, or 'batch'. Raises ValueError."""
     if arg not in FILES:
         raise ValueError(f"no argument {arg!r}; the arguments are {', '.join(FILES)}")
-    config = multi.get_config()
-    with config.unlocked():
-        config.task = arg
-        config.data = ConfigDict({"path": ""} | {key: str(DATA / name) for key, name in FILES[arg].items()})
-        config.models = ""  # a,b; all
-        config.limit = 0  # rows; all
-        config.out = f"results/{arg}.jsonl"
-    return config
+    config = serving_config()
+    config.heads.update(trained_heads())
+    config.task = arg
+    config.data = ConfigDict({"path": ""} | {key: str(DATA / name) for key, name in FILES[arg].items()})
+    config.models = ""  # a,b; all
+    config.limit = 0  # rows; all
+    config.out = f"results/{arg}.jsonl"
+    return config.lock()

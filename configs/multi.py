@@ -13,13 +13,11 @@ otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH
 """
 
 import re
-from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from configs import single
+from icarus_jax.cli import random_heads, serving_config, trained_heads
 
-HEADS = Path(__file__).resolve().parents[1] / "heads"
 # bfloat16 on eight chips, one KV head each (SmolLM2: on one chip). A page of 64 tokens of one KV head of 128
 # is 32 KiB, long enough for a DMA of its own.
 CHIPS = {"dtype": "bfloat16", "kv_dtype": "bfloat16", "page_size": 64, "max_num_seqs": 64, "max_model_len": 8192}
@@ -35,28 +33,18 @@ ARGUMENTS = f"N (1 to 999 random heads), N,isolated, MODEL, MODEL,N and MODEL,N,
 
 def get_config(arg: str = "") -> ConfigDict:
     """arg: '' (the adapters in heads/) or ARGUMENTS. Raises ValueError."""
-    config = single.get_config()
+    config = serving_config()
     if not arg:
-        heads = _trained_heads()
+        heads = trained_heads()
     else:
         match = re.fullmatch(rf"({'|'.join(MODELS)})?(?:(?:^|,)([1-9]\d{{0,2}}))?(,isolated)?", arg)
         if not match or arg == ",isolated":
             raise ValueError(f"no argument {arg!r}; the arguments are {ARGUMENTS}")
         model, count, isolated = match.groups()
-        heads = _random_heads(int(count or 8), "isolated" if isolated else "shared")
+        heads = random_heads(int(count or 8), "isolated" if isolated else "shared")
         if model:
             name, engine = MODELS[model]
             config.trunk.update(source=f"sizes:{name}", name=name)
             config.engine.update(engine)
-    with config.unlocked():
-        config.heads.update(heads)
-    return config
-
-
-def _trained_heads() -> dict[str, dict[str, str]]:
-    folders = sorted(file.parent.name for file in HEADS.glob("*/adapter_config.json"))
-    return {name: {"path": f"{HEADS.name}/{name}", "kv": "shared"} for name in folders}
-
-
-def _random_heads(count: int, kv: str) -> dict[str, dict[str, str]]:
-    return {f"h{i}": {"path": f"random:{i}", "kv": kv} for i in range(count)}
+    config.heads.update(heads)
+    return config.lock()

@@ -19,14 +19,11 @@ The data lie in ../shared/data; its README says where to get them. The run lies 
 or killed goes on by the same command.
 """
 
-from pathlib import Path
-
 from ml_collections import ConfigDict
 
-from configs import single
-from icarus_jax.task_formats import TASKS
+from icarus_jax.cli import DATA, serving_config
+from icarus_jax.tasks import TASKS
 
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 # steps and learning rate; then what a packed batch holds: rows, tokens a row, whether longer examples may be left out
 SIZES = {
     "intent": (600, 4e-3, 6, 144, False),
@@ -44,7 +41,7 @@ def get_config(arg: str = "intent") -> ConfigDict:
         raise ValueError(f"{arg!r}: a head's name has letters, digits, - and _; several are separated by commas")
     sizes = [SIZES.get(name, OWN_DATA) for name in names]
     config = ConfigDict()
-    config.trunk = single.get_config().trunk
+    config.trunk = serving_config().trunk
     config.output = ""  # the run's folder; empty: runs/NAME-KIND-sSEED
     config.head = ConfigDict(
         {

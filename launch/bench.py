@@ -19,7 +19,8 @@ import signal
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -98,14 +99,20 @@ COMMANDS = {
 }
 
 
-def main(config: ConfigDict) -> None:
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that we started is stopped
-    print(json.dumps(COMMANDS[command][0](config)))
-
-
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the command and the flags, and runs the benchmark; also the console script icarus-bench."""
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "step"
     if command not in COMMANDS:
         sys.exit(f"bench.py: no benchmark {command!r}; there is {', '.join(COMMANDS)}")
     sys.argv[0] += f" {command}"  # reports say how they were made
-    cli.run(main, COMMANDS[command][1])
+    measure, default_config = COMMANDS[command]
+
+    def main(config: ConfigDict) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that we started is stopped
+        print(json.dumps(measure(config)))
+
+    cli.run(main, default_config)
+
+
+if __name__ == "__main__":
+    run()

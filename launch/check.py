@@ -12,31 +12,35 @@ import json
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
-from icarus_jax.task_formats import TASKS
+from icarus_jax.errors import UsageError, usage_errors
+from icarus_jax.tasks import TASKS
 
 _HEAD = flags.DEFINE_string("head", None, "the adapter: a PEFT folder, or random:SEED")
 
 
 def main(config: ConfigDict) -> None:
     if not _HEAD.value:
-        raise cli.UsageError("--head=DIR is missing: the adapter to check")
+        raise UsageError("--head=DIR is missing: the adapter to check")
     if config.task and config.task not in TASKS:
-        raise cli.UsageError(f"--config.task={config.task}: no such task; the tasks are {', '.join(TASKS)}")
-    from icarus_jax import adapters, kind_check, train_data
+        raise UsageError(f"--config.task={config.task}: no such task; the tasks are {', '.join(TASKS)}")
+    from icarus_jax.evaluation import kind_check
+    from icarus_jax.training import data
+    from icarus_jax.weights import peft
 
     app = cli.build(config)
-    encoder = train_data.Encoder(app.tokenizer, app.eos_ids, app.engine.config.max_model_len - 1)
-    with cli.usage_errors():
-        adapter = adapters.load_adapter(_HEAD.value, app.engine.model_config)
+    encoder = data.Encoder(app.tokenizer, app.eos_ids, app.engine.config.max_model_len - 1)
+    with usage_errors():
+        adapter = peft.load_adapter(_HEAD.value, app.engine.model_config)
         adapter.check("isolated", app.loader.trunk_identity)
         path = Path(config.data.path).expanduser()
-        examples, _ = train_data.read_examples(path, encoder, TASKS.get(config.task), skip_long=True)
+        examples, _ = data.read_examples(path, encoder, TASKS.get(config.task), skip_long=True)
         examples = examples[: config.limit or None]
         if config.invocation:
             invocation = tuple(app.tokenizer(config.invocation, add_special_tokens=False)["input_ids"])
@@ -54,5 +58,10 @@ def main(config: ConfigDict) -> None:
     app.engine.shutdown()
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-check."""
     cli.run(main, "check.py")
+
+
+if __name__ == "__main__":
+    run()

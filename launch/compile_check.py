@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a chip that is here stays free
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 from ml_collections import ConfigDict
@@ -27,11 +28,16 @@ _ONLY = flags.DEFINE_string("only", "", "a regular expression: the programs to c
 
 def main(config: ConfigDict) -> None:
     cli.add_heads(config, _HEADS.value or ())
-    from icarus_jax import compile_report
+    from icarus_jax.aot import report
 
-    if not compile_report.run(config, _TOPOLOGY.value, _CONTEXT.value, _ONLY.value):
+    if not report.run(config, _TOPOLOGY.value, _CONTEXT.value, _ONLY.value):
         sys.exit(1)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-compile-check."""
     cli.run(main, default_config="multi.py")
+
+
+if __name__ == "__main__":
+    run()

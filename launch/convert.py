@@ -13,12 +13,14 @@ both are served with --heads=NAME=FOLDER.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
+from icarus_jax.errors import UsageError, usage_errors
 
 _OUTPUT = flags.DEFINE_string("output", None, "the folder to write, local or in a bucket; it must not exist")
 _ADAPTER = flags.DEFINE_string("adapter", None, "an adapter to convert, instead of the config's trunk")
@@ -26,10 +28,10 @@ _ADAPTER = flags.DEFINE_string("adapter", None, "an adapter to convert, instead 
 
 def main(config: ConfigDict) -> None:
     if not _OUTPUT.value:
-        raise cli.UsageError("--output=NEW_FOLDER is missing")
-    from icarus_jax import adapter_files, checkpoint
+        raise UsageError("--output=NEW_FOLDER is missing")
+    from icarus_jax.weights import adapter_files, checkpoint
 
-    with cli.usage_errors():
+    with usage_errors():
         if _ADAPTER.value:
             form = adapter_files.convert(_ADAPTER.value, _OUTPUT.value)
             return print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
@@ -38,5 +40,10 @@ def main(config: ConfigDict) -> None:
     print(f"{_OUTPUT.value} holds {config.trunk.source}")
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-convert."""
     cli.run(main, default_config="single.py")
+
+
+if __name__ == "__main__":
+    run()

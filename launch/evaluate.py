@@ -19,13 +19,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from icarus_jax import batch_eval, cli, sandbox, task_sets
+from icarus_jax import cli
+from icarus_jax.errors import UsageError, usage_errors
+from icarus_jax.evaluation import batch, sandbox, task_sets
+from icarus_jax.llm import LLM
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
@@ -38,9 +42,9 @@ def main(config: ConfigDict) -> None:
     models = keep_models(config)
     if config.task == "humaneval" and not sandbox.is_isolated():
         logging.warning("no namespaces to be had: only Python's audit hook keeps generated code off the network")
-    with cli.usage_errors():
+    with usage_errors():
         evaluation = make_evaluation(config, models)
-        report = batch_eval.run(evaluation, Path(config.out).expanduser(), lambda: serve(config), progress_bar)
+        report = batch.run(evaluation, Path(config.out).expanduser(), lambda: serve(config), progress_bar)
     print(json.dumps(report))
 
 
@@ -50,31 +54,29 @@ def keep_models(config: ConfigDict) -> list[str]:
     models = [name for name in config.models.split(",") if name] or served
     for name in models:
         if name not in served:
-            raise cli.UsageError(f"--config.models: no model {name!r}; served are {', '.join(served)}")
+            raise UsageError(f"--config.models: no model {name!r}; served are {', '.join(served)}")
     with config.unlocked():
         for name in set(config.heads) - set(models):
             del config.heads[name]
     return list(dict.fromkeys(models))
 
 
-def make_evaluation(config: ConfigDict, models: list[str]) -> batch_eval.Evaluation:
+def make_evaluation(config: ConfigDict, models: list[str]) -> batch.Evaluation:
     if not config.data.path:
-        raise cli.UsageError("--config.data.path=FILE is missing")
+        raise UsageError("--config.data.path=FILE is missing")
     if config.limit < 0:
-        raise cli.UsageError(f"--config.limit={config.limit}: it must be 0 (all rows) or more")
+        raise UsageError(f"--config.limit={config.limit}: it must be 0 (all rows) or more")
     path = Path(config.data.path).expanduser()
     served = fingerprints(config)
     if config.task == "batch":
-        return batch_eval.batch_evaluation(path, served, config.limit)
+        return batch.batch_evaluation(path, served, config.limit)
     database = Path(config.data.database).expanduser() if "database" in config.data else None
     return task_sets.task_evaluation(config.task, path, models, served, config.limit, database)
 
 
 def fingerprints(config: ConfigDict) -> dict[str, Any]:
     """What answers: the number formats, the trunk, and each head, local ones by their files' contents."""
-    heads = {
-        name: f"{head.kv} {_contents(head.path, cli.REPOSITORY / head.path)}" for name, head in config.heads.items()
-    }
+    heads = {name: f"{head.kv} {_contents(head.path, cli.HOME / head.path)}" for name, head in config.heads.items()}
     formats = f"{config.engine.dtype}, KV {config.engine.kv_dtype}"
     trunk = _contents(config.trunk.source, Path(config.trunk.source).expanduser())
     return {"formats": formats, config.trunk.name: trunk, **heads}
@@ -96,20 +98,18 @@ def _contents(name: str, path: Path) -> str:
 @contextlib.contextmanager
 def serve(config: ConfigDict) -> Iterator[tuple[ASGIApp, int]]:
     """The HTTP API on a running engine, and how many requests to keep in flight."""
-    app = cli.build(config)
-    from icarus_jax.server import create_app
-
-    app.start()
-    try:
-        api = create_app(app.engine, app.tokenizer, app.eos_ids, app.loader)
-        yield api, 2 * app.engine.config.max_num_seqs  # the next ones wait in the engine
-    finally:
-        app.engine.shutdown(drain=False)
+    with LLM.from_config(config) as llm:
+        yield llm.asgi(), 2 * llm.engine.config.max_num_seqs  # the next ones wait in the engine
 
 
 def progress_bar(total: int, done: int) -> Callable[[], object]:
     return tqdm(total=total, initial=done, unit="answer", file=sys.stderr, disable=None).update
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-evaluate."""
     cli.run(main, default_config="evaluate.py:intent")
+
+
+if __name__ == "__main__":
+    run()

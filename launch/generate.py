@@ -12,25 +12,26 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import queue
 import shutil
 import sys
 import textwrap
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import ConfigDict
-from tqdm import tqdm
 
 from icarus_jax import cli
-from icarus_jax.sequence import SamplingParams, TokenOutput
+from icarus_jax.errors import UsageError
+from icarus_jax.llm import LLM
+from icarus_jax.scheduling.request import SamplingParams
 
 if TYPE_CHECKING:
-    from icarus_jax.engine import Engine
-    from icarus_jax.text import Vocabulary
+    from icarus_jax.server.offline import CompletionOutput, RequestOutput
 
 _PROMPT = flags.DEFINE_string("prompt", None, "the prompt's text")
 _PROMPT_IDS = flags.DEFINE_list("prompt_ids", None, "1,2,3: the prompt's token ids, instead of --prompt")
@@ -45,108 +46,60 @@ _HEADS = cli.define_heads()
 MIN_COLUMN = 32  # characters; models that do not fit beside each other go below
 
 
-@dataclasses.dataclass
-class Answer:
-    model: str
-    text: str = ""
-    token_ids: list[int] = dataclasses.field(default_factory=list)
-    cached_tokens: int = 0
-    finish_reason: str = ""
-
-    def add(self, output: TokenOutput) -> None:
-        self.token_ids += output.token_ids
-        self.cached_tokens = max(self.cached_tokens, output.cached_tokens)
-        self.finish_reason = output.finish_reason or self.finish_reason
-
-
 def main(config: ConfigDict) -> None:
     cli.add_heads(config, _HEADS.value or ())
     models = pick_models(cli.served_names(config))
     params = SamplingParams(max_tokens=_MAX_TOKENS.value, temperature=_TEMPERATURE.value, seed=_SEED.value)
-    given_ids = parse_prompt_ids()
-
-    app = cli.build(config)
-    from icarus_jax import text
-
-    vocabulary = text.Vocabulary(app.tokenizer)
-    prompt_ids = encode_prompt(vocabulary, _PROMPT.value or "") if given_ids is None else given_ids
-    app.start()
-    try:
-        answers = ask(app.engine, models, prompt_ids, params)
-    finally:
-        app.engine.shutdown(drain=False)
-    for answer in answers:
-        detokenizer = text.Detokenizer(vocabulary, params, prompt_ids=prompt_ids)
-        answer.text = detokenizer.push(answer.token_ids) + detokenizer.finish()
+    prompt = parse_prompt()
+    with LLM.from_config(config) as llm:
+        if _CHAT.value and not llm.tokenizer.chat_template:
+            raise UsageError("--chat: this trunk has no chat template; leave --chat out")
+        if _CHAT.value:
+            (answer,) = llm.chat([{"role": "user", "content": prompt}], models, params)
+        else:
+            (answer,) = llm.generate(prompt, models, params)
     if _JSON.value:
-        print(json.dumps({"prompt_ids": prompt_ids, "models": [dataclasses.asdict(answer) for answer in answers]}))
+        print(json.dumps({"prompt_ids": answer.prompt_token_ids, "models": [shown(a) for a in answer.outputs]}))
     else:
-        width = shutil.get_terminal_size().columns
-        print("\n".join(side_by_side(answers, len(prompt_ids), width)))
+        print("\n".join(side_by_side(answer, shutil.get_terminal_size().columns)))
+
+
+def shown(answer: CompletionOutput) -> dict[str, object]:
+    """An answer as --json prints it."""
+    keys = ("model", "text", "token_ids", "cached_tokens", "finish_reason")
+    return {key: value for key, value in dataclasses.asdict(answer).items() if key in keys}
 
 
 def pick_models(served: list[str]) -> list[str]:
     for name in _MODELS.value or ():
         if name not in served:
-            raise cli.UsageError(f"--models: no model {name!r}; served are {', '.join(served)}")
+            raise UsageError(f"--models: no model {name!r}; served are {', '.join(served)}")
     return list(dict.fromkeys(_MODELS.value or served))
 
 
-def parse_prompt_ids() -> list[int] | None:
-    """The ids of --prompt_ids, or None if there is a --prompt instead."""
+def parse_prompt() -> str | list[int]:
+    """The text of --prompt, or the ids of --prompt_ids."""
     if (_PROMPT.value is None) == (_PROMPT_IDS.value is None):
-        raise cli.UsageError("give the prompt as either --prompt=TEXT or --prompt_ids=1,2,3")
-    if _PROMPT_IDS.value is None:
-        return None
+        raise UsageError("give the prompt as either --prompt=TEXT or --prompt_ids=1,2,3")
+    if _PROMPT.value is not None:
+        return _PROMPT.value
     if _CHAT.value:
-        raise cli.UsageError("--chat needs --prompt=TEXT; token ids are taken as they are")
+        raise UsageError("--chat needs --prompt=TEXT; token ids are taken as they are")
+    words = _PROMPT_IDS.value or []
     try:
-        return [int(word) for word in _PROMPT_IDS.value]
+        return [int(word) for word in words]
     except ValueError:
-        raise cli.UsageError(f"--prompt_ids={','.join(_PROMPT_IDS.value)}: not numbers like 1,2,3") from None
+        raise UsageError(f"--prompt_ids={','.join(words)}: not numbers like 1,2,3") from None
 
 
-def encode_prompt(vocabulary: Vocabulary, prompt: str) -> list[int]:
-    if not _CHAT.value:
-        return vocabulary.encode(prompt)
-    if not vocabulary.tokenizer.chat_template:
-        raise cli.UsageError("--chat: this trunk has no chat template; leave --chat out")
-    message = [{"role": "user", "content": prompt}]
-    rendered = vocabulary.tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
-    return vocabulary.encode(rendered, add_special_tokens=False)
-
-
-def ask(engine: Engine, models: list[str], prompt_ids: list[int], params: SamplingParams) -> list[Answer]:
-    """Asks the first model, and the others as soon as the prompt's K/V is in the cache."""
-    from icarus_jax.requests import Request
-
-    outputs: queue.SimpleQueue[tuple[Answer, TokenOutput]] = queue.SimpleQueue()
-    answers = [Answer(model) for model in models]
-
-    def submit(answer: Answer) -> None:
-        request = Request((answer.model,), tuple(prompt_ids), params)
-        engine.submit(request, lambda _, output: outputs.put((answer, output)))
-
-    submit(answers[0])
-    waiting = answers[1:]
-    total = params.max_tokens * len(models)
-    with tqdm(total=total, unit="token", file=sys.stderr, disable=None, leave=False) as bar:
-        while not all(answer.finish_reason for answer in answers):
-            answer, output = outputs.get()
-            answer.add(output)
-            bar.update(len(output.token_ids))
-            while waiting:
-                submit(waiting.pop(0))
-    return answers
-
-
-def side_by_side(answers: list[Answer], prompt_len: int, width: int) -> list[str]:
-    """The answers as columns that fit into `width` characters; as many rows of columns as that takes."""
+def side_by_side(answer: RequestOutput, width: int) -> list[str]:
+    """The models' answers as columns that fit into `width` characters; as many rows of columns as that takes."""
+    answers, prompt_len = answer.outputs, len(answer.prompt_token_ids)
     per_row = max(1, min(len(answers), (width + 3) // (MIN_COLUMN + 3)))
     column = (width + 3) // per_row - 3
     lines: list[str] = []
     for start in range(0, len(answers), per_row):
-        columns = [render(answer, prompt_len, column) for answer in answers[start : start + per_row]]
+        columns = [render(one, prompt_len, column) for one in answers[start : start + per_row]]
         for i in range(max(map(len, columns))):
             cells = (lines_of[i] if i < len(lines_of) else "" for lines_of in columns)
             lines.append(" | ".join(cell.ljust(column) for cell in cells).rstrip())
@@ -154,7 +107,7 @@ def side_by_side(answers: list[Answer], prompt_len: int, width: int) -> list[str
     return lines[:-1]
 
 
-def render(answer: Answer, prompt_len: int, column: int) -> list[str]:
+def render(answer: CompletionOutput, prompt_len: int, column: int) -> list[str]:
     counts = (
         f"{answer.cached_tokens} of {prompt_len} from the cache, {len(answer.token_ids)} new ({answer.finish_reason})"
     )
@@ -164,5 +117,10 @@ def render(answer: Answer, prompt_len: int, column: int) -> list[str]:
     return lines
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-generate."""
     cli.run(main, default_config="multi.py")
+
+
+if __name__ == "__main__":
+    run()

@@ -12,14 +12,16 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
+from icarus_jax.errors import usage_errors
 
 if TYPE_CHECKING:
-    from icarus_jax.head_loader import HeadLoader
+    from icarus_jax.server.head_loader import HeadLoader
 
 _HEADS = cli.define_heads()
 
@@ -27,7 +29,7 @@ _HEADS = cli.define_heads()
 def main(config: ConfigDict) -> None:
     cli.add_heads(config, _HEADS.value or ())
     app = cli.build(config)
-    from icarus_jax import server
+    from icarus_jax.server import app as server
 
     watcher = watching(app.loader, config.server.watch_heads)
     app.start()
@@ -37,14 +39,19 @@ def main(config: ConfigDict) -> None:
 
 
 def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:
-    """Watches a folder of heads, if one is named; a relative one counts from the repository."""
+    """Watches a folder of heads, if one is named; a relative one counts from the working directory."""
     if not folder:
         return contextlib.nullcontext()
-    from icarus_jax.head_watch import HeadWatcher
+    from icarus_jax.server.head_watch import HeadWatcher
 
-    with cli.usage_errors("config.server.watch_heads"):
-        return HeadWatcher(loader, cli.REPOSITORY / folder)
+    with usage_errors("config.server.watch_heads"):
+        return HeadWatcher(loader, Path(folder).expanduser())
+
+
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-serve."""
+    cli.run(main, default_config="multi.py")
 
 
 if __name__ == "__main__":
-    cli.run(main, default_config="multi.py")
+    run()

@@ -10,12 +10,14 @@ configs/train.py says what can be trained. Stopped or killed, the same command g
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+if __name__ == "__main__":  # run as a file: the package lies beside this folder
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
+from icarus_jax.errors import UsageError, usage_errors
 
 _COMPARE = flags.DEFINE_list("compare", [], "folders of runs to draw, instead of training")
 _PICTURE = flags.DEFINE_string("picture", None, "the file to draw them into")
@@ -24,24 +26,29 @@ _PICTURE = flags.DEFINE_string("picture", None, "the file to draw them into")
 def main(config: ConfigDict) -> None:
     if _COMPARE.value:
         return compare()
-    from icarus_jax import train_loop
+    from icarus_jax.training import loop
 
     cli.enable_compilation_cache()
-    with cli.usage_errors():
-        heads = train_loop.run(config)
+    with usage_errors():
+        heads = loop.run(config)
     for head in heads:
         print(head)
 
 
 def compare() -> None:
     if not _PICTURE.value:
-        raise cli.UsageError("--picture=FILE is missing")
-    from icarus_jax import train_log
+        raise UsageError("--picture=FILE is missing")
+    from icarus_jax.training import log
 
-    with cli.usage_errors():
-        train_log.compare_runs([Path(run).expanduser() for run in _COMPARE.value], Path(_PICTURE.value))
+    with usage_errors():
+        log.compare_runs([Path(run).expanduser() for run in _COMPARE.value], Path(_PICTURE.value))
     print(_PICTURE.value)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """Reads the flags and runs the program; also the console script icarus-train."""
     cli.run(main, default_config="train.py")
+
+
+if __name__ == "__main__":
+    run()

@@ -13,9 +13,11 @@ from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_toke
 from transformers import PreTrainedTokenizerFast
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
-from icarus_jax.heads import Factors
-from icarus_jax.requests import EngineStats, Request
-from icarus_jax.sequence import Model, RequestError, TokenLogprob, TokenOutput
+from icarus_jax.engine.stats import EngineStats
+from icarus_jax.errors import RequestError
+from icarus_jax.models.head_bank import Factors
+from icarus_jax.scheduling.registry import Model
+from icarus_jax.scheduling.request import Request, TokenLogprob, TokenOutput
 
 CHAT_TEMPLATE = (
     "{% for t in tools or [] %}<|im_start|>tool\n{{ t.function.name }}<|im_end|>\n{% endfor %}"
@@ -215,8 +217,8 @@ class FakeEngine:
 
 def main() -> None:
     """Serves the double, in a process of its own (for tests of signals)."""
-    from icarus_jax.head_loader import HeadLoader
-    from icarus_jax.server import create_app, run
+    from icarus_jax.server.app import create_app, run
+    from icarus_jax.server.head_loader import HeadLoader
 
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)

@@ -1,55 +1,28 @@
-"""Imports point down only, host code is free of jax, and files stay short."""
+"""Between rooms imports run down only, host code is free of JAX, and files stay short."""
+
+from __future__ import annotations
 
 import ast
 import graphlib
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# From the bottom up. A module imports from its own line and those above it here, never from below, and in no circle.
-LAYERS = (
-    ("config", "platforms", "calls", "workload"),
-    ("model_zoo", "agents"),
-    ("pages",),
-    ("sequence",),
-    ("slots", "sessions", "requests", "registry"),
-    ("waiting",),
-    ("scheduler",),
-    ("simulator",),
-    ("sharding", "attention", "layers", "heads", "model", "sampler"),
-    ("sources", "weights", "gguf_file", "hf_folder", "tokenizer", "checkpoint", "adapter_files", "adapters"),
-    ("full_heads",),
-    ("buckets", "topology", "hlo_text", "program_cost", "programs", "runner"),
-    ("reuse_check",),
-    ("distributed",),
-    ("engine",),
-    ("text", "metrics"),
-    ("body", "routing", "protocol", "handoff"),
-    ("head_loader", "head_watch"),
-    ("prompts", "streams", "responses", "lifecycle", "head_routes"),
-    ("server",),
-    ("task_formats", "sandbox"),
-    ("scoring",),
-    ("result_file", "batch_eval", "task_sets"),
-    ("train_data", "train_log"),
-    ("train_model",),
-    ("train",),
-    ("train_loop",),
-    ("kind_check",),
-    ("cli",),
-    ("compile_check", "compile_report"),
-    ("bench",),
+HOUSE = tomllib.loads((ROOT / "docs" / "rooms.toml").read_text())
+FLOOR = {room: number for number, rooms in enumerate(HOUSE["floors"]) for room in rooms}
+PACKAGES = ("icarus_jax", "pallas_kernels", "configs", "launch")
+JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
+# Files without JAX in rooms that have it.
+WITHOUT_JAX = (
+    *("models/presets", "cli/flags", "cli/paths", "cli/platforms", "cli/defaults", "server/agent_fields"),
+    *(f"evaluation/{name}" for name in ("batch", "result_file", "sandbox", "scoring", "task_sets")),
 )
-RANK = {module: rank for rank, layer in enumerate(LAYERS) for module in layer}
-NO_JAX = (
-    *("config", "platforms", "sequence", "pages", "slots", "sessions", "requests", "registry", "waiting", "scheduler"),
-    *("task_formats", "sandbox", "scoring", "result_file", "batch_eval", "task_sets"),
-    *("workload", "agents", "calls", "model_zoo", "simulator"),
-)
+OUTSIDE_ROOMS = {"__init__", "config", "errors", "tasks", "llm"}
 MAX_LINES = 300
 
 
@@ -67,66 +40,89 @@ def imported(file: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def ours(file: Path) -> set[str]:
-    """The modules of icarus_jax that a file imports."""
-    return {name.split(".")[1] for name in imported(file) if name.startswith("icarus_jax.")}
+def room(dotted: str) -> str | None:
+    """The room that a dotted name of ours lies in; None for the package itself and for what is not ours."""
+    top, _, rest = dotted.partition(".")
+    if top not in PACKAGES:
+        return None
+    return (rest.partition(".")[0] or None) if top == "icarus_jax" else top
 
 
-def module_files() -> dict[str, list[Path]]:
-    """The files of each module of icarus_jax; a folder is one module."""
-    files: dict[str, list[Path]] = {}
-    for file in python_files("icarus_jax"):
-        files.setdefault(file.relative_to(ROOT / "icarus_jax").with_suffix("").parts[0], []).append(file)
-    files.pop("__init__", None)
-    return files
+def dotted(file: Path) -> str:
+    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def test_every_module_has_its_layer():
-    unknown = set(module_files()) - set(RANK)
-    assert not unknown, f"add to LAYERS: {sorted(unknown)}"
+def arrows() -> Iterator[tuple[str, str, Path]]:
+    """(room, room that it imports from, file) for every import between rooms."""
+    for file in python_files(*PACKAGES):
+        here = room(dotted(file))
+        for name in imported(file):
+            there = room(name)
+            if here in FLOOR and there in FLOOR and here != there:
+                yield here, there, file
 
 
-def test_imports_point_down():
-    wrong = [
-        f"{module} imports {other}"
-        for module, files in module_files().items()
-        for file in files
-        for other in ours(file)
-        if RANK.get(other, 0) > RANK.get(module, 0)
-    ]
+def test_every_file_lies_in_a_room():
+    loose = {file.stem for file in (ROOT / "icarus_jax").glob("*.py")}
+    assert loose == OUTSIDE_ROOMS
+    rooms = {room(dotted(file)) for file in python_files(*PACKAGES)} - {None}
+    assert rooms == set(FLOOR), "docs/rooms.toml lists every room, once"
+    assert len(FLOOR) == sum(map(len, HOUSE["floors"]))
+
+
+def test_imports_between_rooms_run_down():
+    wrong = {f"{file.relative_to(ROOT)}: {a} imports {b}" for a, b, file in arrows() if FLOOR[b] >= FLOOR[a]}
     assert not wrong
 
 
-def test_no_import_circles():
-    graph = {module: set().union(*map(ours, files)) - {module} for module, files in module_files().items()}
+def test_no_file_imports_in_a_circle():
+    files = {dotted(file): file for file in python_files(*PACKAGES)}
+
+    def targets(file: Path) -> set[str]:
+        names = {name for name in imported(file) if name.partition(".")[0] in PACKAGES}
+        return {n if n in files else n.rpartition(".")[0] for n in names} & files.keys() - {dotted(file)}
+
+    graph = {name: targets(file) for name, file in files.items() if not name.endswith("icarus_jax")}
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
-@pytest.mark.parametrize("module", NO_JAX)
-def test_host_code_is_free_of_jax(module):
-    roots = {name.split(".")[0] for file in module_files().get(module, []) for name in imported(file)}
-    assert not roots & {"jax", "jaxlib", "flax", "optax", "orbax", "pallas_kernels"}
+def test_every_room_says_what_it_owns():
+    for name in FLOOR:
+        file = ROOT / "icarus_jax" / name / "__init__.py"
+        if file.exists():
+            text = ast.get_docstring(ast.parse(file.read_text())) or ""
+            assert all(word in text for word in ("Owns:", "Takes:", "Gives:")), file
+
+
+def test_host_code_is_free_of_jax():
+    files = [file for file in python_files("icarus_jax") if room(dotted(file)) in HOUSE["without_jax"]]
+    files += [ROOT / "icarus_jax" / f"{name}.py" for name in WITHOUT_JAX]
+    found = {file.relative_to(ROOT): {n.partition(".")[0] for n in imported(file)} & JAX for file in files}
+    assert not {file: roots for file, roots in found.items() if roots}
+
+
+@pytest.mark.parametrize(
+    "module", ["cli", "scheduling.scheduler", "simulator.run", "workloads.agents", "evaluation.batch"]
+)
+def test_importing_host_code_loads_no_jax(module):
+    code = f"import sys, icarus_jax.{module}; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_kernels_stand_alone():
-    roots = {name.split(".")[0] for file in python_files("pallas_kernels") for name in imported(file)}
+    roots = {name.partition(".")[0] for file in python_files("pallas_kernels") for name in imported(file)}
     assert not roots & {"icarus_jax", "launch", "configs", "tests"}
 
 
 def test_nothing_imports_the_programs():
-    for file in python_files("icarus_jax", "pallas_kernels", "configs", "launch"):
-        assert not {name.split(".")[0] for name in imported(file)} & {"launch", "tests"}, file
+    for file in python_files(*PACKAGES):
+        assert not {name.partition(".")[0] for name in imported(file)} & {"launch", "tests"}, file
 
 
 def test_only_public_jax():
-    for file in python_files("icarus_jax", "pallas_kernels", "configs", "launch"):
+    for file in python_files(*PACKAGES):
         private = [name for name in imported(file) if name.startswith("jax.") and "._" in name]
         assert not private, f"{file}: {private}"
-
-
-def test_the_start_up_code_loads_no_jax():
-    code = "import sys, icarus_jax.cli; sys.exit('jax' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_files_are_short():

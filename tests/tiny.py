@@ -17,7 +17,7 @@ import transformers
 from safetensors.numpy import load_file
 from tokenizers import decoders, models, pre_tokenizers
 
-from icarus_jax.checkpoint import TrunkCheckpoint
+from icarus_jax.weights.checkpoint import TrunkCheckpoint
 
 CONFIGS = {
     "llama": transformers.LlamaConfig,

@@ -15,16 +15,17 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from icarus_jax import cli, workload
 from icarus_jax.bench import compare
 from icarus_jax.bench.serve import Plan, make_plan
-from icarus_jax.calls import summarise
 from icarus_jax.config import EngineConfig
-from icarus_jax.model_zoo import MODELS
-from icarus_jax.sequence import StepPlan
+from icarus_jax.errors import UsageError, usage_errors
+from icarus_jax.models.presets import MODELS
+from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import Chip
 from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
 from icarus_jax.simulator.run import Simulation, make_models
+from icarus_jax.workloads import workload
+from icarus_jax.workloads.calls import summarise
 
 TOLERANCE = 0.2
 ROUNDS = 6  # each round's simulation gives the next fit its steps and FLOPs
@@ -43,7 +44,7 @@ class Fit:
 
 def padded_rows(engine: EngineConfig) -> Callable[[int, int, int], tuple[int, int, int]]:
     """(writers, readers, logits) of the bucket that the engine takes for those that are wanted."""
-    from icarus_jax.buckets import make_buckets
+    from icarus_jax.engine.buckets import make_buckets
 
     shapes = [(b.writers, b.readers, b.logits) for b in make_buckets(engine, True, "cpu")]
 
@@ -91,7 +92,7 @@ def fit_two(predictor: Predictor, runs: Sequence[compare.Run]) -> Fit:
         totals = np.array([predictor.run(run, fit)[1] for run in runs])
         overhead, per_flop = np.linalg.lstsq(totals[:, :2], measured - totals[:, 2])[0]
         if overhead <= 0 or per_flop <= 0:
-            raise cli.UsageError(
+            raise UsageError(
                 f"no fit: a step would have an overhead of {overhead:.4f} s and {per_flop:.3g} s a FLOP; take two runs "
                 "whose steps differ more, on a quieter machine"
             )
@@ -112,12 +113,12 @@ def compared(run: compare.Run, predicted: dict[str, Any]) -> dict[str, float]:
 def run(config: ConfigDict) -> dict[str, Any]:
     """The command; config: that of the `bench.py serve` whose report lies in config.out. Raises UsageError."""
     file = Path(config.out) / "report.json"
-    with cli.usage_errors(f"{file} (written by bench.py serve with the same config)"):
+    with usage_errors(f"{file} (written by bench.py serve with the same config)"):
         runs = [compare.Run.from_json(row) for row in json.loads(file.read_text())["runs"]]
     shared = sorted((r for r in runs if r.system == "shared"), key=lambda r: (-r.models, r.rate))
     shared = [r for r in shared if r.models == shared[0].models]
     if len(shared) < 2:
-        raise cli.UsageError(f"{file}: two runs of 'shared' at different rates are needed")
+        raise UsageError(f"{file}: two runs of 'shared' at different rates are needed")
     points = [shared[0], shared[-1]]
     predictor = Predictor(make_plan(config), EngineConfig(**config.engine))
     fit = fit_two(predictor, points)

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from icarus_jax import cli
 from icarus_jax.config import LORA_TARGETS, ModelConfig
-from icarus_jax.model_zoo import MODELS
+from icarus_jax.errors import UsageError
+from icarus_jax.models.presets import MODELS
 from pallas_kernels.linear import linear, pack
 from pallas_kernels.lora import lora
 from pallas_kernels.paged_attention import SequenceRows, WorkShape, build_work, paged_attention
@@ -164,7 +164,7 @@ def run(model_name: str) -> dict[str, Any]:
     import jax
 
     if jax.default_backend() != "cpu":
-        raise cli.UsageError("bench.py cpu compares what runs on CPUs; for TPUs see bench.py kernels")
+        raise UsageError("bench.py cpu compares what runs on CPUs; for TPUs see bench.py kernels")
     model = MODELS[model_name]
     print(f"{model_name}, {model.num_layers} layers, float32: ms, and times as fast as {IMPLEMENTATIONS[0]}")
     rows = []

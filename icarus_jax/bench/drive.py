@@ -9,10 +9,10 @@ import json
 import time
 from collections.abc import Sequence
 
-from icarus_jax.bench.http import Reply, Server, ServerError
+from icarus_jax.bench.client import Reply, Server, ServerError
 from icarus_jax.bench.peers import Dialect
-from icarus_jax.calls import Call, Counters
-from icarus_jax.workload import Conversation, Session, Turn, common_prefix
+from icarus_jax.workloads.calls import Call, Counters
+from icarus_jax.workloads.workload import Conversation, Session, Turn, common_prefix
 
 SCRAPE_SECONDS = 1.0
 LATE_SECONDS = 0.05  # the schedule was not kept if a call went out later than this

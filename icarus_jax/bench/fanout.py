@@ -13,10 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
-from icarus_jax.sequence import SamplingParams, TokenOutput
+from icarus_jax.scheduling.request import SamplingParams, TokenOutput
 
 if TYPE_CHECKING:
-    from icarus_jax.engine import Engine
+    from icarus_jax.engine.engine import Engine
 
 TOKENS = 46  # of each answer: the first are still at it when the last begin
 ROUNDS = 3  # of decode steps; the median of all rounds counts, of the group and of one sequence in turn
@@ -34,7 +34,7 @@ class Start:
 
 def submit(engine: Engine, requests: list[tuple[str, ...]], prompt: tuple[int, ...], tokens: int) -> Start:
     """Sends one prompt to each tuple of models, and steps until all have begun to answer."""
-    from icarus_jax.requests import Request
+    from icarus_jax.scheduling.request import Request
 
     begun: set[tuple[int, int]] = set()
     params = SamplingParams(max_tokens=tokens, temperature=0.0, ignore_eos=True)

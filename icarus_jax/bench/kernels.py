@@ -157,7 +157,7 @@ def attention_regions(regions: list[Region]) -> list[int]:
 def measure(case: Case, chip: str, folder: Path) -> dict[str, int]:
     """Compiles a case for a chip; libtpu writes to `folder`, which is emptied. total: bundles of the whole kernel;
     chunk, masked: of attention to PER_TOKENS tokens by all rows and KV heads."""
-    from icarus_jax import topology
+    from icarus_jax.aot import topology
 
     function, args = case.call()
     topology.compile_for_one(topology.find_topology(CHIPS[chip]), function, *args)

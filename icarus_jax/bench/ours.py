@@ -6,13 +6,13 @@ import asyncio
 import contextlib
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from icarus_jax.bench.http import Server, ServerError
-from icarus_jax.cli import REPOSITORY, UsageError
+from icarus_jax.bench.client import Server, ServerError
+from icarus_jax.cli.paths import program
+from icarus_jax.errors import UsageError
 
 START_SECONDS = 900
 
@@ -27,7 +27,7 @@ def serving(spec: str, overrides: Mapping[str, object], log: Path) -> Iterator[s
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [f"--config.{key}={value}" for key, value in {**overrides, "server.port": port}.items()]
-    command = [sys.executable, str(REPOSITORY / "launch" / "serve.py"), f"--config={spec}", *flags]
+    command = [*program("serve"), f"--config={spec}", *flags]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:

@@ -14,9 +14,11 @@ import numpy as np
 from ml_collections import ConfigDict
 from safetensors.numpy import save_file
 
-from icarus_jax import adapters, cli, sources, tokenizer
+from icarus_jax import cli
 from icarus_jax.config import ModelConfig
-from icarus_jax.gguf_file import MODULES, GgufTrunk
+from icarus_jax.errors import usage_errors
+from icarus_jax.weights import peft, sources, tokenizer
+from icarus_jax.weights.gguf import MODULES, GgufTrunk
 
 GGUF_TARGETS = {module.split(".")[-1]: name for module, name in MODULES.items()}
 
@@ -71,7 +73,7 @@ def write_gguf(source: Path, file: Path) -> None:
     _finish(writer)
 
 
-def write_lora(adapter: adapters.Adapter, model: ModelConfig, file: Path) -> None:
+def write_lora(adapter: peft.Adapter, model: ModelConfig, file: Path) -> None:
     """An adapter as llama.cpp reads it, for a Llama: the rows of q and k are in llama.cpp's order."""
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
@@ -99,7 +101,7 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 
 def run(config: ConfigDict, out: Path) -> dict[str, Any]:
     """Writes hf/, trunk.gguf, NAME/ (PEFT) and NAME.gguf of every head. Raises UsageError."""
-    with cli.usage_errors("config.trunk.source"):
+    with usage_errors("config.trunk.source"):
         source = Path(str(sources.resolve(config.trunk.source)))
         if source.suffix != ".gguf":
             raise ValueError(f"{source}: peers' files are made of a GGUF trunk")
@@ -107,10 +109,9 @@ def run(config: ConfigDict, out: Path) -> dict[str, Any]:
         write_gguf(source, out / "trunk.gguf")
     model = GgufTrunk(source).config
     for name, head in config.heads.items():
-        with cli.usage_errors(f"head {name!r}"):
-            path = head.path if head.path.startswith("random:") else str(cli.REPOSITORY / head.path)
-            adapter = adapters.load_adapter(path, model)
-        adapters.save_adapter(str(out / name), adapter, base_model_name=str(out / "hf"), alpha=adapter.rank)
+        with usage_errors(f"head {name!r}"):
+            adapter = peft.load_adapter(cli.home_path(head.path), model)
+        peft.save_adapter(str(out / name), adapter, base_model_name=str(out / "hf"), alpha=adapter.rank)
         write_lora(adapter, model, out / f"{name}.gguf")
     print(f"written: {out}/hf, {out}/trunk.gguf, and of each head a PEFT folder and a .gguf: {', '.join(config.heads)}")
     return {"out": str(out), "heads": list(config.heads)}

@@ -14,12 +14,13 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from icarus_jax import agents, cli, workload
 from icarus_jax.bench import compare, ours
+from icarus_jax.bench.client import Server, ServerError
 from icarus_jax.bench.drive import Driver
-from icarus_jax.bench.http import Server, ServerError
 from icarus_jax.bench.peers import DIALECTS
-from icarus_jax.calls import summarise
+from icarus_jax.errors import UsageError, usage_errors
+from icarus_jax.workloads import agents, workload
+from icarus_jax.workloads.calls import summarise
 
 OURS = {"shared": "multi.py:{n}", "isolated": "multi.py:{n},isolated"}  # the configs that launch/serve.py is given
 
@@ -43,27 +44,25 @@ def make_plan(config: ConfigDict) -> Plan:
     w = config.workload
     if w.name in ("file", "replay") and not Path(w.path).is_file():
         hint = "; config.workload.name=react makes sessions of the same lengths" if w.name == "replay" else ""
-        raise cli.UsageError(f"config.workload.path={w.path}: no such file{hint}")
+        raise UsageError(f"config.workload.path={w.path}: no such file{hint}")
     if w.name == "file":
-        with cli.usage_errors("config.workload.path"):
+        with usage_errors("config.workload.path"):
             sessions = workload.load(w.path)
     elif w.name != "replay" and w.name not in agents.GENERATORS:
-        raise cli.UsageError(
-            f"config.workload.name: no {w.name!r}; there is replay, file, {', '.join(agents.GENERATORS)}"
-        )
-    with cli.usage_errors("config.trunk.source"):
-        from icarus_jax import sources, tokenizer
+        raise UsageError(f"config.workload.name: no {w.name!r}; there is replay, file, {', '.join(agents.GENERATORS)}")
+    with usage_errors("config.trunk.source"):
+        from icarus_jax.weights import sources, tokenizer
 
         text = tokenizer.load_tokenizer(sources.resolve(config.trunk.source))
     if w.name == "replay":
-        with cli.usage_errors("config.workload.path"):
+        with usage_errors("config.workload.path"):
             sessions = agents.replay(w.path, lambda s: text.encode(s, add_special_tokens=False), w.common_len)
     elif w.name in agents.GENERATORS:
         sessions = agents.GENERATORS[w.name](w.sessions, w.seed, w.common_len, w.tool_s)
     fits = lambda turn: turn.prompt_len + turn.output_len <= config.engine.max_model_len  # noqa: E731
     chosen = [session for session in sessions if all(map(fits, session))]
     if not chosen:
-        raise cli.UsageError(f"no session of {w.name!r} fits engine.max_model_len={config.engine.max_model_len}")
+        raise UsageError(f"no session of {w.name!r} fits engine.max_model_len={config.engine.max_model_len}")
     if len(chosen) < len(sessions):
         print(f"left out: {len(sessions) - len(chosen)} sessions longer than {config.engine.max_model_len} tokens")
     numbered = [[dataclasses.replace(turn, session=i) for turn in s] for i, s in enumerate(chosen[: w.sessions])]
@@ -72,7 +71,7 @@ def make_plan(config: ConfigDict) -> Plan:
 
 def numbers(text: str, what: str, kind: type) -> list[Any]:
     """Comma-separated numbers of a config. Raises UsageError."""
-    with cli.usage_errors(f"config.{what}"):
+    with usage_errors(f"config.{what}"):
         return [kind(part) for part in text.split(",")]
 
 
@@ -80,7 +79,7 @@ async def measure(
     server: Server, peer: str, system: str, names: list[str], plan: Plan, rate: float, mark: int = 0
 ) -> compare.Run:
     """One run against a server that is up. mark: as Driver's. Raises ServerError, OSError, UsageError."""
-    with cli.usage_errors("config.workload"):
+    with usage_errors("config.workload"):
         sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
         arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
     driver = Driver(server, DIALECTS[peer], plan.vocab_size, plan.seed, mark)
@@ -99,7 +98,7 @@ async def model_names(server: Server, peer: str, count: int) -> list[str]:
         loaded = json.loads(await server.get("/lora-adapters"))
         listed = [listed[0], *(f"adapter{adapter['id']}" for adapter in loaded)]
     if count >= len(listed):
-        raise cli.UsageError(f"{count} adapters are wanted; the server lists {', '.join(listed)}")
+        raise UsageError(f"{count} adapters are wanted; the server lists {', '.join(listed)}")
     return listed[1 : 1 + count] if count else listed[:1]
 
 
@@ -128,7 +127,7 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
         for text in config.rates.split(","):
             mark = next(marks)
             if text.endswith("x") and capacity is None:
-                raise cli.UsageError(f"config.rates={config.rates}: before {text!r} there has to be 'inf'")
+                raise UsageError(f"config.rates={config.rates}: before {text!r} there has to be 'inf'")
             (rate,) = numbers(text.removesuffix("x"), "rates", float)
             if text.endswith("x"):
                 rate = float(f"{rate * capacity:.3g}")
@@ -139,7 +138,7 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
                         names = asyncio.run(model_names(server, peer, count))
                         done = asyncio.run(measure(server, peer, system, names, plan, rate, mark))
                     except (ServerError, OSError) as error:
-                        raise cli.UsageError(f"{url}: {error}") from error
+                        raise UsageError(f"{url}: {error}") from error
                 yield dataclasses.replace(done, models=count)
             if rate == float("inf"):
                 capacity = done.summary["sessions_per_s"]
@@ -160,10 +159,10 @@ def write(out: Path, title: str, runs: Sequence[compare.Run]) -> dict[str, Any]:
 def run(config: ConfigDict) -> dict[str, Any]:
     """The command. Raises UsageError."""
     if config.peer not in DIALECTS:
-        raise cli.UsageError(f"config.peer: no {config.peer!r}; there is {', '.join(DIALECTS)}")
+        raise UsageError(f"config.peer: no {config.peer!r}; there is {', '.join(DIALECTS)}")
     unknown = set(config.systems.split(",")) - set(OURS)
     if unknown and not config.url:
-        raise cli.UsageError(f"config.systems: no {', '.join(sorted(unknown))}; there is {', '.join(OURS)}")
+        raise UsageError(f"config.systems: no {', '.join(sorted(unknown))}; there is {', '.join(OURS)}")
     plan = make_plan(config)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)

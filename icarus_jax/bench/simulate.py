@@ -13,16 +13,17 @@ from typing import Any
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from icarus_jax import agents, cli, workload
 from icarus_jax.bench import compare
 from icarus_jax.bench.serve import numbers
-from icarus_jax.calls import summarise
 from icarus_jax.config import EngineConfig
-from icarus_jax.model_zoo import MODELS
-from icarus_jax.sequence import StepPlan
+from icarus_jax.errors import UsageError, usage_errors
+from icarus_jax.models.presets import MODELS
+from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import CHIPS
 from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
 from icarus_jax.simulator.run import Simulated, Simulation, make_models
+from icarus_jax.workloads import agents, workload
+from icarus_jax.workloads.calls import summarise
 
 SYSTEMS = ("isolated", "shared")
 CAPACITY_SESSIONS = 50
@@ -46,9 +47,9 @@ def make_machine(config: ConfigDict, models: int) -> Machine:
     """The machine of a config with so many adapters loaded. Raises UsageError."""
     for key, known in (("model", MODELS), ("chip", CHIPS)):
         if config[key] not in known:
-            raise cli.UsageError(f"config.{key}: no {config[key]!r}; there is {', '.join(known)}")
+            raise UsageError(f"config.{key}: no {config[key]!r}; there is {', '.join(known)}")
     model, mesh = MODELS[config.model], config.mesh
-    with cli.usage_errors("config"):
+    with usage_errors("config"):
         roofline = Roofline(model, CHIPS[config.chip], mesh.model, config.rank, Assumptions(**config.assumed))
         pages = config.engine.num_pages or roofline.num_pages(config.engine.page_size, models)
         longest = min(config.engine.max_model_len, pages * config.engine.page_size)
@@ -60,10 +61,10 @@ def make_sessions(config: ConfigDict) -> list[workload.Session]:
     """The sessions of one replica. Raises UsageError."""
     w = config.workload
     if w.name == "file":
-        with cli.usage_errors("config.workload.path"):
+        with usage_errors("config.workload.path"):
             return workload.load(w.path)[: w.sessions]
     if w.name not in agents.GENERATORS:
-        raise cli.UsageError(f"config.workload.name: no {w.name!r}; there is file, {', '.join(agents.GENERATORS)}")
+        raise UsageError(f"config.workload.name: no {w.name!r}; there is file, {', '.join(agents.GENERATORS)}")
     return agents.GENERATORS[w.name](w.sessions, w.seed, w.common_len, w.tool_s)
 
 
@@ -73,7 +74,7 @@ def simulate(
     """One run; `rate` is that of all replicas. Raises UsageError."""
     w = config.workload
     heads = make_models(models, system)
-    with cli.usage_errors("config.workload"):
+    with usage_errors("config.workload"):
         assigned = workload.assign(list(sessions), list(heads), w.assign, w.seed)
         arrivals = workload.arrivals(len(assigned), rate / machine.data, w.arrivals, w.seed)
     done = Simulation(assigned, arrivals, heads, machine.engine, machine.step_seconds, w.seed).run()
@@ -92,7 +93,7 @@ def capacity(machine: Machine, sessions: Sequence[workload.Session], config: Con
         return 0.0
 
     heads, some = make_models(models, "isolated"), sessions[:CAPACITY_SESSIONS]
-    with cli.usage_errors("config.workload"):
+    with usage_errors("config.workload"):
         assigned = workload.assign(list(some), list(heads), config.workload.assign, config.workload.seed)
     Simulation(assigned, range(len(some)), heads, machine.engine, step_seconds, config.workload.seed).run()
     rate = machine.roofline.chip.flops * machine.roofline.assumed.flops_share * machine.roofline.shards

@@ -21,10 +21,10 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from icarus_jax import cli
-from icarus_jax.sequence import SamplingParams
+from icarus_jax.scheduling.request import SamplingParams
 
 if TYPE_CHECKING:
-    from icarus_jax.engine import Engine
+    from icarus_jax.engine.engine import Engine
 
 ROUNDS = 2
 WARM = 2  # untimed steps of each round
@@ -104,7 +104,7 @@ class Decoding:
     """
 
     def __init__(self, engine: Engine, names: list[str], context: int, steps: int):
-        from icarus_jax.requests import Request
+        from icarus_jax.scheduling.request import Request
 
         rng = np.random.default_rng(0)
         # those that are prefilled first decode while the others are prefilled

@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Callable
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
-from icarus_jax.sequence import StepPlan
+from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import Chip
 
 # Vectors of D, of F and of heads * H that a layer's row reads or writes outside its matrix products' weights.

@@ -6,12 +6,14 @@ import dataclasses
 import heapq
 from collections.abc import Callable, Sequence
 
-from icarus_jax.calls import Call, Counters
 from icarus_jax.config import EngineConfig
-from icarus_jax.scheduler import Scheduler
-from icarus_jax.sequence import Model, SampleRow, SamplingParams, StepPlan
-from icarus_jax.sequence import Sequence as Stream
-from icarus_jax.workload import Conversation, Session, Turn, common_prefix
+from icarus_jax.scheduling.plan import SampleRow, StepPlan
+from icarus_jax.scheduling.registry import Model
+from icarus_jax.scheduling.request import SamplingParams
+from icarus_jax.scheduling.scheduler import Scheduler
+from icarus_jax.scheduling.sequence import Sequence as Stream
+from icarus_jax.workloads.calls import Call, Counters
+from icarus_jax.workloads.workload import Conversation, Session, Turn, common_prefix
 
 VOCABULARY = 32768  # random prompts are drawn from it; which tokens they are changes nothing
 

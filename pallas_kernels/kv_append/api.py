@@ -23,17 +23,17 @@ def kv_append(
     layer: Any,
     k: Any,
     v: Any,
-    slot_mapping: Any,
+    kv_cells: Any,
     *,
     kv_scales: Any = None,
     page_stride: int | None = None,
     page_offset: Any = 0,
     implementation: str = "auto",
 ) -> Any:
-    """Writes row t of k, v [T, K, H] to slot `slot_mapping[t]` (page * page_stride + offset; -1: nowhere) of `layer`.
+    """Writes row t of k, v [T, K, H] to cell `kv_cells[t]` (page * page_stride + offset; -1: nowhere) of `layer`.
 
     kv_pages [L, num_pages, K, page_size, 2H] (K in lanes 0:H, V in H:2H; float32, bfloat16, int8 or float8_e4m3fn) is
-    returned updated, in place when it is donated. layer i32[]; slot_mapping i32[T], of which no two rows share a slot.
+    returned updated, in place when it is donated. layer i32[]; kv_cells i32[T], of which no two rows share a cell.
     kv_scales f32[L, K, 2]: what the stored K and V will be multiplied by (None: 1). int8 rounds to even; int8 and
     float8 clip to what they can hold.
     page_stride (positions that a whole page spans; page_size), page_offset i32[]: with the tokens of every page
@@ -43,9 +43,9 @@ def kv_append(
     on mismatched shapes or an unknown name.
     """
     layers, _, kv_heads, page_size, width = kv_pages.shape
-    if k.shape != v.shape or k.shape[1:] != (kv_heads, width // 2) or slot_mapping.shape != k.shape[:1]:
-        raise ValueError(f"k {k.shape}, v {v.shape}, slots {slot_mapping.shape} do not fit kv_pages {kv_pages.shape}")
+    if k.shape != v.shape or k.shape[1:] != (kv_heads, width // 2) or kv_cells.shape != k.shape[:1]:
+        raise ValueError(f"k {k.shape}, v {v.shape}, cells {kv_cells.shape} do not fit kv_pages {kv_pages.shape}")
     if kv_scales is not None and kv_scales.shape != (layers, kv_heads, 2):
         raise ValueError(f"kv_scales {kv_scales.shape} do not fit kv_pages {kv_pages.shape}: [L, K, 2] is needed")
     name = choose(implementation, IMPLEMENTATIONS)
-    return IMPLEMENTATIONS[name](kv_pages, layer, k, v, slot_mapping, kv_scales, page_stride or page_size, page_offset)
+    return IMPLEMENTATIONS[name](kv_pages, layer, k, v, kv_cells, kv_scales, page_stride or page_size, page_offset)

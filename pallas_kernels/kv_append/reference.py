@@ -13,7 +13,7 @@ def kv_append(
     layer: Any,
     k: Any,
     v: Any,
-    slot_mapping: Any,
+    kv_cells: Any,
     kv_scales: Any,
     page_stride: int,
     page_offset: Any,
@@ -21,10 +21,10 @@ def kv_append(
     """Arguments and result of the public op (api.py)."""
     out, layer = np.array(kv_pages), int(layer)
     page_size, h = out.shape[3], k.shape[-1]
-    for row, slot in enumerate(np.asarray(slot_mapping).tolist()):
-        page, offset = divmod(slot, page_stride)
+    for row, cell in enumerate(np.asarray(kv_cells).tolist()):
+        page, offset = divmod(cell, page_stride)
         offset -= int(page_offset)
-        if slot < 0 or not 0 <= offset < page_size:
+        if cell < 0 or not 0 <= offset < page_size:
             continue
         for side, values in enumerate((k, v)):
             new = np.asarray(values[row]).astype(np.float32)

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels.interpret import interpret_params
-from pallas_kernels.kv_append.xla import local_slots, packed
+from pallas_kernels.kv_append.xla import local_cells, packed
 
 TILE_BYTES = 32  # of one lane in a packed tile: 8 rows of float32, 16 of bfloat16, 32 of 8-bit numbers
 RING = 16
@@ -26,7 +26,7 @@ RING_BYTES = 4 << 20
 ROWS_BYTES = 2 << 20  # of the new rows of one grid step; twice that lies in VMEM
 
 
-def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
+def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
     ring, page_size, step_rows = buffer.shape[0], kv_hbm.shape[3], new_ref.shape[0]
     origin = pl.program_id(0) * step_rows
     end = jnp.minimum(origin + step_rows, rows)
@@ -34,7 +34,7 @@ def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, 
     def gather(row, carry):
         """Cuts the rows into jobs: begins[j] is the first row of job j, slabs[j] its slab (counted over all pages)."""
         count, last = carry
-        mine = jnp.where(slots[row] < 0, last, lax.div(slots[row], slab))
+        mine = jnp.where(cells[row] < 0, last, lax.div(cells[row], slab))
 
         @pl.when(mine != last)
         def _():
@@ -66,7 +66,7 @@ def _kernel(layer, slots, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, 
         @pl.loop(begins[job], begins[job + 1])
         def _(row):
             old = buffer[at]
-            ours = lax.broadcasted_iota(jnp.int32, old.shape, 1) == slots[row] - slabs[job] * slab  # never if -1
+            ours = lax.broadcasted_iota(jnp.int32, old.shape, 1) == cells[row] - slabs[job] * slab  # never if -1
             buffer[at] = jnp.where(ours, new_ref[row - origin][:, None, :].astype(old.dtype), old)
 
         write(job).start()
@@ -95,17 +95,17 @@ def kv_append(
     layer: Any,
     k: Any,
     v: Any,
-    slot_mapping: Any,
+    kv_cells: Any,
     kv_scales: Any,
     page_stride: int,
     page_offset: Any,
 ) -> Any:
     """Arguments and result of the public op (api.py)."""
     kv_heads, page_size, width = kv_pages.shape[2:]
-    rows, dtype = slot_mapping.shape[0], kv_pages.dtype
+    rows, dtype = kv_cells.shape[0], kv_pages.dtype
     if not rows:
         return kv_pages
-    slots = local_slots(slot_mapping.astype(jnp.int32), page_size, page_stride, page_offset)
+    cells = local_cells(kv_cells.astype(jnp.int32), page_size, page_stride, page_offset)
     new = packed(k, v, layer, kv_scales, dtype)
     tile = TILE_BYTES // dtype.itemsize
     slab = tile if page_size % tile == 0 else page_size
@@ -137,4 +137,4 @@ def kv_append(
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=rows * (2 * slab_bytes + row_bytes), transcendentals=0),
         interpret=interpret_params("tpu"),
         name="icarus_kv_append",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), slots, new, kv_pages)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), cells, new, kv_pages)

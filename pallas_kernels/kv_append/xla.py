@@ -24,12 +24,12 @@ def packed(k: Any, v: Any, layer: Any, kv_scales: Any, dtype: Any) -> Any:
     return new.reshape(*k.shape[:2], -1)
 
 
-def local_slots(slot_mapping: Any, page_size: int, page_stride: int, page_offset: Any) -> Any:
-    """Slots among the tokens that this shard's pages hold, page * page_size + offset; -1: nowhere here."""
+def local_cells(kv_cells: Any, page_size: int, page_stride: int, page_offset: Any) -> Any:
+    """Cells among the tokens that this shard's pages hold, page * page_size + offset; -1: nowhere here."""
     if page_stride == page_size:
-        return slot_mapping
-    page, offset = slot_mapping // page_stride, slot_mapping % page_stride - page_offset
-    here = (slot_mapping >= 0) & (offset >= 0) & (offset < page_size)
+        return kv_cells
+    page, offset = kv_cells // page_stride, kv_cells % page_stride - page_offset
+    here = (kv_cells >= 0) & (offset >= 0) & (offset < page_size)
     return jnp.where(here, page * page_size + offset, -1)
 
 
@@ -38,15 +38,15 @@ def kv_append(
     layer: Any,
     k: Any,
     v: Any,
-    slot_mapping: Any,
+    kv_cells: Any,
     kv_scales: Any,
     page_stride: int,
     page_offset: Any,
 ) -> Any:
     """Arguments and result of the public op (api.py)."""
     num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
-    slots = local_slots(slot_mapping, page_size, page_stride, page_offset)
-    nowhere = num_pages + jnp.arange(slots.shape[0])  # out of range: dropped
-    page = jnp.where(slots < 0, nowhere, slots // page_size)
+    cells = local_cells(kv_cells, page_size, page_stride, page_offset)
+    nowhere = num_pages + jnp.arange(cells.shape[0])  # out of range: dropped
+    page = jnp.where(cells < 0, nowhere, cells // page_size)
     new = packed(k, v, layer, kv_scales, kv_pages.dtype).astype(kv_pages.dtype)
-    return kv_pages.at[layer, page, :, slots % page_size].set(new, mode="drop", unique_indices=True)
+    return kv_pages.at[layer, page, :, cells % page_size].set(new, mode="drop", unique_indices=True)

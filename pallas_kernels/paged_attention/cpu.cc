@@ -86,8 +86,8 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
     const int tokens = std::min(kBlock, stored - begin), padded = (tokens + kPanel - 1) / kPanel * kPanel;
     int live = 0;
     for (int t = 0; t < padded; ++t) {
-      const int page = (begin + t) / pool.page_size, slot = (begin + t) % pool.page_size;
-      const int token = page * spec.page_stride + pool.offset + slot, place = start + token;
+      const int page = (begin + t) / pool.page_size, cell = (begin + t) % pool.page_size;
+      const int token = page * spec.page_stride + pool.offset + cell, place = start + token;
       seen[t] = t < tokens && token < length;
       if (seen[t] && spec.window) {
         seen[t] = false;

@@ -74,13 +74,13 @@ def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t
         def step(block: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
             acc, m, l = state
             at = block * block_t + jnp.arange(block_t)
-            entry, slot = lax.div(at, page_size), lax.rem(at, page_size)
-            token = entry * spec.page_stride + offset + slot
+            entry, cell = lax.div(at, page_size), lax.rem(at, page_size)
+            token = entry * spec.page_stride + offset + cell
             fetched = token < end
             page = triton.load(pages_ref.at[run, entry], mask=fetched, other=0)
 
             def half(first: int) -> Array:
-                source = kv_ref.at[layer, page[:, None], head, slot[:, None], first + dims]
+                source = kv_ref.at[layer, page[:, None], head, cell[:, None], first + dims]
                 return triton.load(source, mask=fetched[:, None], other=kv_ref.dtype.type(0)).astype(compute)
 
             scores = _dot(queries, half(0), (1, 1)) * (spec.scale * k_scale)
@@ -90,7 +90,7 @@ def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t
             seen = fetched[None] & (start + token[None] <= position[:, None])
             if spec.window is not None:
                 seen &= start + token[None] > position[:, None] - spec.window
-                # Before and between the rows' windows are slots that nobody sees: NaN times a weight of 0.
+                # Before and between the rows' windows are cells that nobody sees: NaN times a weight of 0.
                 values = jnp.where(jnp.max(seen.astype(jnp.int32), 0)[:, None] > 0, values, 0)
             scores = jnp.where(seen, scores * LOG2E, NEG)
             high = jnp.maximum(m, jnp.max(scores, 1))

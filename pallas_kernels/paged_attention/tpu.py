@@ -1,7 +1,7 @@
 """Paged attention on TPU (Pallas Mosaic): runs of pages streamed through VMEM.
 
-The grid walks over the runs. A run's pages come in *blocks*, each copied page by page from HBM into one of two slots of
-a VMEM buffer; while a block is attended to, the next one is on its way, also across the border to the next run. All
+The grid walks over the runs. A run's pages come in *blocks*, each copied page by page from HBM into one of two halves
+of a VMEM buffer; while a block is attended to, the next one is on its way, also across the border to the next run. All
 rows of a run meet a block as one matmul per KV head, so a page that many sequences share is read once for all of them.
 
 Everything that is scalar is worked out beforehand in plain JAX (`_plan`): which pages of a run any row sees at all, and
@@ -28,7 +28,7 @@ from pallas_kernels.paged_attention.work import Array, Runs
 LANES = 128
 SUBLANES = 8
 LOG2E = math.log2(math.e)
-BLOCK_BYTES = 2 << 20  # of K/V in one of the two slots: long enough to hide a DMA's latency
+BLOCK_BYTES = 2 << 20  # of K/V in one of the two halves: long enough to hide a DMA's latency
 UNROLL = 8  # copies started in one turn of a loop
 CHUNK_TOKENS, FEW_ROWS_CHUNK_TOKENS = 512, 256  # few rows wait for the DMA anyway, and a short last chunk costs less
 FEW_ROWS = 16
@@ -130,10 +130,10 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
     first, end = plan.first[run], plan.end[run]
     blocks = pl.cdiv(end - first, tiling.pages)
 
-    def copy(page, slot, place):
-        return pltpu.make_async_copy(kv_hbm.at[layer[0], page], buffer.at[slot, place], arrived.at[slot])
+    def copy(page, half, place):
+        return pltpu.make_async_copy(kv_hbm.at[layer[0], page], buffer.at[half, place], arrived.at[half])
 
-    def fetch(block, slot):
+    def fetch(block, half):
         """Starts the copies of a block of this run; the one after its last is the first of the next run."""
         ours = block < blocks
         owner = jnp.where(ours, run, plan.next[run])
@@ -149,16 +149,16 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
 
                     @pl.when(place < count)
                     def one(at=page + place, place=place):
-                        copy(jnp.where(ours, pages_ref[0, 0, at], next_pages_ref[0, 0, at]), slot, place).start()
+                        copy(jnp.where(ours, pages_ref[0, 0, at], next_pages_ref[0, 0, at]), half, place).start()
 
-    def wait(count, slot):
+    def wait(count, half):
         @pl.when(count == tiling.pages)
         def whole_block():  # once for the bytes of all pages
-            pltpu.make_async_copy(buffer.at[slot], buffer.at[slot], arrived.at[slot]).wait()
+            pltpu.make_async_copy(buffer.at[half], buffer.at[half], arrived.at[half]).wait()
 
         @pl.when(count < tiling.pages)
         def part_of_it():
-            pl.loop(0, count)(lambda place: copy(0, slot, place).wait())
+            pl.loop(0, count)(lambda place: copy(0, half, place).wait())
 
     def visible(page):
         """Which rows see which tokens of the chunk at `page`: bool[rows, chunk]; whether any does: bool[chunk, V]."""
@@ -173,12 +173,12 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
         ones = jnp.ones((seen.shape[0], value_lanes), jnp.bfloat16)
         return seen, _dot(jnp.where(seen, 1.0, 0.0).astype(jnp.bfloat16), ones, 0, 0) > 0
 
-    def attend_chunk(slot, place, page, masked):
+    def attend_chunk(half, place, page, masked):
         """All rows against the chunk at page `place` of the block, page `page` of the run."""
         if masked:
             seen, any_seen = visible(page)
         for h in range(kv_heads):
-            tokens = buffer[slot, pl.ds(place, tiling.chunk_pages), h].astype(q_ref.dtype).reshape(chunk, width)
+            tokens = buffer[half, pl.ds(place, tiling.chunk_pages), h].astype(q_ref.dtype).reshape(chunk, width)
             values = tokens[:, value_lane:]
             scores = _dot(q_ref[0, h], tokens[:, :key_lanes], 1, 1)
             if spec.soft_cap is not None:
@@ -193,18 +193,18 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
             l_ref[h] = l_ref[h] * decay + sum(p[:, i : i + LANES] for i in range(0, chunk, LANES))  # lane by lane
             acc_ref[0, h] = acc_ref[0, h] * _spread(decay, value_lanes) + _dot(p.astype(values.dtype), values, 1, 0)
 
-    def attend_block(block, slot):
+    def attend_block(block, half):
         page = first + block * tiling.pages
         count = jnp.minimum(end - page, tiling.pages)
-        wait(count, slot)
+        wait(count, half)
 
         @pl.loop(0, pl.cdiv(count, tiling.chunk_pages))
         def chunks(i):
             place = i * tiling.chunk_pages
             at = page + place
             full = (at >= plan.full[run]) & (at + tiling.chunk_pages <= plan.full_end[run])
-            pl.when(full)(lambda: attend_chunk(slot, place, at, masked=False))
-            pl.when(~full)(lambda: attend_chunk(slot, place, at, masked=True))
+            pl.when(full)(lambda: attend_chunk(half, place, at, masked=False))
+            pl.when(~full)(lambda: attend_chunk(half, place, at, masked=True))
 
     @pl.when(plan.source[run] == run)
     def begin():
@@ -214,9 +214,9 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
 
     @pl.loop(jnp.where(run == 0, -1, 0), blocks)  # -1: the very first block has none before it to arrive beside
     def stream(block):
-        slot = lax.rem(plan.earlier[run] + block + 2, 2)
-        fetch(block + 1, 1 - slot)
-        pl.when(block >= 0)(lambda: attend_block(block, slot))
+        half = lax.rem(plan.earlier[run] + block + 2, 2)
+        fetch(block + 1, 1 - half)
+        pl.when(block >= 0)(lambda: attend_block(block, half))
 
     @pl.when(plan.source[run] == run)
     def finish():

@@ -1,0 +1,28 @@
+"""The programs' shared front: flags and configs, and the composition root that builds an engine from a config.
+
+Owns: --config and its errors, the default config, `build`. Takes: argv. Gives: an App (engine, tokenizer, heads).
+"""
+
+from icarus_jax.cli.build import App, build, check_head, enable_compilation_cache, engine_config, served_names
+from icarus_jax.cli.defaults import random_heads, serving_config, trained_heads
+from icarus_jax.cli.flags import add_heads, define_heads, load_config, run
+from icarus_jax.cli.paths import DATA, HOME, home_path
+
+__all__ = [
+    "DATA",
+    "HOME",
+    "App",
+    "add_heads",
+    "build",
+    "check_head",
+    "define_heads",
+    "enable_compilation_cache",
+    "engine_config",
+    "home_path",
+    "load_config",
+    "random_heads",
+    "run",
+    "served_names",
+    "serving_config",
+    "trained_heads",
+]

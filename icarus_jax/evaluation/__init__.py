@@ -1,0 +1,6 @@
+"""Task sets and their scores, batch files, and how an adapter may be served.
+
+Owns: prompts and scores of the tasks, the sandbox for generated programs, result files that survive a kill.
+Takes: rows of a task, or an OpenAI batch file. Gives: one line an answer, and a report of scores.
+Parts: task_evaluation (task_sets), run (batch), run_program (sandbox), measure and recommend (kind_check).
+"""

@@ -1,0 +1,189 @@
+"""Scores of generated texts, task by task. Pure functions, no jax.
+
+A score is a dict: True or False under the name of each figure that is its mean, counts under COUNTS, and a word about
+what went wrong under 'error'.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sqlite3
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from decimal import Decimal
+from pathlib import Path
+from typing import Any
+
+from icarus_jax.evaluation.sandbox import Outcome
+from icarus_jax.tasks import Row
+
+Score = dict[str, Any]
+
+COUNTS = "slots"  # [right, predicted, wanted] slots of one sample
+QUERY_SECONDS = 5.0
+MAX_RESULT_ROWS = 100_000
+MAX_VALUE_BYTES = 1 << 20
+_FENCE = re.compile(r"```\w*\n?(.*?)(?:```|\Z)", re.S)
+_NUMBER = re.compile(r"(-?)[$€£]?(-?)((?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?|\.\d+)")
+_READ_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTION, sqlite3.SQLITE_RECURSIVE}
+
+
+def summarise(scores: Sequence[Score]) -> dict[str, float]:
+    """The figures of one model, to 4 digits: means, and `slot_f1` (micro-averaged) if there are counts."""
+    names = [name for name, value in scores[0].items() if isinstance(value, bool)]
+    figures = {name: round(sum(score[name] for score in scores) / len(scores), 4) for name in names}
+    counts = [score[COUNTS] for score in scores if COUNTS in score]
+    if counts:
+        right, predicted, wanted = map(sum, zip(*counts, strict=True))
+        figures["slot_f1"] = round(2 * right / (predicted + wanted), 4) if predicted + wanted else 1.0
+    return figures
+
+
+def unfenced(text: str) -> str:
+    """The text without the Markdown code fence that chat models like to answer in; what is around it goes too."""
+    match = _FENCE.search(text)
+    return (match[1] if match else text).strip()
+
+
+# ---- intent
+
+
+def score_intent(text: str, row: Row) -> Score:
+    """A banking77 row (`category`): the whole answer is the label."""
+    return {"accuracy": text.strip() == row["category"].strip()}
+
+
+# ---- slots
+
+Slots = Counter[tuple[str, str]]
+
+
+def score_slots(text: str, row: Row) -> Score:
+    """A snips row (`intent`, `data`) against {"intent": .., "slots": {entity: text or list of texts}}.
+
+    Broken JSON is a wrong answer with no slots. Slots count as pairs of entity and text; their order does not.
+    """
+    wanted: Slots = Counter((p["entity"], p["text"].strip()) for p in row["data"] if "entity" in p)
+    try:
+        intent, predicted = parse_slots(text)
+        error = None
+    except ValueError as problem:
+        intent, predicted, error = None, Counter(), str(problem)
+    right = (predicted & wanted).total()
+    same_intent = intent == row["intent"]
+    score: Score = {
+        "exact_match": same_intent and predicted == wanted,
+        "intent_accuracy": same_intent,
+        "valid_json": error is None,
+        COUNTS: [right, predicted.total(), wanted.total()],
+    }
+    return score | ({"error": error} if error else {})
+
+
+def parse_slots(text: str) -> tuple[str, Slots]:
+    """The intent and the (entity, text) pairs of an answer. Raises ValueError for anything of another form."""
+    try:
+        answer = json.loads(unfenced(text))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"no JSON: {error}") from None
+    if not isinstance(answer, dict) or not isinstance(answer.get("intent"), str):
+        raise ValueError("no object with an intent")
+    if not isinstance(answer.get("slots"), dict):
+        raise ValueError("slots is no object")
+    slots: Slots = Counter()
+    for entity, value in answer["slots"].items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(one, str) for one in values):
+            raise ValueError(f"the slot {entity!r} is no text")
+        slots.update((entity, one.strip()) for one in values)
+    return answer["intent"].strip(), slots
+
+
+# ---- sql
+
+
+def score_sql(text: str, row: Row, database: Path, seconds: float = QUERY_SECONDS) -> Score:
+    """A text-to-SQL row (`sql`): right if the answer gives the same rows as the gold query, in whatever order."""
+    try:
+        wanted = run_query(database, row["sql"], seconds)
+    except ValueError as error:
+        return {"execution_accuracy": False, "executable": False, "error": f"the gold query fails: {error}"}
+    try:
+        got = run_query(database, unfenced(text), seconds)
+    except ValueError as error:
+        return {"execution_accuracy": False, "executable": False, "error": str(error)}
+    return {"execution_accuracy": got == wanted, "executable": True}
+
+
+def run_query(database: Path, query: str, seconds: float = QUERY_SECONDS) -> Counter[tuple[Any, ...]]:
+    """The multiset of a query's rows. The file is only read, and the query may only select.
+
+    Raises ValueError: a query that fails, is no single SELECT, runs for longer, or gives too many rows.
+    """
+    deadline = time.monotonic() + seconds
+    try:
+        connection = sqlite3.connect(f"{database.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            connection.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, MAX_VALUE_BYTES)
+            connection.set_authorizer(lambda what, *_: sqlite3.SQLITE_OK if what in _READ_ONLY else sqlite3.SQLITE_DENY)
+            connection.set_progress_handler(lambda: time.monotonic() > deadline, 1000)
+            cursor = connection.execute(query)
+            if cursor.description is None:
+                raise ValueError("no SELECT")
+            rows = cursor.fetchmany(MAX_RESULT_ROWS + 1)
+        finally:
+            connection.close()
+    except (sqlite3.Error, sqlite3.Warning, UnicodeError) as error:
+        over = time.monotonic() > deadline
+        raise ValueError(f"over the limit of {seconds:g} s" if over else f"{error}") from None
+    if len(rows) > MAX_RESULT_ROWS:
+        raise ValueError(f"more than {MAX_RESULT_ROWS} rows")
+    return Counter(rows)
+
+
+# ---- math
+
+
+def score_math(text: str, row: Row) -> Score:
+    """A GSM8K row (`answer`): the number after the first '####' counts; `last_number` takes the last one anywhere."""
+    wanted = final_number(row["answer"])
+    if wanted is None:
+        raise ValueError("the row's own answer has no '#### number'")
+    return {"accuracy": final_number(text) == wanted, "last_number": last_number(text) == wanted}
+
+
+def final_number(text: str) -> Decimal | None:
+    """The number after the first '####', without commas, currency signs or a closing dot; None if there is none."""
+    _, mark, rest = text.partition("####")
+    match = _NUMBER.search(rest.strip().partition("\n")[0]) if mark else None
+    return _number(match) if match else None
+
+
+def last_number(text: str) -> Decimal | None:
+    matches = list(_NUMBER.finditer(text))
+    return _number(matches[-1]) if matches else None
+
+
+def _number(match: re.Match[str]) -> Decimal:
+    return Decimal(match[3].replace(",", "")) * (-1 if match[1] or match[2] else 1)
+
+
+# ---- humaneval
+
+
+def humaneval_prompt(row: Row) -> str:
+    """The function to complete, up to the end of its docstring: tokenizers join a newline with the indentation."""
+    return row["prompt"].rstrip()
+
+
+def humaneval_program(text: str, row: Row) -> str:
+    """The completed function, its tests, and the call that runs them."""
+    return f"{humaneval_prompt(row)}{text}\n{row['test']}\ncheck({row['entry_point']})\n"
+
+
+def score_humaneval(text: str, row: Row, run: Callable[[str], Outcome]) -> Score:
+    """A HumanEval row: does the completed function pass its tests? `run` runs a program: sandbox.run_program."""
+    outcome = run(humaneval_program(text, row))
+    return {"pass@1": outcome.passed} | ({} if outcome.passed else {"error": outcome.error})

@@ -1,0 +1,110 @@
+"""Heads over HTTP: load and unload them while the server runs, under names of our own and under vLLM's."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Literal, TypeVar
+
+from starlette.requests import Request as HttpRequest
+from starlette.responses import PlainTextResponse, Response
+
+from icarus_jax.errors import RequestError
+from icarus_jax.scheduling.registry import Model
+from icarus_jax.server.body import ApiError, B, Body, parse, read_body
+from icarus_jax.server.head_loader import HeadLoader, UnknownHead
+
+T = TypeVar("T")
+OFF = "heads are not loaded over HTTP: start the server with --config.server.head_folders=DIR to allow it"
+
+
+class LoadHead(Body):
+    name: str
+    path: str
+    kv: Literal["shared", "activated", "isolated"] | None = None  # default: the adapter's own
+    pinned: bool = False
+
+
+class UnloadHead(Body):
+    name: str
+
+
+class LoadLoraAdapter(Body):
+    lora_name: str
+    lora_path: str
+    load_inplace: bool = False
+
+
+class UnloadLoraAdapter(Body):
+    lora_name: str
+
+
+class HeadRoutes:
+    """The endpoints. The work is done on one thread of its own, so that the event loop and its helpers never wait.
+
+    show: a model as /v1/models lists it.
+    """
+
+    def __init__(self, loader: HeadLoader, show: Callable[[Model], dict[str, Any]]):
+        self._loader = loader
+        self._show = show
+        self._thread = ThreadPoolExecutor(1, "heads")
+
+    def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
+        return [
+            ("POST", "/v1/load_head", self.load_head),
+            ("POST", "/v1/unload_head", self.unload_head),
+            ("POST", "/v1/load_lora_adapter", self.load_lora_adapter),
+            ("POST", "/v1/unload_lora_adapter", self.unload_lora_adapter),
+        ]
+
+    async def load_head(self, http: HttpRequest) -> Any:
+        """Loads a head, or a new version of it under the same name. Answers with its model card."""
+        body = await self._read(LoadHead, http)
+        call = functools.partial(self._load, body.name, body.path, kv=body.kv, pinned=body.pinned)
+        return self._show(await self._run("name", "path", call))
+
+    async def unload_head(self, http: HttpRequest) -> Any:
+        body = await self._read(UnloadHead, http)
+        await self._run("name", "name", functools.partial(self._loader.unload, body.name))
+        return {"id": body.name, "object": "model", "deleted": True}
+
+    async def load_lora_adapter(self, http: HttpRequest) -> Response:
+        """As vLLM has it: a name that is loaded already is refused, unless load_inplace is true."""
+        body = await self._read(LoadLoraAdapter, http)
+        name, path = body.lora_name, body.lora_path
+        call = functools.partial(self._load, name, path, replace=body.load_inplace)
+        await self._run("lora_name", "lora_path", call)
+        return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
+
+    async def unload_lora_adapter(self, http: HttpRequest) -> Response:
+        body = await self._read(UnloadLoraAdapter, http)
+        await self._run("lora_name", "lora_name", functools.partial(self._loader.unload, body.lora_name))
+        return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
+
+    async def _read(self, kind: type[B], http: HttpRequest) -> B:
+        if not self._loader.folders:
+            raise ApiError(403, OFF, code="head_loading_off")
+        return parse(kind, await read_body(http))
+
+    def _load(self, name: str, path: str, **options: Any) -> Model:
+        return self._loader.load(name, str(self._loader.find(path)), **options)
+
+    async def _run(self, name: str, path: str, call: Callable[[], T]) -> T:
+        """Runs it on the thread; an error becomes an answer about the field `name` or `path`."""
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, call)
+        except PermissionError as error:
+            raise ApiError(403, str(error), path, "path_not_allowed") from error
+        except FileNotFoundError as error:
+            raise ApiError(404, str(error), path, "adapter_not_found") from error
+        except UnknownHead as error:
+            raise ApiError(404, str(error), name, "model_not_found") from error
+        except RequestError as error:
+            if error.field != "name":
+                raise
+            raise ApiError(400, str(error), name) from error
+        except (ValueError, OSError) as error:
+            raise ApiError(400, " ".join(str(error).split()), path) from error

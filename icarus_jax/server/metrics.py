@@ -1,0 +1,115 @@
+"""Prometheus metrics: what the engine counts, and what the server times. One registry an instance."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Protocol
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from icarus_jax.engine.stats import EngineStats
+
+_SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
+_LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
+
+
+class HasStats(Protocol):
+    @property
+    def stats(self) -> EngineStats: ...
+
+
+# (name, attribute of EngineStats, help)
+_COUNTERS = (
+    ("icarus_sequences", "requests", "Sequences admitted by the engine (n counts n times)."),
+    ("icarus_engine_prompt_tokens", "prompt_tokens", "Prompt tokens of the sequences admitted."),
+    ("icarus_engine_generation_tokens", "generated_tokens", "Tokens that the engine generated."),
+    ("icarus_prefill_tokens", "prefill_tokens", "Prompt tokens computed by the trunk, recomputation included."),
+    ("icarus_num_preemptions", "preemptions", "Sequences preempted for want of pages."),
+    ("icarus_page_evictions", "evictions", "Cached pages given up for others."),
+    ("icarus_fan_out_requests", "fan_out_requests", "Requests for several models at once."),
+    ("icarus_handoffs", "handoffs", "Sequences that went over to another model."),
+    ("icarus_head_loads", "head_loads", "Heads loaded while the server runs, new versions included."),
+    ("icarus_head_unloads", "head_unloads", "Heads unloaded."),
+    ("icarus_slot_loads", "slot_loads", "Adapters copied into a slot on the device."),
+    ("icarus_slot_evictions", "slot_evictions", "Adapters that gave their slot to another."),
+    ("icarus_reuse_pages_checked", "reuse_pages_checked", "Reused pages computed again (engine.check_reuse)."),
+    ("icarus_reuse_pages_identical", "reuse_pages_identical", "... with the same bits."),
+    ("icarus_reuse_pages_different", "reuse_pages_different", "... with a difference beyond rounding: a fault."),
+    ("icarus_engine_steps", "steps", "Engine steps."),
+    ("icarus_engine_host_seconds", "host_seconds", "Seconds spent scheduling, preparing and committing steps."),
+    ("icarus_engine_device_seconds", "device_seconds", "Seconds spent executing steps."),
+)
+_GAUGES = (
+    ("icarus_num_requests_running", "running", "Sequences running."),
+    ("icarus_num_requests_waiting", "waiting", "Sequences waiting."),
+    ("icarus_sessions", "sessions", "Sessions that hold pages."),
+)
+
+
+class _EngineCollector(Collector):
+    """Reads the engine's counters at the moment of a scrape."""
+
+    def __init__(self, engine: HasStats):
+        self._engine = engine
+
+    def collect(self) -> Iterator[Metric]:
+        stats = self._engine.stats
+        for name, attribute, text in _COUNTERS:
+            yield CounterMetricFamily(name, text, value=getattr(stats, attribute))
+        for name, attribute, text in _GAUGES:
+            yield GaugeMetricFamily(name, text, value=getattr(stats, attribute))
+        hits = CounterMetricFamily(
+            "icarus_prefix_cache_hit_tokens", "Prompt tokens found in the cache, by who wrote them.", labels=["source"]
+        )
+        hits.add_metric(["same_model"], stats.cached_tokens_same_model)
+        hits.add_metric(["cross_model"], stats.cached_tokens_cross_model)
+        yield hits
+        pages = GaugeMetricFamily(
+            "icarus_kv_pages", "KV pages: held by sequences, or kept for reuse.", labels=["state"]
+        )
+        pages.add_metric(["used"], stats.pages_used)
+        pages.add_metric(["cached"], stats.pages_cached)
+        yield pages
+        yield GaugeMetricFamily("icarus_kv_pages_capacity", "KV pages in all.", value=stats.pages_total)
+        usage = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
+        yield GaugeMetricFamily("icarus_kv_cache_usage_perc", "KV pages held by sequences, of all.", value=usage)
+
+
+class Metrics:
+    """Counters and histograms of one server; thread-safe. Times are in seconds."""
+
+    def __init__(self, engine: HasStats):
+        self.registry = CollectorRegistry(auto_describe=False)
+        self.registry.register(_EngineCollector(engine))
+        model = ["model_name"]
+
+        def counter(name: str, text: str, labels: list[str]) -> Counter:
+            return Counter(f"icarus_{name}", text, labels, registry=self.registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(f"icarus_{name}", text, model, buckets=buckets, registry=self.registry)
+
+        self._requests = counter("requests", "Streams ended.", [*model, "finished_reason"])
+        self._prompt = counter("prompt_tokens", "Prompt tokens of the requests taken.", model)
+        self._generated = counter("generation_tokens", "Tokens sent to clients.", model)
+        self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
+        self._itl = histogram("inter_token_latency_seconds", "Between two tokens of a stream.", _SHORT)
+        self._e2e = histogram("e2e_request_latency_seconds", "From arrival to a stream's end.", _LONG)
+
+    def prompt(self, model: str, num_tokens: int) -> None:
+        self._prompt.labels(model).inc(num_tokens)
+
+    def tokens(self, model: str, num_tokens: int, since: float, first: bool) -> None:
+        """Counts tokens that came `since` seconds after the stream's last ones, or after the request if `first`."""
+        self._generated.labels(model).inc(num_tokens)
+        (self._ttft if first else self._itl).labels(model).observe(since)
+
+    def finished(self, model: str, reason: str, since_arrival: float) -> None:
+        self._requests.labels(model, reason).inc()
+        self._e2e.labels(model).observe(since_arrival)
+
+    def render(self) -> bytes:
+        """The text exposition format."""
+        return generate_latest(self.registry)

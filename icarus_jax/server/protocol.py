@@ -1,0 +1,229 @@
+"""The bodies of generation requests: OpenAI's fields, vLLM's extra ones under vLLM's names, and routing.py's."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+
+from icarus_jax.errors import RequestError
+from icarus_jax.scheduling.request import SamplingParams
+from icarus_jax.server.agent_fields import MAX_N, Routing
+from icarus_jax.server.body import Body, Int32, Int64
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+
+
+class ResponseFormat(Body):
+    type: str
+
+
+class Generate(Routing):
+    """What completions and chat completions share. Ranges that the engine knows are checked by SamplingParams."""
+
+    n: int = Field(1, ge=1, le=MAX_N)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    max_tokens: Int32 | None = None
+    min_tokens: Int32 = 0
+    temperature: float = 1.0
+    top_k: Int32 = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[str, float] = Field({})
+    stop: Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field([])
+    stop_token_ids: list[Int32] = Field([])
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    ignore_eos: bool = False
+    seed: Int64 | None = None
+    prompt_logprobs: Int32 | None = None
+    return_token_ids: bool = False
+    response_format: ResponseFormat | None = None
+    user: str | None = None
+
+    @model_validator(mode="after")
+    def _check_shared(self) -> Generate:
+        if self.stream_options and not self.stream:
+            raise RequestError("stream_options is only allowed with stream=true", "stream_options")
+        if self.stream and self.prompt_logprobs is not None:
+            raise RequestError("prompt_logprobs is not available with stream=true", "prompt_logprobs")
+        if self.response_format and self.response_format.type != "text":
+            raise RequestError("the only response_format is {'type': 'text'}", "response_format")
+        return self
+
+    def named_logprobs(self) -> int | None:
+        """How many alternatives the request wants of a generated token; None: it says nothing of log-probabilities."""
+        raise NotImplementedError
+
+    def asked_logprobs(self) -> int | None:
+        """How many alternatives to report for a generated token; None: no log-probabilities."""
+        named = self.named_logprobs()
+        return 0 if named is None and self.reference_logprobs else named
+
+    def asked_prompt_logprobs(self) -> int | None:
+        return self.prompt_logprobs
+
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens
+
+    def sampling_params(self, default_tokens: int) -> SamplingParams:
+        """The engine's parameters; `default_tokens` is the max_tokens of a request that names none."""
+        asked = self.asked_tokens()
+        return SamplingParams(
+            max_tokens=default_tokens if asked is None else asked,
+            logit_bias=tuple((_token_id(key), bias) for key, bias in self.logit_bias.items()),
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            logprobs=self.asked_logprobs(),
+            prompt_logprobs=self.asked_prompt_logprobs(),
+            **{name: getattr(self, name) for name in _SAME},
+        )
+
+
+_SAME = (
+    *("min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
+    *("frequency_penalty", "include_stop_str_in_output", "ignore_eos", "seed"),
+)
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit() and len(key) < 10):
+        raise RequestError(f"logit_bias has the key {key[:20]!r}; the keys are token ids", "logit_bias")
+    return int(key)
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and all(type(i) is int for i in value)
+
+
+def _prompts(value: Any) -> list[str | list[int]]:
+    """Any of the four forms of a prompt, as a list of prompts."""
+    if isinstance(value, str) or (_is_ids(value) and value):
+        return [value]
+    if isinstance(value, list) and (all(isinstance(v, str) for v in value) or all(map(_is_ids, value))):
+        return value
+    raise ValueError("it must be a string, a list of strings, a list of token ids, or a list of lists of token ids")
+
+
+class CompletionRequest(Generate):
+    prompt: Annotated[list[Any], BeforeValidator(_prompts)]  # list[str | list[int]]
+    echo: bool = False
+    logprobs: Int32 | None = None
+    best_of: Int32 | None = None
+    suffix: str = ""
+    add_special_tokens: bool = True
+
+    @model_validator(mode="after")
+    def _check(self) -> CompletionRequest:
+        if self.suffix:
+            raise RequestError("suffix is not supported", "suffix")
+        if self.best_of not in (None, self.n):
+            raise RequestError(f"best_of is {self.best_of}; it must equal n, which is {self.n}", "best_of")
+        return self
+
+    def named_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def asked_prompt_logprobs(self) -> int | None:
+        echoed = self.asked_logprobs() if self.echo else None
+        asked = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(asked, default=None)
+
+
+class ContentPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Body):
+    """A chat message. Fields that only the chat template reads (name, tool_calls, ...) are kept as they are."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
+    role: str
+    content: str | list[ContentPart] | None = None
+
+    def render(self) -> dict[str, Any]:
+        """As chat templates take it: the content one string."""
+        text = self.content if not isinstance(self.content, list) else "\n".join(part.text for part in self.content)
+        return {**(self.model_extra or {}), "role": self.role, "content": text}
+
+
+class ChatPrompt(Body):
+    """A conversation and how the chat template is to render it."""
+
+    messages: list[Message] = Field(min_length=1)
+    tools: list[dict[str, Any]] | None = None
+    chat_template_kwargs: dict[str, Any] = Field({})
+    add_generation_prompt: bool | None = None  # default: unless the final message is continued
+    continue_final_message: bool = False
+    add_special_tokens: bool = False  # the template writes them itself
+
+    @model_validator(mode="after")
+    def _check_prompt(self) -> ChatPrompt:
+        if self.add_generation_prompt and self.continue_final_message:
+            raise RequestError(
+                "add_generation_prompt and continue_final_message exclude each other", "continue_final_message"
+            )
+        if "chat_template" in self.chat_template_kwargs:
+            raise RequestError("chat_template_kwargs may not replace the chat_template", "chat_template_kwargs")
+        return self
+
+
+class ChatRequest(ChatPrompt, Generate):
+    max_completion_tokens: Int32 | None = None
+    logprobs: bool = False
+    top_logprobs: Int32 | None = None
+    tool_choice: Any = "auto"
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatRequest:
+        if self.top_logprobs and not self.logprobs:
+            raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
+        if self.tool_choice not in ("auto", "none"):
+            raise RequestError("tool_choice must be 'auto' or 'none': a tool call cannot be forced", "tool_choice")
+        return self
+
+    def named_logprobs(self) -> int | None:
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def asked_tokens(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    def sampling_params(self, default_tokens: int) -> SamplingParams:
+        try:
+            return super().sampling_params(default_tokens)
+        except RequestError as error:  # the field's name in this API
+            if error.field == "logprobs":
+                raise RequestError(str(error).replace("logprobs", "top_logprobs", 1), "top_logprobs") from None
+            raise
+
+
+class TokenizeRequest(ChatPrompt):
+    """Text, or a conversation."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: list[Message] = Field([])
+    return_token_strs: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> TokenizeRequest:
+        if (self.prompt is None) == (not self.messages):
+            raise RequestError("give either prompt or messages", "prompt")
+        return self
+
+    def with_special_tokens(self) -> bool:
+        named = "add_special_tokens" in self.model_fields_set
+        return self.add_special_tokens if named else self.prompt is not None
+
+
+class DetokenizeRequest(Body):
+    model: str | None = None
+    tokens: list[Int32]

@@ -1,0 +1,83 @@
+"""An independent two-stream oracle in NumPy, float64: the paper's equations, with no cache, no pages and no rows.
+
+The trunk runs over the whole text and yields K and V of every layer; then the head runs over the same text with its
+adapted q, o and MLP, and attends to the trunk's K and V (ICaRus, arXiv 2603.13281, the logical decoder).
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from icarus_jax.weights.checkpoint import TrunkCheckpoint
+
+
+def _norm(x, weight, eps):
+    return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
+
+
+def _rope(x, theta):
+    length, _, h = x.shape
+    angles = np.arange(length)[:, None] / theta ** (np.arange(0, h, 2) / h)
+    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    a, b = x[..., : h // 2], x[..., h // 2 :]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
+    """One stream. `kv`: per layer (K, V) to attend to, or None to make one's own. Returns (hidden, kv made)."""
+    c = trunk.config
+    p = {name: np.asarray(w, np.float64) for name, w in trunk.params.items()}
+    group = c.num_heads // c.num_kv_heads
+    length = len(tokens)
+    delta = lambda t, l, x: x @ adapter[t][0][l] @ adapter[t][1][l] if adapter and t in adapter else 0.0  # noqa: E731
+    x = p["embed"][tokens]
+    made = []
+    for l in range(c.num_layers):
+        y = _norm(x, p["attn_norm"][l], c.rms_norm_eps)
+        qkv = np.einsum("td,dkgh->tkgh", y, p["qkv"][l])
+        if c.qkv_bias:
+            qkv = qkv + p["qkv_bias"][l]
+        q = qkv[:, :, :group].reshape(length, -1) + delta("q_proj", l, y)
+        k = qkv[:, :, group].reshape(length, -1) + delta("k_proj", l, y)
+        v = (qkv[:, :, group + 1].reshape(length, -1) + delta("v_proj", l, y)).reshape(length, c.num_kv_heads, -1)
+        q, k = q.reshape(length, c.num_heads, -1), k.reshape(length, c.num_kv_heads, -1)
+        if c.qk_norm:
+            q, k = _norm(q, p["q_norm"][l], c.rms_norm_eps), _norm(k, p["k_norm"][l], c.rms_norm_eps)
+        made.append((_rope(k, c.rope_theta), v))
+        keys, values = (np.repeat(a, group, axis=1) for a in (kv or made)[l])
+        scores = np.einsum("qnh,tnh->nqt", _rope(q, c.rope_theta), keys) / np.sqrt(c.head_dim)
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        a = np.einsum("nqt,tnh->qnh", weights / weights.sum(-1, keepdims=True), values).reshape(length, -1)
+        x = x + a @ p["o"][l] + delta("o_proj", l, a)
+        y = _norm(x, p["mlp_norm"][l], c.rms_norm_eps)
+        gate = y @ p["gate_up"][l][:, 0] + delta("gate_proj", l, y)
+        up = y @ p["gate_up"][l][:, 1] + delta("up_proj", l, y)
+        z = gate / (1 + np.exp(-gate)) * up
+        x = x + z @ p["down"][l] + delta("down_proj", l, z)
+    return x, made
+
+
+def logits(trunk: TrunkCheckpoint, tokens, adapter=None, *, shared: bool = True, decoder=None) -> np.ndarray:
+    """Logits f64[len(tokens), V] of a head. shared: over the trunk's K/V; else over its own (an ordinary LoRA).
+
+    decoder: a checkpoint whose weights are the head's own (full fine-tuning); none: the trunk's.
+    """
+    kv = _run(trunk, tokens, None, None)[1] if (adapter or decoder) and shared else None
+    trunk = decoder or trunk
+    x, _ = _run(trunk, tokens, adapter, kv)
+    head = trunk.params["embed" if trunk.config.tie_word_embeddings else "lm_head"]
+    norm = np.asarray(trunk.params["final_norm"], np.float64)
+    return _norm(x, norm, trunk.config.rms_norm_eps) @ np.asarray(head, np.float64).T
+
+
+def greedy(trunk: TrunkCheckpoint, prompt, steps: int, adapter=None, *, shared=True, decoder=None) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(steps):
+        tokens.append(int(logits(trunk, tokens, adapter, shared=shared, decoder=decoder)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def log_softmax(x: np.ndarray) -> np.ndarray:
+    x = x - x.max(-1, keepdims=True)
+    return x - np.log(np.exp(x).sum(-1, keepdims=True))

@@ -1,0 +1,339 @@
+"""Scheduler and pages without a device: a double that remembers which token each page slot holds checks every step."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from icarus_jax.config import EngineConfig
+from icarus_jax.scheduling.admission import LOOKAHEAD, PATIENCE
+from icarus_jax.scheduling.page_pool import Chain, OutOfPages, PagePool, page_key
+from icarus_jax.scheduling.plan import SampleRow
+from icarus_jax.scheduling.registry import Model
+from icarus_jax.scheduling.request import SamplingParams, SessionHint, TokenLogprob
+from icarus_jax.scheduling.scheduler import Scheduler
+from icarus_jax.scheduling.sequence import Sequence, Status
+
+CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=5, max_num_batched_tokens=12, max_model_len=48)
+NAMES = ("trunk", "a", "b", "c", "x", "y", "z")
+SWITCH = 5  # a sequence with a handoff goes on with the model at place SWITCH + last token
+
+
+def make_models() -> dict[str, Model]:
+    kinds = {"trunk": "base", "x": "isolated", "y": "activated", "z": "activated"}
+    invocations = {"y": (1, 2), "z": (3,)}
+    return {n: Model(n, kinds.get(n, "shared"), invocation=invocations.get(n, ())) for n in NAMES}
+
+
+def next_token(tokens: list[int], model: Model) -> int:
+    """What the double's models say: it depends on the whole text and on the model's version."""
+    return (sum(tokens) * 7 + len(tokens) + NAMES.index(model.name) + 3 * model.version) % 11
+
+
+class Device:
+    """Pages that hold (writer's salt, token, position), slots that hold models; each step is checked, then done."""
+
+    def __init__(self, scheduler: Scheduler):
+        self.scheduler, self.held, self.slots = scheduler, {}, {}
+
+    def run(self) -> None:
+        s, size = self.scheduler, self.scheduler.config.page_size
+        plan = s.schedule()
+        assert plan.work, "has work, plans none"
+        for model in plan.loads:
+            assert 1 <= model.slot <= s.slots.num_slots
+            self.slots[model.slot] = model
+        before = dict(self.held)
+        for src, dst in plan.copies:
+            for i in range(size):
+                self.held[dst, i] = before.get((src, i))
+        assert plan.num_writers <= s.config.max_num_batched_tokens
+        assert len(plan.work) == len({w.seq.seq_id for w in plan.work}) <= s.config.max_num_seqs
+        made = lambda seq, i: (seq.model.salt if i >= seq.adapted_from else "", seq.tokens[i], i)  # noqa: E731
+        for work in plan.work:
+            seq = work.seq
+            assert seq.model.kind == "base" or self.slots[seq.model.slot] is seq.model, "its head is not in its slot"
+            assert work.start == seq.num_computed
+            for position in range(work.start, work.start + work.num_write):
+                page = seq.page_table[position // size]
+                assert s.pool.refs[page] == 1, "a shared page is written"
+                self.held[page, position % size] = made(seq, position)
+        rows = []
+        for work in plan.work:
+            seq, end = work.seq, work.start + work.num_write
+            for position in range(end):  # what the rows attend to is this very prefix
+                assert self.held[seq.page_table[position // size], position % size] == made(seq, position)
+            assert not work.num_logits or work.logit_start + work.num_logits <= end
+            if seq.model.kind == "shared":  # logits come from the head's own reader rows
+                assert (work.read_start, work.num_read) == (work.logit_start, work.num_logits)
+            assert work.reference == (seq.reference and work.samples)
+            scores = [TokenLogprob(i, 0.0) for i in range(work.logit_start, work.logit_start + work.num_logits)]
+            rows.append([SampleRow(next_token(seq.tokens, seq.model), None, score) for score in scores])
+            if work.reference:
+                rows[-1].append(SampleRow(-1, None, TokenLogprob(0, -seq.num_output)))
+        self.outputs = s.commit(plan, rows)
+
+
+def add(scheduler: Scheduler, seq_id: int, model: Model, prompt: list[int], **params) -> Sequence:
+    more = {k: params.pop(k) for k in ("reference", "handoff", "session", "private") if k in params}
+    seq = Sequence(seq_id, model, list(prompt), SamplingParams(temperature=0.0, **params), seed=0, **more)
+    scheduler.add(seq)
+    return seq
+
+
+def switch_from(models: dict[str, Model]):
+    """A handoff rule: an even token names the next model."""
+    return lambda token: models[NAMES[(SWITCH + token) % len(NAMES)]] if token % 2 == 0 else None
+
+
+requests = st.tuples(
+    st.lists(st.sampled_from(NAMES), min_size=1, max_size=4, unique=True),  # fan-out
+    st.integers(0, 3),  # which of four texts it starts with
+    st.integers(0, 24),  # how much of that text
+    st.lists(st.integers(0, 9), max_size=12),
+    st.integers(0, 12),  # max_tokens
+    st.sampled_from(["", "score", "handoff", "reference", "private", "retain", "pin", "next"]),
+)
+events = st.one_of(
+    st.tuples(st.just("add"), requests),
+    st.tuples(st.just("step"), st.integers(1, 6)),
+    st.tuples(st.just("abort"), st.integers(0, 30)),
+    st.tuples(st.just("reload"), st.sampled_from(NAMES[1:])),
+    st.tuples(st.just("release"), st.integers(0, 2)),
+)
+SESSIONS = {
+    "retain": SessionHint("0", 3.0),
+    "pin": SessionHint("1", float("inf")),
+    "next": SessionHint("2", None, "a"),
+}
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.lists(events, max_size=40), st.integers(12, 40), st.integers(1, 4), st.booleans())
+def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, caching):
+    """The four kinds, fan-out, handoffs, aborts, reloads, sessions, pressure on pages and slots."""
+    now = [0.0]
+    config = dataclasses.replace(CONFIG, num_pages=num_pages, enable_prefix_caching=caching)
+    scheduler = Scheduler(config, num_slots, clock=lambda: now[0])
+    device, seqs, scored, started = Device(scheduler), [], {}, []
+    models = make_models()
+    references: dict[int, list[float]] = {}
+    writers: dict[int, list[tuple[int, str]]] = {}
+
+    def step():
+        now[0] += 1
+        device.run()
+        for output in device.outputs:
+            if output.prompt_logprobs is not None:
+                assert output.seq_id not in scored, "delivered twice"
+                scored[output.seq_id] = output.prompt_logprobs
+            references.setdefault(output.seq_id, []).extend(output.reference_logprobs or [])
+            writers.setdefault(output.seq_id, []).extend((token, output.model) for token in output.token_ids)
+
+    for kind, value in script:
+        if kind == "add":
+            names, text, length, tail, max_tokens, mode = value
+            prompt = [(text * 5 + i * i) % 10 for i in range(length)] + tail
+            limit = min(max_tokens, scheduler.config.max_model_len - len(prompt))
+            for name in names if prompt else ():
+                model = models[name]
+                extra = {
+                    "score": {"prompt_logprobs": 0},
+                    "handoff": {"handoff": switch_from(dict(models))},
+                    "reference": {"reference": not model.salt},
+                    "private": {"private": True},
+                }.get(mode, {})
+                session = SESSIONS.get(mode)
+                seqs.append(add(scheduler, len(seqs), model, prompt, max_tokens=limit, session=session, **extra))
+                started.append(model)
+        elif kind == "abort" and value < len(seqs) and seqs[value].status is not Status.FINISHED:
+            scheduler.abort(seqs[value])
+            seqs[value].tokens = [*seqs[value].tokens[: seqs[value].prompt_len], -1]  # marks it as aborted
+        elif kind == "reload":
+            old = models[value]
+            models[value] = Model(value, old.kind, old.version + 1, old.invocation)
+            scheduler.slots.retire(old)
+        elif kind == "release":
+            scheduler.sessions.release(str(value))
+        elif kind == "step":
+            for _ in range(value):
+                if scheduler.has_work:
+                    step()
+    for _ in range(3000):
+        if not scheduler.has_work:
+            break
+        step()
+    assert not scheduler.has_work
+    for session in "012":
+        scheduler.sessions.release(session)
+    pool = scheduler.pool
+    assert pool.num_free == pool.num_pages and not any(pool.refs) and not scheduler._pending
+    assert not any(scheduler.slots._users.values())
+    for seq, model in zip(seqs, started, strict=True):
+        assert seq.status is Status.FINISHED
+        if seq.tokens[-1] == -1:
+            continue
+        assert seq.num_output == seq.params.max_tokens
+        check_tokens(seq, model, writers.get(seq.seq_id, []))
+        if seq.params.prompt_logprobs is not None:
+            assert [p and p.token_id for p in scored[seq.seq_id]] == [None, *range(seq.prompt_len - 1)]
+        if seq.reference:
+            assert references.get(seq.seq_id, []) == [-i for i in range(seq.num_output)]
+
+
+def check_tokens(seq: Sequence, model: Model, written: list[tuple[int, str]]) -> None:
+    """The tokens do not depend on batch mates, preemption, hits or reloads; each names the model that wrote it."""
+    expected = list(seq.tokens[: seq.prompt_len])
+    for token, name in written:
+        assert token == next_token(expected, model) and name == model.name
+        expected.append(token)
+        if seq.handoff is not None and len(expected) < len(seq.tokens):
+            model = seq.handoff(token) or model
+    assert seq.tokens == expected
+
+
+def run_all(scheduler: Scheduler, device: Device | None = None) -> None:
+    device = device or Device(scheduler)
+    while scheduler.has_work:
+        device.run()
+
+
+def test_first_come_first_served_and_chunked():
+    scheduler = Scheduler(CONFIG)
+    long, short = (
+        add(scheduler, 0, Model("trunk", "base"), range(30), max_tokens=2),
+        add(scheduler, 1, Model("trunk", "base"), [9, 9], max_tokens=2),
+    )
+    plan = scheduler.schedule()
+    assert [(w.seq, w.num_write, w.num_logits) for w in plan.work] == [(long, 12, 0)] and short.status is Status.WAITING
+
+
+def test_who_finds_most_in_the_cache_goes_first():
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=1))
+    device = Device(scheduler)
+    for i, prompt in enumerate((range(8), [7] * 4)):
+        add(scheduler, i, Model("trunk", "base"), prompt, max_tokens=1)
+    run_all(scheduler, device)
+    prompts = [[9] * 9, [7] * 9, range(9), [8] * 9, [*range(8), 9]]
+    seqs = [add(scheduler, 2 + i, Model("trunk", "base"), p, max_tokens=1) for i, p in enumerate(prompts)]
+    ended = []
+    while scheduler.has_work:
+        device.run()
+        ended += [seqs.index(seq) for seq in seqs if seq.status is Status.FINISHED and seqs.index(seq) not in ended]
+    assert ended == [2, 4, 1, 0, 3]
+
+
+def test_nobody_waits_for_ever():
+    """Three strangers among those who always find their prompt cached: each waits its turn to be first in line."""
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=1))
+    device = Device(scheduler)
+    add(scheduler, 0, Model("trunk", "base"), range(8), max_tokens=1)
+    run_all(scheduler, device)
+    strangers = [add(scheduler, 1 + i, Model("trunk", "base"), [9 + i] * 9, max_tokens=1) for i in range(3)]
+    others, before = [], []
+    while len(before) < 3:
+        others.append(add(scheduler, len(others) + 4, Model("trunk", "base"), range(9), max_tokens=1))
+        device.run()
+        if strangers[len(before)].status is Status.FINISHED:
+            before.append(sum(seq.status is Status.FINISHED for seq in others))
+        assert len(others) < 20 * PATIENCE
+    assert before == [PATIENCE, 2 * PATIENCE, 3 * PATIENCE]
+
+
+def test_nobody_waits_for_ever_for_an_adapter_slot():
+    """One slot, whose adapter always has a next request: with room for two, nothing but the slot is in the way."""
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=2), num_slots=1)
+    device, models = Device(scheduler), make_models()
+    stranger, others = None, []
+    while stranger is None or stranger.status is not Status.FINISHED:
+        others.append(add(scheduler, len(others) + 1, models["a"], [*range(8), 1 + len(others) % 2], max_tokens=3))
+        if len(others) == 3:
+            stranger = add(scheduler, 0, models["b"], [9] * 9, max_tokens=1)
+        device.run()
+        assert len(others) < 40 * PATIENCE
+
+
+def test_a_long_queue_does_not_evict_the_next_calls_of_those_before_it():
+    """Many sessions at once, each of four calls: a call goes out when the reply to the one before it is there."""
+    sessions, calls = LOOKAHEAD + 50, 4
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=2))
+    model, device = Model("trunk", "base"), Device(scheduler)
+    prompts = [[100 + i, 1, 2, 3, 4, 5, 6, 7] for i in range(sessions)]
+    going = [add(scheduler, i, model, prompt, max_tokens=2) for i, prompt in enumerate(prompts)]
+    done = [0] * sessions
+    while scheduler.has_work:
+        device.run()
+        for i, seq in enumerate(going):
+            if seq.status is Status.FINISHED and done[i] < calls:
+                done[i] += 1
+                if done[i] < calls:
+                    prompt = [*seq.tokens, 7, 8]
+                    going[i] = add(scheduler, done[i] * sessions + i, model, prompt, max_tokens=2)
+    assert done == [calls] * sessions
+    computed = scheduler.stats.prompt_tokens - scheduler.stats.cached_tokens_same_model
+    needed = sessions * (len(prompts[0]) + (calls - 1) * 3)  # a reply's last token and what came after it
+    assert needed <= computed < 1.1 * needed
+
+
+def test_latest_arrival_is_preempted():
+    scheduler = Scheduler(dataclasses.replace(CONFIG, num_pages=12))
+    seqs = [add(scheduler, i, Model("trunk", "base"), [i] * 17, max_tokens=20) for i in range(2)]
+    device = Device(scheduler)
+    while not scheduler.stats.preemptions:
+        device.run()
+    assert [s.status for s in seqs] == [Status.RUNNING, Status.WAITING]
+    run_all(scheduler, device)
+    assert all(s.num_output == 20 for s in seqs)
+
+
+def test_a_full_cache_hit_needs_no_writer():
+    for model in make_models().values():
+        scheduler = Scheduler(CONFIG, num_slots=1)
+        add(scheduler, 0, model, range(11), max_tokens=1)
+        run_all(scheduler)
+        again = add(scheduler, 1, model, range(11), max_tokens=1)
+        (work,) = scheduler.schedule().work
+        assert (work.num_write, work.num_read, work.num_logits) == (0, 1, 1) and again.cached_tokens == 11
+
+
+def test_pool_evicts_the_oldest_and_the_tail_first():
+    pool = PagePool(4, 2)
+    keys = Chain().keys([1, 2, 3, 4], 2)
+    pages = [pool.allocate(), pool.allocate()]
+    pool.register(pages[0], b"", [1, 2], "m")
+    pool.register(pages[1], keys[0], [3, 4], "m")
+    pool.release(pages)
+    assert pool.match(Chain(), [1, 2, 3, 4, 5], keys).pages == pages and pool.num_cached == 2
+    for _ in range(3):
+        pool.allocate()
+    assert pool.match(Chain(), [1, 2, 3, 4, 5], keys).pages == pages[:1] and pool.evictions == 1
+    pool.allocate()
+    with pytest.raises(OutOfPages):
+        pool.allocate()
+
+
+def test_pool_takes_over_or_copies_a_partial_page():
+    pool = PagePool(3, 4)
+    page = pool.allocate()
+    pool.register(page, b"", [5, 6, 7], "m")
+    match = pool.match(Chain(), [5, 6, 7, 8], [page_key(b"", [5, 6, 7, 8])])
+    assert (match.tail_page, match.tail_len) == (page, 3)
+    copied, copies = pool.take(match)  # still held by its writer: copied
+    assert copies == [(page, copied[0])] and copied != [page]
+    pool.release([page])
+    table, copies = pool.take(match)  # nobody's, and continued exactly: taken over
+    assert (table, copies) == ([page], []) and pool.match(Chain(), [5, 6, 7], []).tail_page is None
+    pool.release(copied)
+    pool.register(page, b"", [5, 6, 7], "m")
+    assert pool.match(Chain(), [5, 9], []).tail_len == 1 and pool.match(Chain("s"), [5, 6], []).tail_page is None
+
+
+def test_pool_refuses_a_double_release():
+    pool = PagePool(2, 4)
+    page = pool.allocate()
+    pool.release([page])
+    with pytest.raises(AssertionError, match="twice"):
+        pool.release([page])

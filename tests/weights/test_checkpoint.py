@@ -1,0 +1,162 @@
+"""Trunk sources: every format gives the same canonical parameters, and bad inputs one clear line."""
+
+import json
+import pathlib
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+from icarus_jax.config import RopeScaling
+from icarus_jax.weights.checkpoint import load_trunk, param_shapes, save_orbax
+from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
+from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model
+
+
+def edit_config(folder, remove=(), **changes):
+    file = pathlib.Path(folder) / "config.json"
+    config = {key: value for key, value in json.loads(file.read_text()).items() if key not in remove}
+    file.write_text(json.dumps({**config, **changes}))
+    return folder
+
+
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("qwen2", True), ("qwen3", False)])
+def test_params_are_the_models(family, tied, tmp_path):
+    folder = tiny_model(family, tmp_path, tie_word_embeddings=tied)
+    checkpoint = load_trunk(folder)
+    weights = {name: value.numpy() for name, value in hf_model(folder).state_dict().items()}
+    params, config = checkpoint.params, checkpoint.config
+    assert (config.family, config.tie_word_embeddings) == (family, tied)
+    assert {name: value.shape for name, value in params.items()} == param_shapes(config)
+    assert (config.qkv_bias, config.qk_norm) == (family == "qwen2", family == "qwen3")
+    np.testing.assert_array_equal(params["embed"], weights["model.embed_tokens.weight"])
+    np.testing.assert_array_equal(params["final_norm"], weights["model.norm.weight"])
+    assert ("lm_head" in params) != tied
+    if not tied:
+        np.testing.assert_array_equal(params["lm_head"], weights["lm_head.weight"])
+    x = np.random.default_rng(0).standard_normal(48).astype(np.float32)
+    for layer in range(3):
+        of = {name.removeprefix(f"model.layers.{layer}."): value for name, value in weights.items()}
+        kv_heads = (x @ params["qkv"][layer].reshape(48, -1)).reshape(2, 5, 8)
+        if family == "qwen2":
+            kv_heads += params["qkv_bias"][layer]
+        for module, got in (
+            ("self_attn.q_proj", kv_heads[:, :3]),
+            ("self_attn.k_proj", kv_heads[:, 3]),
+            ("self_attn.v_proj", kv_heads[:, 4]),
+            ("mlp.gate_proj", x @ params["gate_up"][layer, :, 0]),
+            ("mlp.up_proj", x @ params["gate_up"][layer, :, 1]),
+            ("self_attn.o_proj", x @ params["o"][layer]),
+        ):
+            want = of[f"{module}.weight"] @ x + of.get(f"{module}.bias", 0)
+            np.testing.assert_allclose(got.ravel(), want, rtol=1e-4, atol=1e-5, err_msg=module)
+        np.testing.assert_array_equal(params["down"][layer], of["mlp.down_proj.weight"].T)
+        np.testing.assert_array_equal(params["attn_norm"][layer], of["input_layernorm.weight"])
+        np.testing.assert_array_equal(params["mlp_norm"][layer], of["post_attention_layernorm.weight"])
+        if family == "qwen3":
+            np.testing.assert_array_equal(params["q_norm"][layer], of["self_attn.q_norm.weight"])
+            np.testing.assert_array_equal(params["k_norm"][layer], of["self_attn.k_norm.weight"])
+
+
+def test_sharded_folder_is_the_same_trunk(tmp_path):
+    folder = tiny_model("llama", tmp_path)
+    whole = load_trunk(folder)
+    shards = tmp_path / "shards"
+    transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(shards, max_shard_size="60KB")
+    assert len(list(shards.glob("*.safetensors"))) > 2
+    sharded = load_trunk(str(shards))
+    assert_same_params(sharded, whole)
+    assert sharded.identity == whole.identity
+    next(shards.glob("*2-of-*.safetensors")).unlink()
+    with pytest.raises(ValueError, match="has no model-00002"):
+        load_trunk(str(shards))
+
+
+def test_identity_names_the_weights(tmp_path):
+    folder = tiny_model("qwen2", tmp_path)
+    one = load_trunk(folder).identity
+    assert load_trunk(folder, "bfloat16").identity == one
+    file = pathlib.Path(folder) / "model.safetensors"
+    weights = load_file(file)
+    weights["model.layers.2.mlp.down_proj.weight"][3, 5] += 1e-3
+    save_file(weights, file, metadata={"format": "pt"})
+    assert load_trunk(folder).identity != one
+
+
+def test_bfloat16_in_and_out(tmp_path):
+    folder = tiny_model("llama", tmp_path)
+    want = load_trunk(folder)
+    rounded = load_trunk(folder, "bfloat16")
+    assert all(values.dtype == ml_dtypes.bfloat16 for values in rounded.params.values())
+    for name, values in want.params.items():
+        np.testing.assert_array_equal(rounded.params[name], values.astype(ml_dtypes.bfloat16))
+    half = tmp_path / "half"
+    hf_model(folder).to(torch.bfloat16).save_pretrained(half)
+    assert_same_params(load_trunk(str(half)), rounded)
+    with pytest.raises(ValueError, match="dtype 'int8'"):
+        load_trunk(folder, "int8")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_rope_settings_of_old_and_new_configs(family, tmp_path):
+    folder = tiny_model(family, tmp_path, rope_parameters=LLAMA3_ROPE)
+    want = RopeScaling("llama3", 8.0, 1.0, 4.0, 8192)
+    config = load_trunk(folder).config
+    assert (config.rope_theta, config.rope_scaling) == (500000.0, want)
+    old = {("type" if key == "rope_type" else key): v for key, v in LLAMA3_ROPE.items() if key != "rope_theta"}
+    edit_config(folder, remove=["rope_parameters"], rope_theta=500000.0, rope_scaling=old)
+    assert load_trunk(folder).config == config
+    edit_config(folder, rope_scaling={"type": "linear", "factor": 4.0})
+    assert load_trunk(folder).config.rope_scaling == RopeScaling("linear", 4.0)
+    edit_config(folder, rope_scaling=None)
+    assert load_trunk(folder).config.rope_scaling is None
+
+
+@pytest.mark.parametrize(
+    "family, changes, message",
+    [
+        ("llama", {"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported"),
+        ("llama", {"attention_bias": True}, "attention_bias=True"),
+        ("llama", {"mlp_bias": True}, "mlp_bias=True"),
+        ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
+        ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types="),
+        ("llama", {"hidden_size": 64}, "has the shape .* the config asks for"),
+        ("llama", {"num_hidden_layers": 4}, "layers.3.* is missing"),
+        ("llama", {"num_hidden_layers": 2}, "layers.2.* is no part of"),
+        ("llama", {"model_type": "qwen2"}, "bias is missing"),
+    ],
+)
+def test_unsupported_models_are_refused_by_name(family, changes, message, tmp_path):
+    folder = edit_config(tiny_model(family, tmp_path), **changes)
+    with pytest.raises(ValueError, match=message) as error:
+        load_trunk(folder)
+    assert "\n" not in str(error.value)
+
+
+def test_a_sliding_window_out_of_use_is_fine(tmp_path):
+    load_trunk(edit_config(tiny_model("qwen2", tmp_path), use_sliding_window=False, sliding_window=64))
+
+
+def test_orbax_round_trip(tmp_path):
+    folder = tiny_model("llama", tmp_path, rope_parameters=LLAMA3_ROPE)
+    generation = pathlib.Path(folder) / "generation_config.json"
+    generation.write_text(json.dumps({"eos_token_id": [258, 7]}))
+    want = load_trunk(folder)
+    target = str(tmp_path / "orbax")
+    save_orbax(want, target)
+    got = load_trunk(target)
+    assert (got.config, got.identity) == (want.config, want.identity)
+    assert_same_params(got, want)
+    assert load_trunk(target, "bfloat16").params["qkv"].dtype == ml_dtypes.bfloat16
+    tokenizer = load_tokenizer(got.path)
+    assert eos_token_ids(tokenizer, got.path) == {258, 7}
+    assert tokenizer("héllo<eos>").input_ids == load_tokenizer(folder)("héllo<eos>").input_ids
+    assert tokenizer.chat_template == load_tokenizer(folder).chat_template
+    with pytest.raises(ValueError, match="exists already"):
+        save_orbax(want, target)

@@ -1,0 +1,77 @@
+"""GGUF files: a converted model is the folder's trunk, and the header is read as the gguf package reads it."""
+
+import pathlib
+
+import gguf
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from icarus_jax.config import RopeScaling
+from icarus_jax.weights.checkpoint import load_trunk
+from icarus_jax.weights.gguf import read_gguf
+from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model, write_gguf
+
+
+@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)])
+def test_gguf_is_the_folders_trunk(family, tied, tmp_path):
+    folder = tiny_model(family, tmp_path, tie_word_embeddings=tied, rms_norm_eps=1e-5)
+    want = load_trunk(folder)
+    got = load_trunk(write_gguf(folder, tmp_path / "model.gguf"))
+    assert got.config == want.config
+    assert_same_params(got, want)
+
+
+def test_quantised_gguf(tmp_path):
+    kind = gguf.GGMLQuantizationType
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 8}
+    folder = tiny_model("llama", tmp_path, **sizes)
+    kinds = {"q_proj": kind.Q8_0, "k_proj": kind.F16, "v_proj": kind.BF16, "o_proj": kind.Q4_1, "lm_head": kind.Q4_0}
+    file = write_gguf(folder, tmp_path / "q.gguf", lambda name: kinds.get(name.split(".")[-2], kind.F32))
+    want, got = load_trunk(folder), load_trunk(file)
+    assert_same_params(got, want, atol=0.1)
+    np.testing.assert_allclose(got.params["qkv"], want.params["qkv"], atol=4e-3)
+    assert np.abs(got.params["o"] - want.params["o"]).max() > 1e-3  # four bits were really used
+    reader = gguf.GGUFReader(file)  # the package's own reader sees the same file
+    mine = read_gguf(file)
+    assert {t.name: (tuple(t.shape[::-1]), t.tensor_type) for t in reader.tensors} == {
+        name: (tensor.shape, tensor.kind) for name, tensor in mine.tensors.items()
+    }
+    for tensor in reader.tensors:
+        np.testing.assert_array_equal(np.asarray(tensor.data).view(np.uint8), mine.tensors[tensor.name].data)
+    fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
+    assert fields == mine.metadata
+
+
+def test_gguf_rope_scaling(tmp_path):
+    rope = {**LLAMA3_ROPE, "factor": 32.0}
+    folder = tiny_model("llama", tmp_path, rope_parameters=rope, head_dim=16)
+    scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](hf_model(folder).config, "cpu")
+    plain = 1 / 500000.0 ** (torch.arange(0, 16, 2) / 16)
+    divisors = (plain / scaled).numpy().astype(np.float32)
+    got = load_trunk(write_gguf(folder, tmp_path / "a.gguf", rope_freqs=divisors))
+    assert got.config.rope_scaling == load_trunk(folder).config.rope_scaling
+    with pytest.raises(ValueError, match=r"rope_freqs\.weight is no Llama 3 scaling"):
+        load_trunk(write_gguf(folder, tmp_path / "b.gguf", rope_freqs=np.sqrt(divisors)))
+    keys = [("rope.scaling.type", "linear"), ("rope.scaling.factor", 2.0)]
+    linear = load_trunk(write_gguf(folder, tmp_path / "c.gguf", keys=keys))
+    assert linear.config.rope_scaling == RopeScaling("linear", 2.0)
+    with pytest.raises(ValueError, match="'yarn' is not supported"):
+        load_trunk(write_gguf(folder, tmp_path / "d.gguf", keys=[("rope.scaling.type", "yarn")]))
+    with pytest.raises(ValueError, match="expert_count=4 is not supported"):
+        load_trunk(write_gguf(folder, tmp_path / "e.gguf", keys=[("expert_count", 4)]))
+
+
+def test_broken_gguf(tmp_path):
+    whole = pathlib.Path(write_gguf(tiny_model("llama", tmp_path), tmp_path / "whole.gguf")).read_bytes()
+    for size in (10, 300, len(whole) // 2, len(whole) - 64):
+        (tmp_path / "cut.gguf").write_bytes(whole[:size])
+        with pytest.raises(ValueError, match="not a whole GGUF file"):
+            load_trunk(str(tmp_path / "cut.gguf"))
+    (tmp_path / "other.gguf").write_bytes(b"PK" + whole[2:])
+    with pytest.raises(ValueError, match="is no GGUF file"):
+        load_trunk(str(tmp_path / "other.gguf"))
+    (tmp_path / "old.gguf").write_bytes(whole[:4] + b"\1" + whole[5:])
+    with pytest.raises(ValueError, match="GGUF version 1"):
+        load_trunk(str(tmp_path / "old.gguf"))

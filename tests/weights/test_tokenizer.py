@@ -1,0 +1,160 @@
+"""Tokenizers: a GGUF file's equals transformers' own reading of it, and every text comes back."""
+
+import json
+import pathlib
+import unicodedata
+
+import gguf
+import pytest
+import transformers
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
+from tests.tiny import tiny_model, tiny_tokenizer
+
+TEXTS = [
+    "",
+    "Hello world, it's 12345 o'clock; DON'T go!",
+    "  two  spaces\n\n\n  and\ttabs \r\n end ",
+    "ünïcödé e\u0301 日本語 🎉 ½ №7",
+    "def f(x):\n    return x ** 2  # square\n",
+    "<|im_start|>user\nHi<|im_end|>",
+    "a<think>b",
+]
+CORPUS = ["the cat sat on the mat, it's 2024 and the 1999 cats don't sit", "hello world hello there  what  is", *TEXTS]
+UNREACHED = "zqxj"  # a word of the vocabulary that no merges make
+CONTROL = ["<unk>", "<|im_start|>", "<|im_end|>"]
+TEMPLATE = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+
+
+def write_vocabulary(path, kind, tokens, types, *, merges=None, scores=None, pre=None, **special):
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tokenizer_model(kind)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    if pre:
+        writer.add_tokenizer_pre(pre)
+    if merges is not None:
+        writer.add_token_merges(merges)
+    if scores is not None:
+        writer.add_token_scores(scores)
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+    writer.add_pad_token_id(2)
+    writer.add_chat_template(TEMPLATE)
+    for name, value in special.items():
+        getattr(writer, name)(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def byte_level_gguf(path, pre, **special):
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=CONTROL,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS * 2, trainer)
+    vocab = [*sorted(backend.get_vocab(), key=backend.get_vocab().get), UNREACHED, "<think>"]
+    types = [3 if token in CONTROL else 4 if token == "<think>" else 1 for token in vocab]
+    merges = [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    return write_vocabulary(path, "gpt2", vocab, types, merges=merges, pre=pre, **special)
+
+
+def transformers_reading(path):
+    return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+
+
+@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+def test_byte_level_is_transformers_reading(pre, tmp_path):
+    path = byte_level_gguf(tmp_path / "v.gguf", pre)
+    mine, theirs = load_tokenizer(path), transformers_reading(path)
+    for text in TEXTS:
+        if pre == "qwen2":  # its models' own tokenizers compose accents, which transformers' reading of GGUF leaves out
+            text = unicodedata.normalize("NFC", text)
+        assert mine(text).input_ids == theirs(text, add_special_tokens=False).input_ids, text
+        assert mine.decode(mine(text).input_ids) == text
+    assert (mine.bos_token, mine.eos_token, mine.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
+    assert mine.chat_template == TEMPLATE
+    assert mine.decode([1, *mine("x").input_ids, 2], skip_special_tokens=True) == "x"
+
+
+def test_llama3_takes_whole_words_from_the_vocabulary(tmp_path):
+    llama3 = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "llama-bpe"))
+    assert llama3(UNREACHED).input_ids == [llama3.convert_tokens_to_ids(UNREACHED)]
+    gpt2 = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
+    assert len(gpt2(UNREACHED).input_ids) == 4
+
+
+def test_composed_accents_in_qwens_vocabularies(tmp_path):
+    tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "v.gguf", "qwen2"))
+    assert tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids
+
+
+def test_smollm_digits_stand_alone(tmp_path):
+    tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "smollm"))
+    plain = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
+    digits = [tokenizer(digit).input_ids[0] for digit in "2024"]
+    assert tokenizer("2024").input_ids == digits
+    assert plain("2024").input_ids != digits  # the vocabulary does hold the longer number
+    for text in TEXTS:
+        assert tokenizer.decode(tokenizer(text).input_ids) == text
+
+
+def test_bos_is_added_where_the_file_says_so(tmp_path):
+    with_bos = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "llama-bpe", add_add_bos_token=True))
+    without = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "llama-bpe", add_add_bos_token=False))
+    assert with_bos("hello").input_ids == [1, *without("hello").input_ids]
+    assert with_bos("hello", add_special_tokens=False).input_ids == without("hello").input_ids
+
+
+def test_sentencepiece_is_transformers_reading(tmp_path):
+    pieces = ["th", "▁", "t", "h", "e", "▁t", "he", "▁the", "c", "a", "▁c", "at", "▁cat", "s", "▁▁", "<", ">"]
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    scores = [0.0] * 259 + [-float(rank) for rank in (8, 9, 9, 9, 9, 1, 2, 3, 9, 9, 5, 4, 6, 9, 7, 9, 9)]
+    types = [2, 3, 3, *[6] * 256, *[1] * len(pieces)]
+    path = write_vocabulary(tmp_path / "v.gguf", "llama", tokens, types, scores=scores)
+    mine, theirs = load_tokenizer(path), transformers_reading(path)
+    for text in ("the cats", "thé  cat\n 日本", "thecat"):
+        assert mine(text).input_ids == theirs(text).input_ids, text
+        assert mine(text).input_ids[0] == 1
+        assert mine.decode(mine(text, add_special_tokens=False).input_ids) == text
+    # llama.cpp (and Llama 2's own tokenizer.json) begins a word after a special token too.
+    assert mine("the<s>the", add_special_tokens=False).input_ids == [266, 1, 266]
+
+
+def test_eos_ids(tmp_path):
+    path = byte_level_gguf(tmp_path / "a.gguf", "gpt-2", add_eot_token_id=7)
+    assert eos_token_ids(load_tokenizer(path), path) == {2, 7}
+    folder = tiny_model("llama", tmp_path)
+    generation = pathlib.Path(folder) / "generation_config.json"
+    for named, want in (([3, 258], {3, 258}), (9, {9, 258}), (None, {258})):
+        generation.write_text(json.dumps({"eos_token_id": named}))
+        assert eos_token_ids(load_tokenizer(folder), folder) == want
+    generation.unlink()
+    assert eos_token_ids(load_tokenizer(folder), folder) == {258}
+
+
+def test_a_folders_tokenizer(tmp_path):
+    tokenizer = load_tokenizer(tiny_model("llama", tmp_path))
+    assert tokenizer("hé<eos>").input_ids == tiny_tokenizer()("hé<eos>").input_ids
+    chat = [{"role": "user", "content": "hi"}]
+    assert tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == (
+        "<bos>user\nhi<eos><bos>assistant\n"
+    )
+
+
+def test_bad_tokenizers(tmp_path):
+    with pytest.raises(ValueError, match="holds no tokenizer"):
+        load_tokenizer(tmp_path)
+    with pytest.raises(ValueError, match="rule 'who-knows' is not supported; gpt-2, smollm"):
+        load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "who-knows"))
+    with pytest.raises(ValueError, match="the tokenizer 'bert' is not supported"):
+        load_tokenizer(write_vocabulary(tmp_path / "b.gguf", "bert", ["a"] * 3, [1] * 3))
