@@ -1,5 +1,6 @@
 # make serve   start the server (the first time: .venv, packages, default weights)
 # make test    run the tests, two files at a time
+# make test-all   the same, then those that take long and rarely break
 # make lint    ruff, mypy
 # make clean   remove .venv and every cache of this folder
 # PYTHON=...   the interpreter to make .venv with (3.11 or newer)
@@ -9,13 +10,18 @@ NEW_ENOUGH := -c 'import sys; sys.exit(sys.version_info < (3, 11))'
 PYTHON ?= $(shell for p in python3.11 python3; do $$p $(NEW_ENOUGH) 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 
-.PHONY: serve test lint clean
+PYTEST := $(BIN)/python -m pytest -q -n 2 --dist=loadfile
+
+.PHONY: serve test test-all lint clean
 
 serve: .venv/.stamp
 	$(BIN)/python launch/serve.py --config=multi.py $(ARGS)
 
 test: .venv/.stamp-test
-	$(BIN)/python -m pytest -q -n 2 --dist=loadfile
+	$(PYTEST) -m 'not full'
+
+test-all: test
+	$(PYTEST) -m full
 
 lint: .venv/.stamp-test
 	$(BIN)/ruff check --quiet .

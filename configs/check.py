@@ -1,10 +1,10 @@
-"""How an adapter may be served.
+"""For launch/check.py: recommends how to serve an adapter.
 
     python launch/check.py --head=DIR --config.data.path=FILE
 
---config.data.path: JSON lines as for training ({"messages": [..]} or {"prompt", "completion"}); --config.limit of them
-(0: all) are used. --config.task reads the rows of one of the four tasks (intent, slots, sql, math) instead.
---config.invocation: the text at which an `activated` head comes on (default: what all prompts end with).
+--config.data.path: JSON lines as for training, {"messages": [..]} or {"prompt", "completion"}. With --config.task they
+are the rows of one of the four tasks (intent, slots, sql, math). The first --config.limit rows are used (0: all).
+--config.invocation: the text at which an `activated` head comes on (default: the text that all prompts end with).
 """
 
 from ml_collections import ConfigDict
@@ -13,7 +13,14 @@ from icarus_jax.cli import serving_config
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """Takes no argument."""
+    """Makes the config.
+
+    Args:
+        arg: ''.
+
+    Raises:
+        ValueError: There is an argument.
+    """
     if arg:
         raise ValueError(f"check.py takes no argument, but got {arg!r}")
     config = serving_config()

@@ -7,12 +7,12 @@
     python launch/evaluate.py --config=evaluate.py:humaneval    HumanEval: pass@1, greedy
     python launch/evaluate.py --config=evaluate.py:batch --config.data.path=FILE    any OpenAI batch file
 
-The models are those of multi.py; --config.models=a,b picks some, and --config.limit=N takes the first N rows. The
-answers go to --config.out=FILE (results/TASK.jsonl), where a run that was stopped goes on when it is started again,
-over more rows too; other models need another FILE.
+The models are those of multi.py; --config.models=a,b chooses some of them. --config.limit=N takes the first N rows. The
+answers are written to --config.out=FILE (results/TASK.jsonl). If a run was stopped, the same command continues it, also
+with a larger limit. Other models need another FILE.
 
-The files are looked for in ../shared/data, or where --config.data.path (and for sql --config.data.database) says. They
-come from PolyAI-LDN/task-specific-datasets (banking77: {"text", "category"}), sonos/nlu-benchmark of 2017 (snips:
+The files are read from ../shared/data, or from --config.data.path (and for sql --config.data.database). They come from
+PolyAI-LDN/task-specific-datasets (banking77: {"text", "category"}), sonos/nlu-benchmark of 2017 (snips:
 {"intent", "data": [{"text", "entity"}, ...]}), jkkummerfeld/text2sql-data (geography: {"question", "sql"}, and the
 database as an sqlite file), openai/grade-school-math and openai/human-eval (as they are), one row a line.
 """
@@ -32,14 +32,21 @@ FILES = {
 
 
 def get_config(arg: str = "") -> ConfigDict:
-    """arg: the task set, or 'batch'. Raises ValueError."""
+    """Makes the config.
+
+    Args:
+        arg: The task set, or 'batch'.
+
+    Raises:
+        ValueError: There is no such task set.
+    """
     if arg not in FILES:
         raise ValueError(f"no argument {arg!r}; the arguments are {', '.join(FILES)}")
     config = serving_config()
     config.heads.update(trained_heads())
     config.task = arg
     config.data = ConfigDict({"path": ""} | {key: str(DATA / name) for key, name in FILES[arg].items()})
-    config.models = ""  # a,b; all
-    config.limit = 0  # rows; all
+    config.models = ""  # a,b; empty: all
+    config.limit = 0  # rows; 0: all
     config.out = f"results/{arg}.jsonl"
     return config.lock()

@@ -1,4 +1,4 @@
-"""The gain of one shared KV cache on chips that are not here. Every figure that comes out is SIMULATED.
+"""Simulates the gain of one shared KV cache on other chips. All figures of it are SIMULATED.
 
     python launch/bench.py simulate --config=simulate.py:llama8b_a100        the paper's table: ReAct, 2, 4, 8 models
     python launch/bench.py simulate --config=simulate.py:llama8b_a100_long   the same model, 4k prompts and 20 calls
@@ -6,12 +6,13 @@
     python launch/bench.py simulate --config=simulate.py:llama70b_v5p32      70B, 32 and 256 models, 16 chips
     python launch/bench.py simulate --config=simulate.py:llama70b_v6e64      the same on 64 chips
 
-The scheduler, the page pool and the prefix cache are the real ones; a step's time is a roofline: bytes and FLOPs over
-the chip's public peak rates times the assumed shares of config.assumed. Any chip, mesh, model and workload:
+The scheduler, the page pool and the prefix cache are the real ones. The time of a step is a roofline estimate: its
+bytes and FLOPs, divided by the chip's published peak rates times the shares of them that config.assumed assumes. Any
+chip, mesh, model and workload can be given:
 
     ... --config.chip=h100 --config.model=qwen3-8b --config.mesh.model=2 --config.workload.name=coding
 
-config.rates: sessions a second, comma-separated, or 'auto': 0.5 to 4.5 times what the baseline can do.
+config.rates: sessions per second, separated by commas; or 'auto': 0.5 to 4.5 times the largest rate of the baseline.
 """
 
 import dataclasses
@@ -20,7 +21,7 @@ from ml_collections import ConfigDict
 
 from icarus_jax.simulator.roofline import Assumptions
 
-# name -> (model, chip, replicas, chips a replica, workload, sessions a replica, numbers of models)
+# name -> (model, chip, replicas, chips per replica, workload, sessions per replica, numbers of models)
 VARIANTS = {
     "llama8b_a100": ("llama-3.1-8b", "a100", 1, 1, "react", 400, "2,4,8"),
     "llama8b_a100_long": ("llama-3.1-8b", "a100", 1, 1, "long_react", 100, "2,4,8"),
@@ -32,15 +33,22 @@ VARIANTS = {
 
 
 def get_config(arg: str = "llama8b_a100") -> ConfigDict:
-    """arg: one of VARIANTS. Raises ValueError."""
+    """Makes the config.
+
+    Args:
+        arg: One of VARIANTS.
+
+    Raises:
+        ValueError: There is no such variant.
+    """
     if arg not in VARIANTS:
         raise ValueError(f"no argument {arg!r}; the arguments are {', '.join(VARIANTS)}")
     model, chip, data, shards, workload, sessions, models = VARIANTS[arg]
     config = ConfigDict()
     config.model, config.chip = model, chip
-    config.mesh = ConfigDict({"data": data, "model": shards})  # replicas, chips that split one
+    config.mesh = ConfigDict({"data": data, "model": shards})  # replicas, and the chips of each
     config.models = models
-    config.rank = 16  # of the adapters
+    config.rank = 16  # the adapters' rank
     config.rates = "auto"
     config.workload = ConfigDict(
         {
@@ -54,7 +62,7 @@ def get_config(arg: str = "llama8b_a100") -> ConfigDict:
             "arrivals": "poisson",
         }
     )
-    # num_pages 0: all that fit
+    # num_pages = 0: as many as fit into memory
     engine = {
         "page_size": 16,
         "num_pages": 0,

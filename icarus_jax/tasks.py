@@ -1,7 +1,7 @@
-"""The four tasks that heads are shipped for: how a row of their files becomes a prompt and its answer.
+"""The four tasks that come with trained heads: how a row of their files becomes a prompt and its answer.
 
-Training and evaluation read this same table. No task has a system message of its own: a head answers a plain user
-message, and all heads share the K/V of a conversation's beginning.
+Training and evaluation read the same table. No task has a system message. A head answers a plain user message, so that
+all heads share the K/V from the start of a conversation.
 """
 
 from __future__ import annotations
@@ -12,19 +12,27 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
-Row = Mapping[str, Any]
-Message = dict[str, str]
+Row = Mapping[str, Any]  # one line of a task's JSONL file
+Message = dict[str, str]  # a chat message: role and content
 
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """One task. The files are named as in ../shared/data."""
+    """One task.
+
+    Attributes:
+        prompt: Makes the messages of a row's prompt.
+        completion: Makes a row's answer, the text that the head is to write.
+        train_file: The name of the training file in ../shared/data.
+        dev_file: The name of the evaluation file in ../shared/data.
+        max_new_tokens: How many tokens an answer may have; more than any completion of the training file has.
+    """
 
     prompt: Callable[[Row], list[Message]]
     completion: Callable[[Row], str]
     train_file: str
     dev_file: str
-    max_new_tokens: int  # longer than any completion of the training file
+    max_new_tokens: int
 
 
 def _user(text: str) -> list[Message]:
@@ -32,12 +40,19 @@ def _user(text: str) -> list[Message]:
 
 
 def utterance(row: Row) -> str:
-    """A snips row's whole text, of which `data` holds the pieces."""
+    """Returns the text of a snips row, joined from the pieces in `data`."""
     return "".join(piece["text"] for piece in row["data"])
 
 
 def slots_json(row: Row) -> str:
-    """A snips row's answer: {"intent": .., "slots": {entity: text}} in one line; a repeated entity has a list."""
+    """Returns the answer of a snips row as JSON in one line.
+
+    Args:
+        row: A row with `intent` and `data`, a list of pieces of text. A piece may name an `entity`.
+
+    Returns:
+        `{"intent": .., "slots": {entity: text}}`. An entity that occurs several times has a list of texts.
+    """
     slots: dict[str, Any] = {}
     for piece in row["data"]:
         if "entity" in piece:
@@ -51,7 +66,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def worked_answer(row: Row) -> str:
-    """A GSM8K row's answer without the calculator's marks (<<48/2=24>>), which only cost tokens."""
+    """Returns the answer of a GSM8K row (arXiv 2110.14168), without calculator annotations such as <<48/2=24>>."""
     return re.sub(r"<<.*?>>", "", row["answer"]).strip()
 
 

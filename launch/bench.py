@@ -1,17 +1,17 @@
-"""Benchmarks. The last line of each is one line of JSON.
+"""Benchmarks. The last line that each of them prints is one line of JSON.
 
-    python launch/bench.py step --config=multi.py:8      a decode step and prefill against the machine's floor
-    python launch/bench.py serve                         agents against our server: one shared KV cache, or one a model
+    python launch/bench.py step --config=multi.py:8      times a decode step and prefill, and the machine's lower bound
+    python launch/bench.py serve                         agents against our server: a shared KV cache, or one per model
     python launch/bench.py serve --config=bench.py:once  24 sessions at once; with --config.url=... against a peer
-    python launch/bench.py peers --config=multi.py:8     trunk and heads as files for vLLM and llama.cpp
-    python launch/bench.py prefix                        prefill saved: one conversation handed around eight heads
-    python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads against eight isolated requests
-    python launch/bench.py cpu                           the kernels for CPUs against XLA's programs
-    python launch/bench.py kernels                       bundles of the TPU kernels, from the compiler; no TPU is needed
-    python launch/bench.py simulate --config=simulate.py:llama8b_a100    the same on chips that are not here: SIMULATED
-    python launch/bench.py calibrate                     does the simulator predict what `serve` has measured here?
+    python launch/bench.py peers --config=multi.py:8     writes trunk and heads as files for vLLM and llama.cpp
+    python launch/bench.py prefix                        the prefill saved if eight heads take turns in a conversation
+    python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads, against eight isolated requests
+    python launch/bench.py cpu                           the CPU kernels against XLA's programs
+    python launch/bench.py kernels                       instruction bundles of the TPU kernels; no TPU is needed
+    python launch/bench.py simulate --config=simulate.py:llama8b_a100    `serve`, SIMULATED on other chips
+    python launch/bench.py calibrate                     compares the simulator with what `serve` has measured here
 
-configs/bench.py and configs/simulate.py say what can be chosen.
+configs/bench.py and configs/simulate.py describe the options.
 """
 
 import json
@@ -19,7 +19,7 @@ import signal
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
@@ -36,6 +36,7 @@ _HEADS = cli.define_heads()
 
 
 def bench_step(config: ConfigDict) -> dict:
+    """Times decode steps and prefill of the trunk and its heads."""
     from icarus_jax.bench import step
 
     cli.add_heads(config, _HEADS.value or [])
@@ -43,18 +44,21 @@ def bench_step(config: ConfigDict) -> dict:
 
 
 def bench_serve(config: ConfigDict) -> dict:
+    """Runs agent sessions against servers."""
     from icarus_jax.bench import serve
 
     return serve.run(config)
 
 
 def bench_calibrate(config: ConfigDict) -> dict:
+    """Compares the simulator with what `bench.py serve` has measured on this machine."""
     from icarus_jax.bench import calibrate
 
     return calibrate.run(config)
 
 
 def write_peers(config: ConfigDict) -> dict:
+    """Writes the trunk and its heads as files for vLLM and llama.cpp."""
     from icarus_jax.bench import peer_files
 
     cli.add_heads(config, _HEADS.value or [])
@@ -62,30 +66,34 @@ def write_peers(config: ConfigDict) -> dict:
 
 
 def bench_simulate(config: ConfigDict) -> dict:
+    """Simulates agent sessions on other chips."""
     from icarus_jax.bench import simulate
 
     return simulate.run(config)
 
 
 def bench_fanout(config: ConfigDict) -> dict:
+    """Compares one request for eight shared heads with eight requests to isolated heads."""
     from icarus_jax.bench import fanout
 
     return fanout.run(config, _PROMPT.value, _STEPS.value)
 
 
 def bench_cpu(config: ConfigDict) -> dict:
+    """Times the CPU kernels against XLA's programs."""
     from icarus_jax.bench import cpu_kernels
 
     return cpu_kernels.run("smollm2-135m")
 
 
 def bench_kernels(config: ConfigDict) -> dict:
+    """Counts the instruction bundles of the TPU kernels."""
     from icarus_jax.bench import kernels
 
     return kernels.run(config)
 
 
-# name -> (what runs, its default config)
+# name -> (the function to run, its default config)
 COMMANDS = {
     "step": (bench_step, "multi.py:8"),
     "serve": (bench_serve, "bench.py"),
@@ -104,11 +112,11 @@ def run() -> None:
     command = sys.argv.pop(1) if len(sys.argv) > 1 and not sys.argv[1].startswith("-") else "step"
     if command not in COMMANDS:
         sys.exit(f"bench.py: no benchmark {command!r}; there is {', '.join(COMMANDS)}")
-    sys.argv[0] += f" {command}"  # reports say how they were made
+    sys.argv[0] += f" {command}"  # reports contain the command line
     measure, default_config = COMMANDS[command]
 
     def main(config: ConfigDict) -> None:
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a server that we started is stopped
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that servers that we started are stopped
         print(json.dumps(measure(config)))
 
     cli.run(main, default_config)

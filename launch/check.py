@@ -1,10 +1,10 @@
-"""Says how a PEFT adapter may be served: shared (ICaRus), activated (aLoRA) or isolated (an ordinary LoRA).
+"""Recommends how to serve a PEFT adapter: shared (ICaRus), activated (aLoRA) or isolated (an ordinary LoRA).
 
     python launch/check.py --head=heads/sql --config.task=sql --config.data.path=geography_dev.jsonl
 
-Runs rows of the adapter's own task through the engine under each kind, and prints for each the loss (nats a completion
-token), how far the greedy answers agree with isolated's, which are PEFT's own, and how many are exactly right. The last
-line on stdout is one JSON object with the figures and the recommended kind.
+The engine answers rows of the adapter's own task under each kind. Printed are for each kind the loss in nats per
+completion token, how far the greedy answers agree with those of `isolated`, which are the adapter's own as in PEFT, and
+how many answers are exactly right. The last line on stdout is one JSON object with the figures and the recommendation.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import json
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
@@ -26,6 +26,7 @@ _HEAD = flags.DEFINE_string("head", None, "the adapter: a PEFT folder, or random
 
 
 def main(config: ConfigDict) -> None:
+    """Measures the adapter under each kind, and prints the figures and a recommendation."""
     if not _HEAD.value:
         raise UsageError("--head=DIR is missing: the adapter to check")
     if config.task and config.task not in TASKS:

@@ -1,18 +1,18 @@
-"""Compiles every program that serving would run, for devices that are not here, and says what it would cost them.
+"""Compiles every program of serving for devices that this machine does not have, and reports what it would cost.
 
     python launch/compile_check.py --config=multi.py:llama8b --topology=v5e:2x4
     python launch/compile_check.py --config=multi.py:smollm2 --topology=h100
 
-Weights are shapes only; any machine will do. TPUs need libtpu (pip install 'jax[tpu]'), an H100 jax[cuda13-local] and a
-CUDA toolkit's ptxas. Exit code 1: something does not fit, or copies the KV pages.
+No weights are loaded, so any machine will do. For TPUs it must have libtpu (pip install 'jax[tpu]'), for an H100
+jax[cuda13-local] and ptxas of a CUDA toolkit. Exit code 1: a program does not fit into memory, or copies the KV pages.
 """
 
 import os
 import sys
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs; a chip that is here stays free
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+os.environ["JAX_PLATFORMS"] = "cpu"  # nothing runs, so that this machine's own accelerator is left free
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
@@ -27,6 +27,7 @@ _ONLY = flags.DEFINE_string("only", "", "a regular expression: the programs to c
 
 
 def main(config: ConfigDict) -> None:
+    """Compiles the programs and prints the report."""
     cli.add_heads(config, _HEADS.value or ())
     from icarus_jax.aot import report
 

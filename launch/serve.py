@@ -2,7 +2,7 @@
 
     python launch/serve.py --config=multi.py
 
-SIGTERM or Ctrl-C lets running requests finish, then stops.
+On SIGTERM or Ctrl-C it stops, after the running requests have finished. A second signal stops it at once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from ml_collections import ConfigDict
@@ -27,6 +27,7 @@ _HEADS = cli.define_heads()
 
 
 def main(config: ConfigDict) -> None:
+    """Builds the engine and serves until a signal comes."""
     cli.add_heads(config, _HEADS.value or ())
     app = cli.build(config)
     from icarus_jax.server import app as server
@@ -39,7 +40,15 @@ def main(config: ConfigDict) -> None:
 
 
 def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:
-    """Watches a folder of heads, if one is named; a relative one counts from the working directory."""
+    """Makes a context in which the heads of a folder are loaded as they appear.
+
+    Args:
+        loader: Loads the heads.
+        folder: The folder; a relative path is relative to the working directory. '': none.
+
+    Raises:
+        UsageError: The folder cannot be watched.
+    """
     if not folder:
         return contextlib.nullcontext()
     from icarus_jax.server.head_watch import HeadWatcher

@@ -1,16 +1,17 @@
-"""Trains a head (or several in one pass) on the frozen trunk, and writes it as a PEFT adapter.
+"""Trains a head, or several in one pass, on the frozen trunk, and writes each as a PEFT adapter.
 
     python launch/train.py --config=train.py:intent
     python launch/train.py --compare=RUN,RUN,... --picture=FILE.png
 
-configs/train.py says what can be trained. Stopped or killed, the same command goes on from the last checkpoint.
---compare trains nothing: it draws the validation losses of runs (their folders) into one picture.
+configs/train.py describes the options. If a run is stopped or killed, the same command goes on from its last
+checkpoint. --compare trains nothing: it draws the validation losses of several runs, named by their folders, into one
+picture.
 """
 
 import sys
 from pathlib import Path
 
-if __name__ == "__main__":  # run as a file: the package lies beside this folder
+if __name__ == "__main__":  # run as a file: the package is beside this folder
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
@@ -24,8 +25,10 @@ _PICTURE = flags.DEFINE_string("picture", None, "the file to draw them into")
 
 
 def main(config: ConfigDict) -> None:
+    """Trains the heads and prints their folders, or compares runs."""
     if _COMPARE.value:
-        return compare()
+        compare()
+        return
     from icarus_jax.training import loop
 
     cli.enable_compilation_cache()
@@ -36,6 +39,11 @@ def main(config: ConfigDict) -> None:
 
 
 def compare() -> None:
+    """Draws the validation losses of the runs of --compare, and prints the name of the picture.
+
+    Raises:
+        UsageError: --picture is missing, or a run cannot be read.
+    """
     if not _PICTURE.value:
         raise UsageError("--picture=FILE is missing")
     from icarus_jax.training import log

@@ -1,4 +1,4 @@
-// What the CPU kernels have in common: vectors of eight floats, small matrix products, work on several threads.
+// What the CPU kernels share: vectors of eight floats, small matrix products, and work on several threads.
 
 #pragma once
 
@@ -13,12 +13,12 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// typedef: clang drops the attributes of a `using`
+// These are typedefs because clang drops the attributes of a `using`.
 typedef float Vec __attribute__((vector_size(32), aligned(4), may_alias));
 typedef int Ints __attribute__((vector_size(32), aligned(4), may_alias));
-constexpr int kLanes = 8;           // of a Vec
-constexpr int kPanel = 2 * kLanes;  // columns that a product makes at once
-constexpr int kRows = 6;            // rows likewise: 12 sums, which 16 registers hold beside their inputs
+constexpr int kLanes = 8;           // lanes of a Vec
+constexpr int kPanel = 2 * kLanes;  // columns that a product computes at once
+constexpr int kRows = 6;            // rows, too; 12 sums and their inputs fit in 16 registers
 
 Vec Splat(float x) { return Vec{x, x, x, x, x, x, x, x}; }
 Ints Splat(int x) { return Ints{x, x, x, x, x, x, x, x}; }
@@ -43,9 +43,9 @@ void Tile(int k, const float* a, int lda, const float* b, int ldb, float* c, int
     for (int j = 0; j < 2; ++j) At(c + r * ldc + j * kLanes) = sums[r][j];
 }
 
-// The same for any number of rows and one panel of columns.
+// c [m, kPanel] = (add ? c : 0) + a [m, k] @ b [k, kPanel], for any number of rows m.
 void Product(int m, int k, const float* a, int lda, const float* b, int ldb, float* c, int ldc, bool add) {
-  const int tiles = (m + kRows - 1) / kRows, rows = tiles ? (m + tiles - 1) / tiles : 0;  // all about as high
+  const int tiles = (m + kRows - 1) / kRows, rows = tiles ? (m + tiles - 1) / tiles : 0;  // tiles of about equal height
   for (int i = 0; i < m; i += rows, a += rows * lda, c += rows * ldc) {
     switch (std::min(rows, m - i)) {
       case 1: Tile<1>(k, a, lda, b, ldb, c, ldc, add); break;
@@ -58,15 +58,17 @@ void Product(int m, int k, const float* a, int lda, const float* b, int ldb, flo
   }
 }
 
-// work(i) for i < count, on the calling thread and on those of the pool that come to it in time.
+// Calls work(i) once for each i < count, on the calling thread and on those threads of the pool that start in time.
+// Returns when all calls are done.
 template <typename Work>
 void Parallel(ffi::ThreadPool& pool, int count, const Work& work) {
   struct Shared {
     std::atomic<int> next{0}, done{0};
   };
   auto shared = std::make_shared<Shared>();
-  // `work` lives as long as there is something to do: who comes later finds no number left and does not touch it
-  auto help = [shared, count, &work]() noexcept {  // an exception would leave the others with a `work` that is gone
+  // `work` may be gone when a thread starts late. That thread finds no number below `count` and does not touch `work`.
+  // noexcept: an exception would end this function, and `work` with it, while other threads still use it.
+  auto help = [shared, count, &work]() noexcept {
     for (int i; (i = shared->next.fetch_add(1)) < count; shared->done.fetch_add(1)) work(i);
   };
   for (int i = std::min<int>(pool.num_threads(), count) - 1; i > 0; --i) pool.Schedule(decltype(help)(help));

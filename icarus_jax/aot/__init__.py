@@ -1,4 +1,4 @@
-"""Programs compiled ahead of time for chips that are not here, and what they would cost.
+"""Programs compiled ahead of time for chips that we do not have, and what they would cost.
 
 Owns: topologies, the accounts of a compiled program's memory traffic, copies and collectives.
 Takes: a config and a topology's name. Gives: a table of programs, memory and rooflines.

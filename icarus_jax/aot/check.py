@@ -1,6 +1,7 @@
-"""Every program that serving would run, compiled from shapes alone for devices that are not here, and what it costs.
+"""Compiles every program that serving would run, from shapes alone, for devices that we do not have.
 
-What is worked out of it is a roofline: peak rates from data sheets, nothing lost. Nothing here runs on a device.
+What a program costs is worked out by the roofline model, with the peak rates of data sheets: an upper bound of the
+speed. Nothing here runs on a device.
 """
 
 from __future__ import annotations
@@ -25,13 +26,20 @@ from icarus_jax.models.trunk import Trunk
 from icarus_jax.weights.params import param_shapes
 from pallas_kernels.paged_attention import SequenceRows, build_work, pages_read
 
-RESERVED = 0.03  # of a device's memory, for the runtime; a guess
-OWN_TOKENS = 128  # of each of several sequences on one prefix, in the figures
+RESERVED = 0.03  # share of a device's memory for the runtime; a guess
+OWN_TOKENS = 128  # in the figures of several sequences on one prefix: tokens of each sequence after the prefix
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is to be served: `ranks` of the heads, and whether any of them makes K/V of its own."""
+    """What is to be served.
+
+    Attributes:
+        model: The trunk's sizes and options.
+        engine: The engine's sizes, which determine all compiled shapes.
+        ranks: The rank of each head's adapter.
+        adapt_writers: Whether writer rows may have adapters: a head makes K/V of its own.
+    """
 
     model: ModelConfig
     engine: EngineConfig
@@ -41,7 +49,14 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
-    """bucket: None where a program is not a step of the model. complaint: why it may not serve, or ''."""
+    """A compiled program.
+
+    Attributes:
+        name: Its name in the report.
+        bucket: The shape of the step; None for a program that is not a step of the model.
+        account: What it costs.
+        complaint: Why it cannot serve; '' if it can.
+    """
 
     name: str
     bucket: Bucket | None
@@ -50,7 +65,15 @@ class Compiled:
 
 
 def abstract_bank(layout: MeshLayout, make: Callable[[], HeadBank | None]) -> HeadBank | None:
-    """The bank that `make` makes, as shapes and shardings."""
+    """Makes a head bank of shapes and shardings instead of arrays.
+
+    Args:
+        layout: The mesh, and where the factors lie on it.
+        make: A function that makes the bank; None if there are no heads.
+
+    Returns:
+        The bank that `make` returns, with a jax.ShapeDtypeStruct for each array.
+    """
     bank = nnx.eval_shape(make)
     for target in TARGETS if bank is not None else ():
         if (lora := getattr(bank, target)) is not None:
@@ -61,7 +84,27 @@ def abstract_bank(layout: MeshLayout, make: Callable[[], HeadBank | None]) -> He
 
 
 class Check:
-    """The programs of a plan on a topology. Raises ValueError if the plan's mesh does not fit it."""
+    """The programs of a plan on a topology, and what they cost.
+
+    Args:
+        plan: What is to be served.
+        topology: The devices.
+
+    Attributes:
+        plan: What is to be served.
+        topology: The devices.
+        layout: The mesh, and where everything lies on it.
+        programs: The programs.
+        buckets: The shapes of steps.
+        weight_bytes: Bytes of the trunk's weights on one device.
+        adapter_bytes: Bytes of the adapters on one device.
+        pool_bytes: Bytes of the page pool on one device.
+        page_bytes: Bytes of one page on one device, in all layers.
+        vocab_shard: The part of the vocabulary V whose logits one device computes.
+
+    Raises:
+        ValueError: The plan's mesh does not fit the topology.
+    """
 
     def __init__(self, plan: Plan, topology: Topology):
         self.plan, self.topology = plan, topology
@@ -77,7 +120,7 @@ class Check:
         self.buckets = make_buckets(engine, bank is not None, self.programs.kernels)
         self.weight_bytes, self.adapter_bytes = map(shard_bytes, self.programs.weights)
         self.pool_bytes = shard_bytes(self.programs.kv_pages)
-        self.page_bytes = self.pool_bytes // engine.num_pages  # of all layers
+        self.page_bytes = self.pool_bytes // engine.num_pages
         self.vocab_shard = shard_shape(
             jax.ShapeDtypeStruct((1, model.vocab_size), "float32", sharding=self.programs.logits)
         )[1]
@@ -85,22 +128,33 @@ class Check:
     # ---- compiling
 
     def jobs(self) -> dict[str, tuple[Bucket | None, Callable[[], Lowered]]]:
-        """Name -> (bucket, what lowers it), the steps of the model first."""
+        """Lists the programs, steps of the model first.
+
+        Returns:
+            For each name, the bucket (None if it is not a step) and a function that lowers the program.
+        """
         steps = {self.name_of(b): (b, lambda b=b: self.programs.lower(b)) for b in self.buckets}
         return steps | {name: (None, lower) for name, lower in self.programs.others(self.buckets)}
 
     def decodes(self, bucket: Bucket) -> bool:
-        """Whether it is a plain decode step: a row with logits for each writer."""
+        """Returns whether a step is a plain decode step: it has one row with logits for each writer row."""
         writers, readers, logits = bucket.writers, bucket.readers, bucket.logits
         return bucket.groups_alone and writers == logits and readers in (0, writers)
 
     def name_of(self, bucket: Bucket) -> str:
-        """Of a step."""
+        """Returns the name of a step."""
         kind = "decode" if self.decodes(bucket) else "mixed" if bucket.readers else "prefill"
         return f"{kind} {bucket.writers}+{bucket.readers} rows, {bucket.logits} logits"
 
     def compile(self, name: str) -> Compiled:
-        """Compiles one of `jobs`."""
+        """Compiles a program.
+
+        Args:
+            name: One of the names of `jobs`.
+
+        Returns:
+            The program's cost, and whether it can serve.
+        """
         bucket, lower = self.jobs()[name]
         with compiling_for(self.layout.mesh):
             try:
@@ -123,18 +177,33 @@ class Check:
 
     @property
     def usable(self) -> float:
-        """Bytes of a device's memory that programs may use."""
+        """The bytes of a device's memory that programs may use."""
         return self.topology.chip.memory * (1 - RESERVED)
 
     def pages_that_fit(self, done: Sequence[Compiled]) -> int:
-        """How many pages there could be beside the weights and the largest program's temporaries and results."""
+        """Computes how many pages fit in memory.
+
+        Args:
+            done: The compiled programs. The largest of them determines the memory that is left.
+
+        Returns:
+            The number of pages.
+        """
         beside = max((c.account.memory for c in done), default=0) - self.pool_bytes
         return max(0, int((self.usable - beside) // self.page_bytes))
 
     # ---- figures
 
     def fewest_bytes(self, bucket: Bucket, pages: int) -> int:
-        """What a step cannot do without: each weight once, the adapters, so many pages, the new K/V, the logits."""
+        """Counts the bytes that a device must move in a step, whatever the program.
+
+        Args:
+            bucket: The shape of the step.
+            pages: The number of pages that are read.
+
+        Returns:
+            The bytes of each weight once, the adapters, these pages, the new K/V and the logits.
+        """
         model, engine = self.plan.model, self.plan.engine
         table = 0 if model.tie_word_embeddings else model.vocab_size * model.hidden_size
         embed = table * np.dtype(engine.dtype).itemsize // (model.vocab_size // self.vocab_shard)
@@ -145,20 +214,32 @@ class Check:
         )
 
     def fewest_flops(self, bucket: Bucket) -> float:
-        """FLOPs of a device in the products with the trunk's weights."""
+        """Returns the FLOPs of a device in a step's products with the trunk's weights."""
         model = self.plan.model
         matrices = sum(din * dout for din, dout in model.target_shapes.values()) * model.num_layers
         rows = (bucket.writers + bucket.readers) * matrices / self.layout.mesh.size
         return 2 * (rows + bucket.logits * model.hidden_size * self.vocab_shard)
 
     def padded_pages(self, bucket: Bucket) -> int:
-        """Pages that the kernels' cost estimates count: shapes are all that these know, so that every run is full."""
+        """Returns the number of pages that the kernels' cost estimates assume for a step.
+
+        The estimates know shapes only, and so assume that the whole work list is used.
+        """
         work = bucket.work
         return work.max_items * work.item_pages + work.max_tiles * work.pages_per_seq
 
     def pages_of(self, bucket: Bucket, prefix: int, own: int, together: bool) -> int:
-        """Pages that one decode step of the bucket reads, each sequence having `prefix` + `own` tokens; together: on
-        the same pages for the prefix. By the work list that serving would build."""
+        """Counts the pages that a decode step reads, by the work list that serving would build.
+
+        Args:
+            bucket: The shape of the step.
+            prefix: Tokens of a prefix that all sequences have.
+            own: Tokens of each sequence after the prefix.
+            together: Whether the sequences share the pages of the prefix.
+
+        Returns:
+            The number of pages.
+        """
         size, sequences = self.plan.engine.page_size, []
         each, shared = -(-(prefix + own) // size), prefix // size if together else 0
         for i in range(bucket.writers):
@@ -170,18 +251,36 @@ class Check:
 
     @property
     def counted(self) -> bool:
-        """Whether a compiled program says what it moves: those for TPU do."""
+        """Whether the text of a compiled program tells how many bytes it moves. On TPU it does."""
         return self.programs.kernels == "tpu"
 
     def step_bytes(self, done: Compiled, pages: int) -> int:
-        """Bytes that a device moves in a compiled step which reads `pages` pages instead of what its padding holds."""
+        """Returns the bytes that a device moves in a compiled step.
+
+        Args:
+            done: The compiled step.
+            pages: The number of pages that it reads, in place of `padded_pages`.
+
+        Returns:
+            The bytes; where the program does not tell them, `fewest_bytes`.
+        """
         assert done.bucket is not None
         if not self.counted:
             return self.fewest_bytes(done.bucket, pages)
         return done.account.bytes + (pages - self.padded_pages(done.bucket)) * self.page_bytes
 
     def seconds(self, done: Compiled, pages: int) -> float:
-        """The roofline of a step: the longest of memory and arithmetic, and its all-reduces after that."""
+        """Returns the duration of a step by the roofline model.
+
+        It is the longer of memory and arithmetic, and after that the all-reduces.
+
+        Args:
+            done: The compiled step.
+            pages: The number of pages that it reads.
+
+        Returns:
+            The seconds.
+        """
         chip, model, bucket = self.topology.chip, self.plan.model, done.bucket
         assert bucket is not None
         moved = self.step_bytes(done, pages)

@@ -1,4 +1,4 @@
-"""What a compiled program says of itself, for one device: memory, FLOPs, bytes, collectives, copies of the pool."""
+"""The cost of a compiled program on one device, read from it: memory, FLOPs, bytes, collectives, copies of the pool."""
 
 from __future__ import annotations
 
@@ -16,18 +16,24 @@ from icarus_jax.aot import hlo_text
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
 )
-POOL_SHARE = 8  # temporaries of more than an eighth of the pool are taken for a copy of it
+POOL_SHARE = 8  # temporaries of more than an eighth of the page pool count as a copy of it
 
 
 @dataclasses.dataclass(frozen=True)
 class Account:
-    """One device's part of a program, in which a loop (over layers) turns `turns` times.
+    """The cost of a compiled program on one device. A program has one loop (over layers), or none.
 
-    arguments: bytes of weights, pages and rows; outputs: bytes of what is new among the results. flops: XLA's count of
-    all turns (0: the compiler keeps none, for a GPU). outside, inside: bytes moved to
-    and from main memory outside of the loop and in one turn. cycles: a TPU compiler's estimate, without kernels and
-    collectives. collectives: how many of each kind the text holds.
-    pool_copies: the lines of it that copy an array of the pool's shape.
+    Attributes:
+        arguments: Bytes of the arguments: weights, pages and rows.
+        outputs: Bytes of those results that do not reuse an argument's memory.
+        temporaries: Bytes of temporary arrays.
+        flops: XLA's count of FLOPs, over all iterations of the loop. 0 for a GPU, whose compiler keeps no count.
+        outside: Bytes moved to and from main memory outside of the loop.
+        inside: Bytes moved to and from main memory in one iteration of the loop.
+        turns: Iterations of the loop.
+        cycles: The TPU compiler's estimate of cycles, without kernels and collectives.
+        collectives: The number of collectives of each kind in the program's text.
+        pool_copies: The lines of the text that copy an array of the page pool's shape.
     """
 
     arguments: int
@@ -43,33 +49,42 @@ class Account:
 
     @classmethod
     def unknown(cls) -> Account:
-        """Of a program that does not compile."""
+        """Returns the account of a program that does not compile: all zeros."""
         return cls(0, 0, 0, 0.0, 0, 0, 0, 0, {}, ())
 
     @property
     def memory(self) -> int:
-        """Bytes that a device needs to run it."""
+        """Bytes of device memory that the program needs."""
         return self.arguments + self.outputs + self.temporaries
 
     @property
     def bytes(self) -> int:
-        """Bytes moved to and from main memory."""
+        """Bytes moved to and from main memory, over all iterations of the loop."""
         return self.outside + self.turns * self.inside
 
 
 def shard_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
-    """The part of an array that one device holds."""
+    """Returns the shape of the part of an array that one device holds."""
     return tuple(array.sharding.shard_shape(array.shape)) if array.sharding is not None else tuple(array.shape)
 
 
 def shard_bytes(tree: Any) -> int:
-    """Bytes of a tree of abstract arrays on one device."""
+    """Returns the bytes of a tree of abstract arrays on one device."""
     return sum(int(np.prod(shard_shape(x))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: float = 0.0) -> Account:
-    """Reads a compiled program. pool: the shape of one device's pages; turns: of its loop over layers, of which XLA
-    counts one; flops_outside: the FLOPs outside of that loop."""
+    """Reads the cost of a compiled program.
+
+    Args:
+        compiled: A jax.stages.Compiled.
+        pool: The shape of the page pool on one device.
+        turns: Iterations of the program's loop over layers. XLA's count of FLOPs has one iteration only.
+        flops_outside: The FLOPs outside of that loop.
+
+    Returns:
+        The account.
+    """
     memory, cost, text = compiled.memory_analysis(), compiled.cost_analysis() or {}, compiled.as_text()
     outside, inside = hlo_text.memory_traffic(text)
     once, each = hlo_text.estimated_cycles(text)
@@ -89,7 +104,15 @@ def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: f
 
 
 def pool_complaint(account: Account, pool_bytes: int) -> str:
-    """Why the pool is not updated in place; '' if it is. pool_bytes: of one device."""
+    """Says why a program does not update the page pool in place.
+
+    Args:
+        account: The program's account.
+        pool_bytes: Bytes of the page pool on one device.
+
+    Returns:
+        The reason; '' if the pool is updated in place.
+    """
     if account.pool_copies:
         return f"the pool is copied: {account.pool_copies[0][:100]}"
     if account.temporaries > pool_bytes / POOL_SHARE:

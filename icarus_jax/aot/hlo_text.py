@@ -1,7 +1,8 @@
-"""The text of a compiled program: which bytes its instructions move to and from a device's main memory.
+"""Reading the text of a compiled program (HLO): how many bytes it moves to and from a device's main memory.
 
-XLA's own count ("bytes accessed") adds up the operands and results of every instruction, wherever they lie. On TPU most
-of them lie in VMEM, which the text says: a layout with S(n) is not in main memory.
+XLA's own count ("bytes accessed") adds up the operands and results of every instruction, wherever they are stored. On
+TPU most of them are in VMEM. The text says so: an array whose layout has S(n) is not in main memory. The syntax of HLO
+is described at openxla.org/xla/operation_semantics, that of layouts at openxla.org/xla/shapes.
 """
 
 from __future__ import annotations
@@ -11,19 +12,30 @@ import math
 import re
 from collections.abc import Iterator
 
-ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
-BITS = re.compile(r"\d+")
-SLICES = ("dynamic-slice", "gather", "slice")
-RENAMES = ("bitcast", "copy", "transpose", "reshape", "convert")  # within a fusion: done to what is read of it
+ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")  # dtype, shape, layout
+BITS = re.compile(r"\d+")  # of a dtype's name
+SLICES = ("dynamic-slice", "gather", "slice")  # opcodes that read as many bytes of an operand as their result has
+# Opcodes that, within a fusion, move no bytes of their own: what counts is which part of their result is used.
+RENAMES = ("bitcast", "copy", "transpose", "reshape", "convert")
+# Opcodes that move no bytes, or whose computations are counted by themselves.
 FREE = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call")
 CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 NO_ESTIMATE = 10**12  # the compiler writes about 2**63 where it has none
-OPENED = ("while", "conditional", "call")  # what they run is counted
+OPENED = ("while", "conditional", "call")  # opcodes whose computations are counted by themselves
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """result: the text of its type. operands: their names. rest: the attributes."""
+    """One instruction of a computation.
+
+    Attributes:
+        name: Its name.
+        result: The text of its result's type.
+        opcode: What it does.
+        operands: The names of its operands; of a parameter its number.
+        rest: The text of its attributes.
+        root: Whether it is the result of its computation.
+    """
 
     name: str
     result: str
@@ -33,11 +45,11 @@ class Instruction:
     root: bool
 
 
-Computation = dict[str, Instruction]
+Computation = dict[str, Instruction]  # the instructions by name, in order
 
 
 def _closing(text: str) -> int:
-    """Where the bracket that `text` starts with is closed."""
+    """Returns the position of the bracket that closes the one at the start of the text."""
     depth = 0
     for i, char in enumerate(text):
         depth += (char == "(") - (char == ")")
@@ -47,6 +59,7 @@ def _closing(text: str) -> int:
 
 
 def _instruction(line: str) -> Instruction | None:
+    """Parses a line: an instruction, or None if it is not one."""
     match = re.match(r"\s+(ROOT )?%([\w.\-]+) = (.*)", line)
     if not match:
         return None
@@ -60,7 +73,14 @@ def _instruction(line: str) -> Instruction | None:
 
 
 def parse(text: str) -> tuple[dict[str, Computation], str]:
-    """name -> computation; the name of the entry."""
+    """Parses the text of a compiled program.
+
+    Args:
+        text: What jax.stages.Compiled.as_text returns.
+
+    Returns:
+        The computations by name, and the name of the entry computation.
+    """
     computations: dict[str, Computation] = {}
     entry, current = "", {}
     for line in text.splitlines():
@@ -73,7 +93,14 @@ def parse(text: str) -> tuple[dict[str, Computation], str]:
 
 
 def main_memory_bytes(result: str) -> int:
-    """Bytes of the arrays of a type that lie in main memory."""
+    """Counts the bytes of a type's arrays that are in main memory.
+
+    Args:
+        result: The text of a type, which may be a tuple.
+
+    Returns:
+        The bytes.
+    """
     total = 0.0
     for dtype, shape, layout in ARRAY.findall(result):
         if "S(" not in layout and dtype != "token":
@@ -84,7 +111,7 @@ def main_memory_bytes(result: str) -> int:
 
 
 def _elements(result: str) -> list[str]:
-    """Of a tuple's type."""
+    """Splits the text of a tuple's type into those of its elements."""
     parts, depth = [""], 0
     for char in result[1:-1]:
         depth += (char in "([{") - (char in ")]}")
@@ -96,16 +123,18 @@ def _elements(result: str) -> list[str]:
 
 
 def _whole_bytes(result: str) -> int:
+    """Counts the bytes of a type's arrays, wherever they are stored."""
     return main_memory_bytes(re.sub(r"S\(\d+\)", "", result))
 
 
 def _called(instruction: Instruction, computations: dict[str, Computation]) -> Computation | None:
+    """Returns the computation of a fusion, or None for any other instruction."""
     match = re.search(r"calls=%([\w.\-]+)", instruction.rest) if instruction.opcode == "fusion" else None
     return computations[match[1]] if match else None
 
 
 def _read(instruction: Instruction, index: int, whole: int, computations: dict[str, Computation]) -> int:
-    """Bytes that an instruction reads of its operand number `index`, of `whole` bytes."""
+    """Counts the bytes that an instruction reads of its operand number `index`, which has `whole` bytes."""
     if instruction.opcode in SLICES:
         return min(whole, _whole_bytes(instruction.result))
     inside = _called(instruction, computations)
@@ -116,10 +145,13 @@ def _read(instruction: Instruction, index: int, whole: int, computations: dict[s
 
 
 def _read_inside(inside: Computation, index: int, whole: int, computations: dict[str, Computation]) -> tuple[int, bool]:
-    """(Bytes that a fusion reads of its parameter number `index`, whether its result is that parameter renamed)."""
+    """Counts the bytes that a fusion reads of its parameter number `index`, which has `whole` bytes.
+
+    It also returns whether the fusion's result is that parameter, up to RENAMES.
+    """
     names = {i.name for i in inside.values() if i.opcode == "parameter" and i.operands[0] == str(index)}
     parts = 0
-    for user in inside.values():  # in order: what a parameter is called next comes after it
+    for user in inside.values():  # in order, so that `names` is complete when a user of one of them is reached
         for at in (at for at, name in enumerate(user.operands) if name in names):
             within = _called(user, computations)
             if user.opcode in RENAMES:
@@ -128,12 +160,13 @@ def _read_inside(inside: Computation, index: int, whole: int, computations: dict
                 some, passed_on = _read_inside(within, at, whole, computations)
                 parts += some
                 names |= {user.name} if passed_on else set()
-            elif user.opcode != "dynamic-update-slice" or at:  # else it is written in place
+            elif user.opcode != "dynamic-update-slice" or at:  # its operand 0 is updated in place, not read
                 parts += _read(user, at, whole, computations)
     return parts, any(i.root and i.name in names for i in inside.values())
 
 
 def _written(instruction: Instruction, computations: dict[str, Computation]) -> int:
+    """Counts the bytes that an instruction writes. An update in place writes the updated part only."""
     inside = _called(instruction, computations)
     if inside is not None:
         (root,) = (i for i in inside.values() if i.root)
@@ -143,9 +176,15 @@ def _written(instruction: Instruction, computations: dict[str, Computation]) -> 
 
 
 def memory_traffic(text: str) -> tuple[int, int]:
-    """(Bytes of the entry, of one turn of each of its loops).
+    """Counts the bytes that a program moves to and from main memory.
 
-    A kernel's are those of its own cost estimate, less those of operands and results that are not in main memory.
+    For a kernel they are taken from its own cost estimate, less its operands and results that are not in main memory.
+
+    Args:
+        text: The text of the compiled program.
+
+    Returns:
+        The bytes moved by the entry computation, and those moved in one iteration of its loops, all loops together.
     """
     computations, entry = parse(text)
 
@@ -159,9 +198,9 @@ def memory_traffic(text: str) -> tuple[int, int]:
             if estimate:
                 near = sum(_whole_bytes(x) - main_memory_bytes(x) for x in (instruction.result, *operands))
                 total += max(0, int(estimate[1]) - near)
-            elif instruction.opcode == "slice-start":  # ((source), slice, ..): it goes to or from main memory
+            elif instruction.opcode == "slice-start":  # its result is ((source), slice, ..); it copies the slice
                 total += _whole_bytes(_elements(instruction.result)[1])
-            elif instruction.opcode.endswith("-start"):  # the result names source and target
+            elif instruction.opcode.endswith("-start"):  # its result has both the source and the target
                 total += main_memory_bytes(instruction.result)
             else:
                 total += _written(instruction, computations)
@@ -174,7 +213,7 @@ def memory_traffic(text: str) -> tuple[int, int]:
 
 
 def _opened(computation: Computation, computations: dict[str, Computation]) -> Iterator[Computation]:
-    """The bodies of its loops and branches, and of those in them."""
+    """Yields the computations that a computation's loops, branches and calls run, also nested ones."""
     for instruction in computation.values():
         if instruction.opcode in OPENED:
             for name in re.findall(r"(?:body|to_apply|branch_computations)=\{?%([\w.\-]+)", instruction.rest):
@@ -183,8 +222,16 @@ def _opened(computation: Computation, computations: dict[str, Computation]) -> I
 
 
 def estimated_cycles(text: str) -> tuple[int, int]:
-    """(Cycles of the entry, of one turn of each of its loops), as the TPU compiler estimates them for its own
-    instructions. Kernels and collectives, for which it has no estimate, are not in it."""
+    """Adds up the cycles that the TPU compiler estimates for its instructions.
+
+    It has no estimate for kernels and collectives. They are left out.
+
+    Args:
+        text: The text of the compiled program.
+
+    Returns:
+        The cycles of the entry computation, and those of one iteration of its loops, all loops together.
+    """
     computations, entry = parse(text)
 
     def count(computation: Computation) -> int:

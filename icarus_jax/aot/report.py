@@ -1,4 +1,4 @@
-"""What launch/compile_check.py says: the programs, the memory that is left, and rooflines of decoding."""
+"""The report of launch/compile_check.py: the programs, the memory that is left, and rooflines of decoding."""
 
 from __future__ import annotations
 
@@ -19,13 +19,23 @@ from icarus_jax.weights import peft
 from icarus_jax.weights.checkpoint import open_trunk
 from icarus_jax.weights.sources import SIZES_ONLY
 
-BATCHES = (1, 8, 32, 64)
-HEADS = (2, 4, 8)
+BATCHES = (1, 8, 32, 64)  # numbers of sequences in batch_lines
+HEADS = (2, 4, 8)  # numbers of heads in heads_lines
 MIB = 2**20
 
 
 def make_plan(config: ConfigDict) -> Plan:
-    """What a config would serve; nothing of the weights is read. Raises UsageError."""
+    """Makes the plan of what a config would serve, without reading weights.
+
+    Args:
+        config: A serving config.
+
+    Returns:
+        The plan.
+
+    Raises:
+        UsageError: A setting is wrong, or the trunk or an adapter cannot be read.
+    """
     engine = cli.engine_config(config.engine)
     heads = list(config.heads.values())
     for name, head in config.heads.items():
@@ -47,7 +57,20 @@ def _model(source: str, engine: EngineConfig) -> ModelConfig:
 
 
 def run(config: ConfigDict, topology_name: str, context: int, only: str) -> bool:
-    """Prints the report; whether all programs fit and none copies the pool. Raises UsageError."""
+    """Compiles the programs and prints the report.
+
+    Args:
+        config: A serving config.
+        topology_name: The devices; a name that `find_topology` takes.
+        context: Tokens of each sequence in the rooflines. 0: half of engine.max_model_len.
+        only: A regular expression: compile only the programs in whose name it is found.
+
+    Returns:
+        Whether every program compiles, fits in memory and updates the page pool in place.
+
+    Raises:
+        UsageError: A setting or an argument is wrong.
+    """
     plan = make_plan(config)
     context = context or plan.engine.max_model_len // 2
     if not 1 <= context <= plan.engine.max_model_len - OWN_TOKENS:
@@ -79,6 +102,7 @@ def run(config: ConfigDict, topology_name: str, context: int, only: str) -> bool
 
 
 def head_lines(name: str, check: Check, topology: Topology) -> Iterator[str]:
+    """Yields the first lines: what is served, where, and the memory of weights, adapters and pages on one device."""
     engine, chip = check.plan.engine, topology.chip
     kinds = f"{len(check.plan.ranks)} heads" + (", adapters on writers too" if check.plan.adapt_writers else "")
     yield (
@@ -99,6 +123,7 @@ PROGRAM_HEAD = (
 
 
 def program_line(check: Check, done: Compiled) -> str:
+    """Returns the line of a program, under PROGRAM_HEAD."""
     a, bucket = done.account, done.bucket
     pool = "page" in done.name or bucket is not None
     fewest = check.fewest_bytes(bucket, check.padded_pages(bucket)) if bucket else 0
@@ -115,6 +140,7 @@ def program_line(check: Check, done: Compiled) -> str:
 
 
 def memory_lines(check: Check, done: Sequence[Compiled]) -> Iterator[str]:
+    """Yields how many pages fit beside the weights and these programs."""
     pages, engine = check.pages_that_fit(done), check.plan.engine
     yield (
         f"room for {pages} pages, {pages * engine.page_size} tokens of context ({RESERVED:.0%} of the memory kept "
@@ -123,7 +149,16 @@ def memory_lines(check: Check, done: Sequence[Compiled]) -> Iterator[str]:
 
 
 def batch_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
-    """Decoding at several batch sizes."""
+    """Yields a table of decoding at several batch sizes.
+
+    Args:
+        check: The programs.
+        steps: The compiled decode steps by bucket.
+        context: Tokens of each sequence.
+
+    Yields:
+        Lines of text.
+    """
     yield f"\ndecode at {context} tokens each, roofline (peak rates: an upper bound, nothing was run):"
     yield f"{'sequences':>9} {'rows each':>9} {'GB moved':>9} {'x 1 row':>8} {'ms':>8} {'tokens/s':>9}"
     one_row: dict[int, float] = {}
@@ -141,7 +176,18 @@ def batch_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
 
 
 def heads_lines(check: Check, steps: dict, context: int) -> Iterator[str]:
-    """N heads, one sequence each, on one prefix: on the same pages, or as N models with K/V of their own."""
+    """Yields a table of N heads that decode one sequence each on a common prefix.
+
+    It compares heads that share the prefix's pages with N models that have K/V of their own.
+
+    Args:
+        check: The programs.
+        steps: The compiled decode steps by bucket.
+        context: Tokens of the prefix.
+
+    Yields:
+        Lines of text.
+    """
     yield f"\nN heads on a prefix of {context} tokens, {OWN_TOKENS} own tokens each; apart: no page is shared:"
     yield f"{'N':>3} {'KV MB':>9} {'ms':>8} {'tokens/s':>9} {'apart: KV MB':>13} {'ms':>8} {'tokens/s':>9}"
     for bucket, done in steps.items():

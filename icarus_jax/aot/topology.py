@@ -1,4 +1,4 @@
-"""Devices that are not here, to compile for: libtpu and JAX's CUDA plugin as plain compilers."""
+"""Topologies: devices to compile for without having them. libtpu and JAX's CUDA plugin serve as compilers only."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
 
-# libtpu reads these when it is loaded: it is not to look for a chip, nor to say that there is none. Its lock is
-# for those that use the chips: processes that only compile need not wait for each other.
+# libtpu reads these when it is loaded. It must neither look for a chip nor complain that there is none. Its lock
+# protects chips in use: processes that only compile need not wait for each other, so that several may load it.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "true")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
@@ -29,9 +29,9 @@ from icarus_jax.simulator.chips import CHIPS, Chip
 from pallas_kernels.interpret import interpret_mode
 
 EXAMPLES = "v5e:2x4 (also v4, v5p, v6e, tpu7x), v5e:1x1, h100 or h100:8"
-# libtpu's name of a kind of chip, how many dimensions its slices have, and into how many devices it makes a chip
+# libtpu's name of a kind of chip -> its name in CHIPS, the number of dimensions of its slices, the devices per chip
 TPUS = {"v4": ("v4", 3, 2), "v5e": ("v5e", 2, 1), "v5p": ("v5p", 3, 1), "v6e": ("v6e", 2, 1), "tpu7x": ("v7x", 3, 2)}
-# What XLA knows of an H100 (SXM5): data sheet figures, in the form of openxla/xla's own target_config files.
+# XLA's description of an H100 (SXM5): data sheet figures, in the form of the target_config files of openxla/xla.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -50,7 +50,13 @@ device_description_str: "NVIDIA H100 80GB HBM3"
 
 @dataclasses.dataclass(frozen=True)
 class Topology:
-    """`devices` of a slice, and the public figures of one of them (a chip may hold two)."""
+    """The devices of a slice.
+
+    Attributes:
+        name: The name that `find_topology` takes.
+        chip: The published figures of one device. Where a chip has two devices, they are half of the chip's.
+        devices: The devices, as JAX's compilers take them.
+    """
 
     name: str
     chip: Chip
@@ -58,7 +64,17 @@ class Topology:
 
 
 def find_topology(name: str) -> Topology:
-    """'v5e:2x4' or 'h100:8'. Raises ValueError if there is no such thing, or nothing here can compile for it."""
+    """Finds a topology by its name.
+
+    Args:
+        name: For example 'v5e:2x4', 'h100' or 'h100:8'.
+
+    Returns:
+        The topology.
+
+    Raises:
+        ValueError: There is no such topology, or no compiler for it is installed.
+    """
     kind, _, size = name.partition(":")
     if kind == "h100" and re.fullmatch(r"[1-8]?", size):
         return _h100(name, int(size or 1))
@@ -84,7 +100,7 @@ def find_topology(name: str) -> Topology:
 def _tpu_devices(kind: str, size: str) -> tuple[Any, ...]:
     if importlib.util.find_spec("libtpu") is None:
         raise ValueError("libtpu is not installed, the compiler for TPUs: pip install 'jax[tpu]'")
-    whole = {} if size.strip("1x") else {"chips_per_host_bounds": (1, 1, 1)}  # a single chip is a host of its own
+    whole = {} if size.strip("1x") else {"chips_per_host_bounds": (1, 1, 1)}  # a single chip: one chip per host
     try:
         found = topologies.get_topology_desc(platform="tpu", topology_name=f"{kind}:{size}", **whole)
     except Exception as error:  # whatever libtpu may raise
@@ -104,9 +120,12 @@ def _h100(name: str, devices: int) -> Topology:
 
 @contextlib.contextmanager
 def compiling_for(mesh: Mesh) -> Iterator[None]:
-    """What is lowered and compiled inside is for the mesh's devices, kernels included.
+    """Makes JAX lower and compile for a mesh's devices inside a `with` block, kernels included.
 
-    Nothing of it goes to JAX's cache on disk, from which it could not be read back without such a device.
+    JAX's cache on disk is not written meanwhile, because a program can be read back only with such a device.
+
+    Args:
+        mesh: A mesh of a topology's devices.
     """
     option = "jax_persistent_cache_min_compile_time_secs"
     before = getattr(jax.config, option)
@@ -119,10 +138,20 @@ def compiling_for(mesh: Mesh) -> Iterator[None]:
 
 
 def compile_for_one(topology: Topology, function: Callable[..., Any], *args: Any, donate: tuple[int, ...] = ()) -> Any:
-    """Compiles function(*args) for one of the devices; args: trees of arrays or jax.ShapeDtypeStruct."""
+    """Compiles a function for one device of a topology.
+
+    Args:
+        topology: The topology.
+        function: The function.
+        *args: Its arguments: trees of arrays or jax.ShapeDtypeStruct.
+        donate: The numbers of the arguments whose memory may be reused for results.
+
+    Returns:
+        The compiled program, a jax.stages.Compiled.
+    """
     mesh = Mesh(np.array(topology.devices[:1]), ("x",), axis_types=(AxisType.Auto,))
     sharding = NamedSharding(mesh, PartitionSpec())
     args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), args)
     with compiling_for(mesh):
-        # a function of its own: jax.jit would otherwise hand out a program traced for another target
+        # The lambda is a new function each time. Of the same function, jax.jit would reuse a trace for another target.
         return jax.jit(lambda *a: function(*a), donate_argnums=donate).lower(*args).compile()

@@ -1,6 +1,6 @@
-"""Measurements of our own engine, of peers and of the simulator, and their plots.
+"""Measures our own engine, peers and the simulator, and plots the results. A peer is another LLM server.
 
 Owns: the load generator, reports, and the files that peers read.
 Takes: a config of configs/bench.py or configs/simulate.py. Gives: report.json, a PNG, one line of JSON.
-Parts: one module a command of launch/bench.py, each with `run(config)`.
+Parts: a module with a function `run` for each command of launch/bench.py.
 """

@@ -1,7 +1,8 @@
-"""`bench.py calibrate`: does the simulator predict the real engine on this machine?
+"""`bench.py calibrate`: compares the simulator with the real engine on this machine.
 
-Two runs of a finished `bench.py serve` (`shared`, most models: its lowest and its highest rate) fit two numbers, the
-overhead of a step (reading the weights included) and the FLOP/s. Then every run of the sweep is simulated and compared.
+Two numbers are fitted: the overhead of a step, which includes reading the weights, and the FLOP/s. The fit uses two
+runs of a finished `bench.py serve`: those of `shared` with the most models, at the lowest and at the highest rate. Then
+every run of the sweep is simulated and compared with what was measured.
 """
 
 from __future__ import annotations
@@ -27,23 +28,38 @@ from icarus_jax.simulator.run import Simulation, make_models
 from icarus_jax.workloads import workload
 from icarus_jax.workloads.calls import summarise
 
-TOLERANCE = 0.2
-ROUNDS = 6  # each round's simulation gives the next fit its steps and FLOPs
+TOLERANCE = 0.2  # how far a predicted figure may be from the measured one, as a share of it
+ROUNDS = 6  # of the fit; each round simulates the runs with the last fit, which gives their steps and FLOPs
 MODEL = "smollm2-135m"
-PAGE_BYTES_S = 30e9  # at which attention takes pages on two cores, its arithmetic aside (bench.py cpu)
-FIRST_GUESS = (0.03, 150e9)
+PAGE_BYTES_S = 30e9  # bytes/s at which attention reads pages on two cores, without its arithmetic (bench.py cpu)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fit:
-    """overhead_s: seconds a step whatever its rows. flops: a second."""
+    """The numbers that are fitted.
+
+    Attributes:
+        overhead_s: seconds that a step takes whatever its rows are.
+        flops: floating-point operations per second.
+    """
 
     overhead_s: float
     flops: float
 
 
+FIRST_GUESS = Fit(overhead_s=0.03, flops=150e9)
+
+
 def padded_rows(engine: EngineConfig) -> Callable[[int, int, int], tuple[int, int, int]]:
-    """(writers, readers, logits) of the bucket that the engine takes for those that are wanted."""
+    """Returns the padding that the engine does on a CPU.
+
+    Args:
+        engine: the engine's configuration, which decides its buckets.
+
+    Returns:
+        A function from the wanted (writer rows, reader rows, rows with logits) to those of the bucket that the engine
+        takes for them.
+    """
     from icarus_jax.engine.buckets import make_buckets
 
     shapes = [(b.writers, b.readers, b.logits) for b in make_buckets(engine, True, "cpu")]
@@ -55,16 +71,31 @@ def padded_rows(engine: EngineConfig) -> Callable[[int, int, int], tuple[int, in
 
 
 class Predictor:
-    """Simulates runs of a plan on a CPU of a given fit."""
+    """Simulates runs on a CPU with the numbers of a fit."""
 
     def __init__(self, plan: Plan, engine: EngineConfig):
+        """Takes what all runs have in common.
+
+        Args:
+            plan: the sessions that were asked.
+            engine: the configuration of the engine that answered them.
+        """
         self._plan, self._engine = plan, engine
         self._rows = padded_rows(engine)
 
     def run(self, run: compare.Run, fit: Fit) -> tuple[dict[str, Any], np.ndarray]:
-        """The simulated summary, and (steps, FLOPs, seconds of moving bytes) of all its steps."""
+        """Simulates a run.
+
+        Args:
+            run: the measured run: its system, its number of models and its rate are simulated.
+            fit: the numbers of the CPU.
+
+        Returns:
+            The simulated summary, and float64[3]: the number of steps, their FLOPs, and the seconds that they spent
+            moving bytes.
+        """
         chip = Chip("cpu", fit.flops, 0, PAGE_BYTES_S, 0, overlaps=False)
-        # weights and activations: part of the overhead, and of the FLOP/s
+        # The bandwidth is infinite: the fitted numbers include the time to read weights and activations.
         assumed = Assumptions(1.0, np.inf, 1.0, 1.0, fit.overhead_s, weight_bytes=4, kv_bytes=4)
         roofline = Roofline(MODELS[MODEL], chip, assumptions=assumed, rows=self._rows)
         total = np.zeros(3)
@@ -77,7 +108,7 @@ class Predictor:
 
         plan = self._plan
         models = make_models(run.models, run.system) if run.models else make_models(1, "base")
-        asked = plan.sessions[: run.summary["sessions"]]  # runs of several commands may lie in one report
+        asked = plan.sessions[: run.summary["sessions"]]  # a report may hold runs of commands with fewer sessions
         sessions = workload.assign(asked, list(models), plan.assign, plan.seed)
         arrivals = workload.arrivals(len(sessions), run.rate, plan.arrivals, plan.seed)
         done = Simulation(sessions, arrivals, models, self._engine, step_seconds, plan.seed).run()
@@ -85,8 +116,19 @@ class Predictor:
 
 
 def fit_two(predictor: Predictor, runs: Sequence[compare.Run]) -> Fit:
-    """The fit that gives both runs' measured seconds in steps. Raises UsageError if there is none."""
-    fit = Fit(*FIRST_GUESS)
+    """Fits the numbers to runs, so that the simulated steps take as long as the measured ones.
+
+    Args:
+        predictor: simulates the runs.
+        runs: the measured runs; two give an exact fit.
+
+    Returns:
+        The fit.
+
+    Raises:
+        UsageError: there is no fit with positive numbers.
+    """
+    fit = FIRST_GUESS
     measured = np.array([run.summary["busy_s"] for run in runs])
     for _ in range(ROUNDS):
         totals = np.array([predictor.run(run, fit)[1] for run in runs])
@@ -101,7 +143,15 @@ def fit_two(predictor: Predictor, runs: Sequence[compare.Run]) -> Fit:
 
 
 def compared(run: compare.Run, predicted: dict[str, Any]) -> dict[str, float]:
-    """Predicted over measured."""
+    """Compares a run with its simulation.
+
+    Args:
+        run: the measured run.
+        predicted: the simulated summary.
+
+    Returns:
+        Name of a figure -> the predicted value divided by the measured one.
+    """
     return {
         "tokens/s": predicted["output_tokens_per_s"] / run.throughput,
         "session P50": predicted["session_s"]["p50"] / run.summary["session_s"]["p50"],
@@ -111,7 +161,17 @@ def compared(run: compare.Run, predicted: dict[str, Any]) -> dict[str, float]:
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-    """The command; config: that of the `bench.py serve` whose report lies in config.out. Raises UsageError."""
+    """Runs the command: prints the fit and the comparison of every run.
+
+    Args:
+        config: the config of the `bench.py serve` whose report is in the folder config.out.
+
+    Returns:
+        The fit, the largest deviation of a run that was not fitted, and the comparison of every run.
+
+    Raises:
+        UsageError: the report cannot be read, has too few runs, or allows no fit.
+    """
     file = Path(config.out) / "report.json"
     with usage_errors(f"{file} (written by bench.py serve with the same config)"):
         runs = [compare.Run.from_json(row) for row in json.loads(file.read_text())["runs"]]
@@ -128,7 +188,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
     for run in runs:
         ratio = compared(run, predictor.run(run, fit)[0])
         used = any(run is point for point in points)
-        worst = worst if used else max(worst, *(abs(value - 1) for value in ratio.values()))
+        if not used:
+            worst = max(worst, *[abs(value - 1) for value in ratio.values()])
         rows.append({"system": run.system, "models": run.models, "rate": f"{run.rate:g}", "fitted": used, **ratio})
         print(f"{run.system:10}{run.models:>3}{run.rate:>8.3g}  " + "  ".join(f"{k} {v:.2f}" for k, v in ratio.items())
               + ("  (fitted)" if used else ""))  # fmt: skip

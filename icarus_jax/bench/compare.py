@@ -1,4 +1,4 @@
-"""Runs of several systems over the same rates: tables, ratios and plots."""
+"""Compares runs of several systems at the same rates, in tables, ratios and plots."""
 
 from __future__ import annotations
 
@@ -8,15 +8,21 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-BEHIND = 0.9  # a system that can end less than this share of the sessions offered is past saturation
+BEHIND = 0.9  # a system that completes less than this share of the sessions it is offered is past saturation
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """One system, one number of adapters (0: the base model alone), one rate (sessions/s, may be infinite).
+    """The results of one system with one number of models at one rate.
 
-    summary: calls.summarise's. last_arrival in seconds. pages: (seconds, held by sequences, kept for reuse). note: why
-    not to trust it.
+    Attributes:
+        system: the system's name.
+        models: how many adapters were used; 0: the base model alone.
+        rate: sessions per second; infinite if all sessions start at once.
+        last_arrival: when the last session started, in seconds since the start of the run.
+        summary: the figures of `calls.summarise`.
+        pages: (seconds since the start, pages held by sequences, pages kept for reuse), from time to time.
+        note: why the figures may not be trusted; '' if they may.
     """
 
     system: str
@@ -28,19 +34,22 @@ class Run:
     note: str = ""
 
     def as_json(self) -> dict[str, Any]:
-        """What `from_json` reads; JSON has no number for an infinite rate."""
+        """Returns the run as JSON, for `from_json`. An infinite rate becomes "inf", as JSON has no such number."""
         return dataclasses.asdict(self) | {"rate": self.rate if math.isfinite(self.rate) else "inf"}
 
     @classmethod
     def from_json(cls, row: dict[str, Any]) -> Run:
+        """Returns the run that `as_json` wrote."""
         return cls(**row | {"rate": float(row["rate"])})
 
     @property
     def throughput(self) -> float:
+        """Generated tokens per second."""
         return self.summary["output_tokens_per_s"]
 
     @property
     def p95(self) -> float:
+        """The 95th percentile of the sessions' latencies, in seconds."""
         return self.summary["session_s"]["p95"]
 
 
@@ -51,7 +60,7 @@ HEAD = (
 
 
 def line(run: Run) -> str:
-    """One row of the table under HEAD."""
+    """Returns a run's row of the table whose head is HEAD."""
     s = run.summary
     told = ""
     for name, width in (("prefill_tokens", 10), ("needed_tokens", 9), ("cached_tokens", 10), ("evictions", 8)):
@@ -65,9 +74,15 @@ def line(run: Run) -> str:
 
 
 def saturated(runs: Sequence[Run]) -> Run | None:
-    """The run at the lowest finite rate at which a system is offered more than it can do; `runs` are its own.
+    """Finds where a system is just past saturation: it is offered more sessions per second than it can complete.
 
-    What it can do: the sessions/s that it ended at the highest rate. None: it was never offered more.
+    What it can complete is what it completed at the highest rate.
+
+    Args:
+        runs: the runs of one system with one number of models, at several rates.
+
+    Returns:
+        The run at the lowest finite rate past saturation; None if there is none.
     """
     runs = sorted(runs, key=lambda run: run.rate)
     capacity = runs[-1].summary["sessions_per_s"]
@@ -75,10 +90,21 @@ def saturated(runs: Sequence[Run]) -> Run | None:
 
 
 def ratios(runs: Sequence[Run], system: str = "shared", baseline: str = "isolated") -> list[dict[str, Any]]:
-    """For each number of models: how many times the baseline's best throughput, and how many times lower P95.
+    """Compares a system with a baseline, for each number of models.
 
-    p95_ratio is taken at p95_rate, where the baseline is just past saturation (None: it never was); p95_ratios has
-    every rate's.
+    Args:
+        runs: the runs of both systems. Rates at which only one of them ran are ignored.
+        system: the system's name.
+        baseline: the baseline's name.
+
+    Returns:
+        For each number of models that both ran with:
+        `models`: the number.
+        `throughput_ratio`: the system's highest throughput divided by the baseline's highest.
+        `p95_ratios`: rate -> the baseline's P95 session latency divided by the system's.
+        `p95_rate`: the rate at which the baseline is just past saturation; None if it never is.
+        `p95_ratio`: the ratio of P95 session latencies at `p95_rate`.
+        `call_p95_ratio`: the ratio of P95 call latencies at `p95_rate`.
     """
     found = []
     for n in sorted({run.models for run in runs}):
@@ -108,7 +134,7 @@ def _call_p95(run: Run) -> float:
 
 
 def ratio_lines(found: Iterable[dict[str, Any]]) -> list[str]:
-    """What `ratios` found, for people."""
+    """Returns what `ratios` found as lines of text, one for each number of models."""
     lines = []
     for row in found:
         text = f"N={row['models']}: shared has {row['throughput_ratio']:.2f}x the highest throughput of isolated"
@@ -124,9 +150,14 @@ def ratio_lines(found: Iterable[dict[str, Any]]) -> list[str]:
 
 
 def plot(runs: Sequence[Run], file: Path, title: str) -> None:
-    """A PNG: throughput and P95 against the rate, a line for each system and number of models, and pages over time.
+    """Plots throughput and P95 against the rate, and the pages in use over time, as a PNG.
 
-    Runs of an infinite rate lie at the right edge.
+    There is a line for each system and number of models. Runs of an infinite rate are drawn at the right edge.
+
+    Args:
+        runs: the runs.
+        file: the PNG to write.
+        title: the title of the plot.
     """
     import matplotlib
 

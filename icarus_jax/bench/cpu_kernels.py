@@ -1,6 +1,6 @@
-"""`bench.py cpu`: the CPU kernels against XLA's programs, on one step's work of a model's layers.
+"""`bench.py cpu`: times the CPU kernels against XLA's programs, on the work that all layers of a model do in a step.
 
-The implementations take turns, so that a disturbance of the machine falls on all of them; medians count.
+The implementations take turns, so that a disturbance of the machine affects all of them. The medians are compared.
 """
 
 from __future__ import annotations
@@ -28,8 +28,15 @@ IMPLEMENTATIONS = ("xla", "cpu")
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """Sequences on `common` tokens, each with `own` more, of which the last `rows` are computed (by writers alone; or
-    one by a writer and a reader row, if rows is 0)."""
+    """The attention of one step: sequences that share their first tokens.
+
+    Attributes:
+        sequences: how many sequences there are.
+        common: how many tokens they share.
+        own: how many tokens each sequence has after those.
+        rows: how many of each sequence's last tokens are computed, by writer rows alone. 0: one token, by a writer row
+            and a reader row.
+    """
 
     sequences: int
     common: int
@@ -38,12 +45,13 @@ class Case:
 
     @property
     def name(self) -> str:
+        """The case in words."""
         what = f"prefill of {self.rows}" if self.rows else "a token each"
         return f"{self.sequences} x ({self.common} common + {self.own} own tokens), {what}"
 
 
-PRODUCTS = (1, 2, 8, 16, 32, 64, 128, 256, 512)  # rows
-ADAPTED = ((1, 1), (8, 8), (24, 8), (128, 1))  # rows, adapters among them
+PRODUCTS = (1, 2, 8, 16, 32, 64, 128, 256, 512)  # numbers of rows
+ADAPTED = ((1, 1), (8, 8), (24, 8), (128, 1))  # (rows, adapters that they use)
 RANK = 16
 CASES = (
     Case(1, 0, 512, 512),
@@ -57,7 +65,7 @@ CASES = (
 
 
 def make_work(case: Case) -> Any:
-    """The work list of a case, as the engine would build it."""
+    """Builds the work list of a case, as the engine would."""
     pages_per_seq = -(-(case.common + case.own) // PAGE)
     num_rows = case.sequences * (case.rows or 2)
     shape = WorkShape(num_rows, 2, case.sequences * pages_per_seq, num_rows // 32 + 9, pages_per_seq)
@@ -76,12 +84,20 @@ def make_work(case: Case) -> Any:
 
 
 def over_layers(model: ModelConfig, op: Callable[..., Any]) -> Callable[..., Any]:
-    """op(x, layer, *args) of all layers, one after the other, compiled when it is first called."""
+    """Makes a program that runs an operation in all layers, one after the other.
+
+    Args:
+        model: says how many layers there are.
+        op: op(x, layer, *args) returns an array of x's shape.
+
+    Returns:
+        A function of (x, *args). It is compiled when it is first called.
+    """
     import jax
     import jax.numpy as jnp
 
     def run(x, *args):
-        def layer(x, index):  # so that no layer can be left out, or run before the one below it
+        def layer(x, index):  # each layer uses the result of the one below, so the compiler cannot omit or reorder any
             return x + 0.1 * op(x, index, *args), None
 
         return jax.lax.scan(layer, x, jnp.arange(model.num_layers))[0]
@@ -91,17 +107,25 @@ def over_layers(model: ModelConfig, op: Callable[..., Any]) -> Callable[..., Any
 
 @dataclasses.dataclass(frozen=True)
 class Contest:
-    """What is timed: op(x, layer, *args, implementation=..) of all layers."""
+    """An operation that is timed with every implementation.
+
+    Attributes:
+        name: the operation in words.
+        op: op(x, layer, *args, implementation=..) does the work of one layer.
+        args: x and the other arguments.
+    """
 
     name: str
     op: Callable[..., Any]
     args: tuple[Any, ...]
 
     def programs(self, model: ModelConfig) -> dict[str, Callable[..., Any]]:
+        """Returns implementation -> the program that does the work of all layers with it."""
         return {name: over_layers(model, functools.partial(self.op, implementation=name)) for name in IMPLEMENTATIONS}
 
 
 def attention_contests(model: ModelConfig, cases: Sequence[Case] = CASES) -> Iterator[Contest]:
+    """Yields the attention of each case, with random queries and pages in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -119,6 +143,7 @@ def attention_contests(model: ModelConfig, cases: Sequence[Case] = CASES) -> Ite
 
 
 def projection_contests(model: ModelConfig, rows: Sequence[int] = PRODUCTS) -> Iterator[Contest]:
+    """Yields a layer's matrix products for each number of rows, with random weights in float32."""
     import jax
     import jax.numpy as jnp
 
@@ -142,6 +167,10 @@ def projection_contests(model: ModelConfig, rows: Sequence[int] = PRODUCTS) -> I
 
 
 def adapter_contests(model: ModelConfig, cases: Sequence[tuple[int, int]] = ADAPTED) -> Iterator[Contest]:
+    """Yields a layer's LoRA products for each (rows, adapters), with random adapters in float32.
+
+    Every target is taken to be as wide as the model's hidden size.
+    """
     import jax.numpy as jnp
 
     rng = np.random.default_rng(0)
@@ -160,7 +189,17 @@ def adapter_contests(model: ModelConfig, cases: Sequence[tuple[int, int]] = ADAP
 
 
 def run(model_name: str) -> dict[str, Any]:
-    """The command. Raises UsageError."""
+    """Runs the command: prints the times of every operation.
+
+    Args:
+        model_name: a name of MODELS.
+
+    Returns:
+        The model's name, and for each operation the milliseconds of every implementation.
+
+    Raises:
+        UsageError: jax does not run on a CPU here.
+    """
     import jax
 
     if jax.default_backend() != "cpu":
@@ -171,11 +210,12 @@ def run(model_name: str) -> dict[str, Any]:
     for contest in (*projection_contests(model), *adapter_contests(model), *attention_contests(model)):
         programs = contest.programs(model)
         seconds: dict[str, list[float]] = {name: [] for name in programs}
-        for turn in range(ROUNDS + 1):  # the first compiles
+        for turn in range(ROUNDS + 1):
             for name, program in programs.items():
                 begin = time.perf_counter()
                 program(*contest.args).block_until_ready()
-                seconds[name] += [time.perf_counter() - begin] if turn else []
+                if turn > 0:  # the first turn compiles, so it is not counted
+                    seconds[name].append(time.perf_counter() - begin)
         ms = {name: float(np.median(some)) * 1e3 for name, some in seconds.items()}
         rows.append({"case": contest.name, **ms})
         ratio = ms[IMPLEMENTATIONS[0]] / ms[IMPLEMENTATIONS[-1]]

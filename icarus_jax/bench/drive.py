@@ -1,4 +1,7 @@
-"""Sessions driven against a server, on schedule: one asyncio task a session, a closed loop inside it."""
+"""Drives sessions against a server on schedule.
+
+Each session is an asyncio task. It sends a turn only after it has the reply to the turn before.
+"""
 
 from __future__ import annotations
 
@@ -15,16 +18,23 @@ from icarus_jax.workloads.calls import Call, Counters
 from icarus_jax.workloads.workload import Conversation, Session, Turn, common_prefix
 
 SCRAPE_SECONDS = 1.0
-LATE_SECONDS = 0.05  # the schedule was not kept if a call went out later than this
-CPU_LIMIT = 0.1  # of a core
+LATE_SECONDS = 0.05  # a call sent later than this after it was due counts as a breach of the schedule
+CPU_LIMIT = 0.1  # how much of a core the client may use
 
 
 @dataclasses.dataclass
 class Driven:
-    """One run. pages: (seconds, held by sequences, kept for reuse) once a second, as far as the server says.
+    """The results of one run.
 
-    late_s: how much later than due the latest call went out. cpu: what the client itself used, as a share of a core.
-    digest: SHA-256 of all replies' token ids, in the order of sessions and turns; of nothing if the server tells none.
+    Attributes:
+        calls: every call, in the order in which they ended.
+        counters: what the server says that it did.
+        pages: (seconds since the start, pages held by sequences, pages kept for reuse), once a second; empty if the
+            server does not say.
+        late_s: the longest time by which a call was sent later than due, in seconds.
+        cpu: how much CPU time the client itself used, as a share of a core.
+        digest: a SHA-256 of all replies' token ids, in the order of sessions and turns. It says nothing if the server
+            sends no token ids.
     """
 
     calls: list[Call]
@@ -36,7 +46,7 @@ class Driven:
 
     @property
     def complaint(self) -> str:
-        """Why the run's figures may not be trusted; empty if they may."""
+        """Why the run's figures may not be trusted; '' if they may."""
         said = []
         if self.late_s > LATE_SECONDS:
             said.append(f"the client could not keep the schedule: a call went out {self.late_s * 1e3:.0f} ms late")
@@ -46,12 +56,19 @@ class Driven:
 
 
 class Driver:
-    """Drives one server.
-
-    mark: the first token of every prompt, another one in each run, so that no run finds the cache of the one before.
-    """
+    """Drives one server for one run."""
 
     def __init__(self, server: Server, dialect: Dialect, vocab_size: int, seed: int, mark: int = 0):
+        """Prepares a run; nothing is sent.
+
+        Args:
+            server: the server to drive.
+            dialect: how this kind of server names adapters and metrics.
+            vocab_size: random prompt tokens are below this number.
+            seed: the seed of the random prompt tokens.
+            mark: the first token of every prompt. Give each run another one, so that it does not find the prompts of an
+                earlier run in the server's cache.
+        """
         self._mark = mark
         self._server, self._dialect = server, dialect
         self._vocab, self._seed = vocab_size, seed
@@ -62,7 +79,19 @@ class Driver:
         self._said: dict[tuple[int, int], list[int]] = {}  # (session, turn) -> the reply
 
     async def run(self, sessions: Sequence[Session], arrivals: Sequence[float]) -> Driven:
-        """Session i starts arrivals[i] seconds after the call. Raises ServerError, OSError: the run is worthless."""
+        """Drives all sessions to their ends.
+
+        Args:
+            sessions: the sessions; every turn names its model.
+            arrivals: when each session starts, in seconds after this call.
+
+        Returns:
+            The results.
+
+        Raises:
+            ServerError: a request failed, so the run cannot be used.
+            OSError: a connection failed, so the run cannot be used.
+        """
         before = await self._metrics()
         cpu = time.thread_time()
         self._begin = time.monotonic()
@@ -71,7 +100,7 @@ class Driver:
             async with asyncio.TaskGroup() as group:
                 for session, due in zip(sessions, arrivals, strict=True):
                     group.create_task(self._session(session, float(due)))
-        except ExceptionGroup as group_error:  # one of them says enough
+        except ExceptionGroup as group_error:  # the first error is enough for the user
             raise group_error.exceptions[0] from None
         finally:
             if watch:
@@ -85,7 +114,20 @@ class Driver:
         return Driven(self._calls, counters, self._pages, self._late, cpu, digest)
 
     async def ask(self, prompt: list[int], model: str, output_len: int) -> Reply:
-        """One greedy completion of exactly output_len tokens. Raises ServerError, OSError."""
+        """Asks for one greedy completion.
+
+        Args:
+            prompt: the prompt's token ids.
+            model: the model's name.
+            output_len: how many tokens to generate; EOS does not end the completion.
+
+        Returns:
+            The completion.
+
+        Raises:
+            ServerError: the server refused, or generated another number of tokens.
+            OSError: the connection failed.
+        """
         body = self._dialect.body(model) | {
             "prompt": prompt,
             "max_tokens": output_len,
@@ -97,7 +139,7 @@ class Driver:
         }
         reply = Reply()
         await reply.read(self._server, body)
-        if reply.output_len != output_len:  # else a server could win by doing less
+        if reply.output_len != output_len:  # a server that does less work must not count as faster
             raise ServerError(
                 f"{model}: a reply has {reply.output_len} tokens; {output_len} were asked for, ignore_eos"
             )
@@ -121,6 +163,7 @@ class Driver:
             talk.reply(reply.token_ids)
 
     def _count(self, turn: Turn, talk: Conversation, prompt: list[int]) -> None:
+        """Counts the prompt tokens that are new; see `Counters.needed`."""
         self._needed += talk.new_tokens
         if turn.turn == 0:
             self._needed -= common_prefix(self._first_prompt, prompt)
@@ -130,6 +173,7 @@ class Driver:
         return self._dialect.read((await self._server.get("/metrics")).decode())
 
     async def _watch(self) -> None:
+        """Records the pages in use every SCRAPE_SECONDS, until it is cancelled."""
         while True:
             found = await self._metrics()
             if "pages_used" in found:

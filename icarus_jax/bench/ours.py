@@ -1,4 +1,4 @@
-"""Our own server, started for a run and stopped after it."""
+"""Starts our own server for a run, and stops it afterwards."""
 
 from __future__ import annotations
 
@@ -14,14 +14,23 @@ from icarus_jax.bench.client import Server, ServerError
 from icarus_jax.cli.paths import program
 from icarus_jax.errors import UsageError
 
-START_SECONDS = 900
+START_SECONDS = 900  # how long a server may take until it answers
 
 
 @contextlib.contextmanager
 def serving(spec: str, overrides: Mapping[str, object], log: Path) -> Iterator[str]:
-    """`launch/serve.py --config=spec` with overrides of config keys, on a free port; yields its URL once it answers.
+    """Runs `launch/serve.py` on a free port while the context is entered.
 
-    Its output goes to `log`. Raises UsageError if it ends before it answers.
+    Args:
+        spec: the config's name, as for --config.
+        overrides: config key -> its value.
+        log: the file that the server's output is written to.
+
+    Yields:
+        The server's URL, once it answers.
+
+    Raises:
+        UsageError: the server ended before it answered, or took too long.
     """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

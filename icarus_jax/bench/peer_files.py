@@ -1,6 +1,6 @@
-"""`bench.py peers`: the trunk and the heads of a config as files that vLLM and llama.cpp's server read.
+"""`bench.py peers`: writes the trunk and the heads of a config as files that vLLM and llama.cpp's server read.
 
-All of them hold the same float32 numbers as our engine, so that every system computes the same thing.
+All files hold the float32 numbers that our engine uses, so that every system computes the same thing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,14 @@ GGUF_TARGETS = {module.split(".")[-1]: name for module, name in MODULES.items()}
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json of a Llama. Raises ValueError for what this benchmark does not need."""
+    """Returns the content of a Hugging Face config.json for a Llama model.
+
+    Args:
+        model: the model's configuration.
+
+    Raises:
+        ValueError: the model is of another family, or has rope scaling.
+    """
     if model.family != "llama" or model.rope_scaling is not None:
         raise ValueError("peers' files are written for Llama models without rope scaling only")
     return {
@@ -46,7 +53,15 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_hf(source: Path, folder: Path) -> None:
-    """A GGUF trunk as a Hugging Face folder in float32."""
+    """Writes a GGUF trunk as a Hugging Face folder in float32.
+
+    Args:
+        source: the GGUF file.
+        folder: the folder to write.
+
+    Raises:
+        ValueError: the model cannot be written; see `hf_config`.
+    """
     trunk = GgufTrunk(source)
     config = hf_config(trunk.config)
     folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +73,12 @@ def write_hf(source: Path, folder: Path) -> None:
 
 
 def write_gguf(source: Path, file: Path) -> None:
-    """A GGUF trunk again, its tensors in float32; whatever else it says is kept."""
+    """Writes a GGUF trunk with its tensors in float32. All its other fields are kept.
+
+    Args:
+        source: the GGUF file.
+        file: the GGUF file to write.
+    """
     reader = gguf.GGUFReader(source)
     writer = gguf.GGUFWriter(file, str(reader.fields["general.architecture"].contents()))
     for name, field in reader.fields.items():
@@ -74,7 +94,15 @@ def write_gguf(source: Path, file: Path) -> None:
 
 
 def write_lora(adapter: peft.Adapter, model: ModelConfig, file: Path) -> None:
-    """An adapter as llama.cpp reads it, for a Llama: the rows of q and k are in llama.cpp's order."""
+    """Writes an adapter of a Llama model as a GGUF file for llama.cpp.
+
+    llama.cpp has the rows of q and k in an order of its own.
+
+    Args:
+        adapter: the adapter.
+        model: the trunk's configuration.
+        file: the GGUF file to write.
+    """
     writer = gguf.GGUFWriter(file, "llama")
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
@@ -100,7 +128,18 @@ def _finish(writer: gguf.GGUFWriter) -> None:
 
 
 def run(config: ConfigDict, out: Path) -> dict[str, Any]:
-    """Writes hf/, trunk.gguf, NAME/ (PEFT) and NAME.gguf of every head. Raises UsageError."""
+    """Runs the command: writes hf/ and trunk.gguf, and for every head a PEFT folder NAME/ and NAME.gguf.
+
+    Args:
+        config: a config for serving; its trunk is a GGUF file.
+        out: the folder to write to.
+
+    Returns:
+        The folder, and the names of the heads.
+
+    Raises:
+        UsageError: the trunk or an adapter cannot be read, or cannot be written in these formats.
+    """
     with usage_errors("config.trunk.source"):
         source = Path(str(sources.resolve(config.trunk.source)))
         if source.suffix != ".gguf":

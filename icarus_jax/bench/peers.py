@@ -1,4 +1,4 @@
-"""What differs between servers: how an adapter is named, and what their metrics are called."""
+"""The differences between servers: how a request names an adapter, and what the metrics are called."""
 
 from __future__ import annotations
 
@@ -10,26 +10,42 @@ from typing import Any
 
 @dataclasses.dataclass(frozen=True)
 class Dialect:
-    """metrics: our word -> the server's names, whose values are added up over names and labels. Our words:
+    """How one kind of server is asked, and how its metrics are read.
 
-    prefill: prompt tokens computed (or, where the server counts so, all: all prompt tokens, and cached: those found in
-    the cache); evictions in pages; preemptions; steps, and busy: seconds in them; pages_used and pages_cached: gauges.
-    numbered: the server knows its adapters by numbers, not by names: llama.cpp's way.
+    Our words for metrics are `prefill` (prompt tokens computed), `evictions` (pages), `preemptions`, `steps`, `busy`
+    (seconds spent in steps), and the gauges `pages_used` and `pages_cached`. A server that does not count the computed
+    prompt tokens has `all` (all prompt tokens) and `cached` (those found in the cache) instead of `prefill`.
+
+    Attributes:
+        metrics: our word -> the server's names for it. The values of all names and labels are added up.
+        numbered: whether the server knows its adapters by numbers rather than names, as llama.cpp does.
     """
 
     metrics: Mapping[str, tuple[str, ...]]
     numbered: bool = False
 
     def body(self, model: str) -> dict[str, Any]:
-        """The fields of a request that choose a model."""
+        """Returns the fields of a request that choose a model.
+
+        Args:
+            model: the model's name. A server with numbered adapters takes 'adapterN', and any other name as its base
+                model.
+        """
         if not self.numbered:
             return {"model": model}
-        number = re.fullmatch(r"adapter(\d+)", model)  # those that a request does not name have no weight in it
+        number = re.fullmatch(r"adapter(\d+)", model)  # llama.cpp gives adapters that are not listed a scale of 0
         chosen = {"id": int(number[1]), "scale": 1.0} if number else {"id": 0, "scale": 0.0}
         return {"model": model, "lora": [chosen]}
 
     def read(self, text: str) -> dict[str, float]:
-        """The values on a metrics page, by our words; those that it does not have are left out."""
+        """Reads a page of metrics in Prometheus's text format.
+
+        Args:
+            text: the page.
+
+        Returns:
+            Our word -> its value. Words whose metric is not on the page are left out.
+        """
         found = {}
         for word, names in self.metrics.items():
             patterns = [re.escape(name) + ("" if "{" in name else r"(?:\{[^}]*\})?") for name in names]
@@ -58,7 +74,7 @@ DIALECTS = {
             "all": ("vllm:prompt_tokens_total",),
             "cached": ("vllm:prefix_cache_hits_total",),
             "preemptions": ("vllm:num_preemptions_total",),
-            "pages_used": ("vllm:kv_cache_usage_perc",),  # a share of all
+            "pages_used": ("vllm:kv_cache_usage_perc",),  # a share of all pages, not a number of pages
         }
     ),
     "llama.cpp": Dialect({"prefill": ("llamacpp:prompt_tokens_total",)}, numbered=True),

@@ -1,4 +1,4 @@
-"""`bench.py serve`: agent sessions against servers, over a sweep of rates and numbers of models."""
+"""`bench.py serve`: runs agent sessions against servers, at several rates and with several numbers of models."""
 
 from __future__ import annotations
 
@@ -22,14 +22,19 @@ from icarus_jax.errors import UsageError, usage_errors
 from icarus_jax.workloads import agents, workload
 from icarus_jax.workloads.calls import summarise
 
-OURS = {"shared": "multi.py:{n}", "isolated": "multi.py:{n},isolated"}  # the configs that launch/serve.py is given
+OURS = {"shared": "multi.py:{n}", "isolated": "multi.py:{n},isolated"}  # system -> the config for launch/serve.py
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is asked, once for every system: sessions[i] has the number i.
+    """What every system is asked.
 
-    vocab_size: of the tokens that prompts are made of.
+    Attributes:
+        sessions: the sessions, without models; sessions[i] has the number i.
+        vocab_size: the token ids of prompts are below this number.
+        seed: the seed of everything that is random.
+        assign: how models are assigned to turns; see `workload.assign`.
+        arrivals: how the starts of sessions are distributed; see `workload.arrivals`.
     """
 
     sessions: list[workload.Session]
@@ -40,7 +45,17 @@ class Plan:
 
 
 def make_plan(config: ConfigDict) -> Plan:
-    """The sessions of config.workload, without their models. Raises UsageError."""
+    """Makes the plan of config.workload. Sessions that do not fit the engine's context are left out.
+
+    Args:
+        config: a config of configs/bench.py.
+
+    Returns:
+        The plan, with at most config.workload.sessions sessions.
+
+    Raises:
+        UsageError: the workload or the tokenizer cannot be read, or no session fits.
+    """
     w = config.workload
     if w.name in ("file", "replay") and not Path(w.path).is_file():
         hint = "; config.workload.name=react makes sessions of the same lengths" if w.name == "replay" else ""
@@ -59,8 +74,8 @@ def make_plan(config: ConfigDict) -> Plan:
             sessions = agents.replay(w.path, lambda s: text.encode(s, add_special_tokens=False), w.common_len)
     elif w.name in agents.GENERATORS:
         sessions = agents.GENERATORS[w.name](w.sessions, w.seed, w.common_len, w.tool_s)
-    fits = lambda turn: turn.prompt_len + turn.output_len <= config.engine.max_model_len  # noqa: E731
-    chosen = [session for session in sessions if all(map(fits, session))]
+    limit = config.engine.max_model_len
+    chosen = [session for session in sessions if all(turn.prompt_len + turn.output_len <= limit for turn in session)]
     if not chosen:
         raise UsageError(f"no session of {w.name!r} fits engine.max_model_len={config.engine.max_model_len}")
     if len(chosen) < len(sessions):
@@ -70,7 +85,19 @@ def make_plan(config: ConfigDict) -> Plan:
 
 
 def numbers(text: str, what: str, kind: type) -> list[Any]:
-    """Comma-separated numbers of a config. Raises UsageError."""
+    """Reads comma-separated numbers of a config.
+
+    Args:
+        text: the numbers.
+        what: the config's key, for error messages.
+        kind: int or float.
+
+    Returns:
+        The numbers.
+
+    Raises:
+        UsageError: a part of the text is no number.
+    """
     with usage_errors(f"config.{what}"):
         return [kind(part) for part in text.split(",")]
 
@@ -78,7 +105,25 @@ def numbers(text: str, what: str, kind: type) -> list[Any]:
 async def measure(
     server: Server, peer: str, system: str, names: list[str], plan: Plan, rate: float, mark: int = 0
 ) -> compare.Run:
-    """One run against a server that is up. mark: as Driver's. Raises ServerError, OSError, UsageError."""
+    """Runs a plan against a server that is running.
+
+    Args:
+        server: the server.
+        peer: the kind of server: a name of DIALECTS.
+        system: the system's name in the report.
+        names: the names of the models that the turns are assigned to.
+        plan: the sessions.
+        rate: sessions per second; may be infinite.
+        mark: the first token of every prompt; see `Driver`.
+
+    Returns:
+        The results.
+
+    Raises:
+        UsageError: the plan's options are wrong.
+        ServerError: a request failed.
+        OSError: a connection failed.
+    """
     with usage_errors("config.workload"):
         sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
         arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
@@ -92,7 +137,21 @@ async def measure(
 
 
 async def model_names(server: Server, peer: str, count: int) -> list[str]:
-    """The first `count` adapters that a server lists after its base model; 0: the base model alone."""
+    """Asks a server for the names of its models.
+
+    Args:
+        server: the server.
+        peer: the kind of server: a name of DIALECTS.
+        count: how many adapters are wanted.
+
+    Returns:
+        The names of the first `count` adapters that the server lists; if `count` is 0, the name of its base model.
+
+    Raises:
+        UsageError: the server lists fewer adapters.
+        ServerError: a request failed.
+        OSError: the connection failed.
+    """
     listed = [model["id"] for model in json.loads(await server.get("/v1/models"))["data"]]
     if DIALECTS[peer].numbered:
         loaded = json.loads(await server.get("/lora-adapters"))
@@ -104,7 +163,7 @@ async def model_names(server: Server, peer: str, count: int) -> list[str]:
 
 @contextlib.contextmanager
 def _server(config: ConfigDict, system: str, count: int, out: Path) -> Iterator[str]:
-    """The URL of a system with `count` models: the one that the config names, or ours, started anew."""
+    """Yields the URL of the server that the config names, or of our own, started with `count` models."""
     if config.url:
         yield config.url
         return
@@ -115,9 +174,21 @@ def _server(config: ConfigDict, system: str, count: int, out: Path) -> Iterator[
 
 
 def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
-    """Every system, number of models and rate. Our own server starts anew for each run, with an empty cache.
+    """Runs a plan with every number of models, at every rate, on every system.
 
-    A rate '1.25x' is 1.25 times the sessions/s that the last of the systems ended at the rate before, 'inf'.
+    Our own server is started anew for each run, with an empty cache. A rate '1.25x' is 1.25 times the sessions per
+    second that the last of the systems completed at the rate 'inf', which has to be listed before it.
+
+    Args:
+        config: a config of configs/bench.py.
+        plan: the sessions.
+        out: the folder for the servers' logs.
+
+    Yields:
+        The results of each run.
+
+    Raises:
+        UsageError: the config is wrong, or a server failed.
     """
     marks = itertools.count()
     peer = config.peer if config.url else "icarus"
@@ -131,7 +202,7 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
             (rate,) = numbers(text.removesuffix("x"), "rates", float)
             if text.endswith("x"):
                 rate = float(f"{rate * capacity:.3g}")
-            for system in systems[: None if count else 1]:  # without adapters there is nothing to tell them apart
+            for system in systems[: None if count else 1]:  # without adapters the systems do not differ
                 with _server(config, system, count, out) as url:
                     server = Server(url)
                     try:
@@ -145,7 +216,16 @@ def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:
 
 
 def write(out: Path, title: str, runs: Sequence[compare.Run]) -> dict[str, Any]:
-    """report.json and report.png of the runs so far; returns what the former holds."""
+    """Writes report.json and report.png.
+
+    Args:
+        out: the folder to write to.
+        title: the title of the plot.
+        runs: the runs so far.
+
+    Returns:
+        The content of report.json.
+    """
     report: dict[str, Any] = {
         "command": " ".join(sys.argv),
         "ratios": compare.ratios(runs),
@@ -157,7 +237,17 @@ def write(out: Path, title: str, runs: Sequence[compare.Run]) -> dict[str, Any]:
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-    """The command. Raises UsageError."""
+    """Runs the command: prints a row for each run and the ratios, and writes the report after each run.
+
+    Args:
+        config: a config of configs/bench.py.
+
+    Returns:
+        The ratios, and the path of the report.
+
+    Raises:
+        UsageError: the config is wrong, or a server failed.
+    """
     if config.peer not in DIALECTS:
         raise UsageError(f"config.peer: no {config.peer!r}; there is {', '.join(DIALECTS)}")
     unknown = set(config.systems.split(",")) - set(OURS)

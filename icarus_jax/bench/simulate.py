@@ -1,4 +1,7 @@
-"""`bench.py simulate`: the sweep of `bench.py serve` on chips that are not here. Every figure is SIMULATED."""
+"""`bench.py simulate`: the sweep of `bench.py serve`, simulated for chips that need not be here.
+
+Every figure is simulated, not measured.
+"""
 
 from __future__ import annotations
 
@@ -26,25 +29,44 @@ from icarus_jax.workloads import agents, workload
 from icarus_jax.workloads.calls import summarise
 
 SYSTEMS = ("isolated", "shared")
-CAPACITY_SESSIONS = 50
-AUTO_RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.5)  # of what the baseline can do at most, see `capacity`
+CAPACITY_SESSIONS = 50  # how many sessions `capacity` simulates
+AUTO_RATES = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 3.0, 4.5)  # multiples of the baseline's `capacity`
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """Replicas of one model, each on its own chips. The sessions of one replica are simulated: rates are `data` times
-    as high for all of them."""
+    """Replicas of one model, each on chips of its own.
+
+    Only one replica is simulated. All of them together complete `data` times as many sessions per second.
+
+    Attributes:
+        roofline: how long a step of one replica takes.
+        data: how many replicas there are.
+        engine: the configuration of each replica's engine.
+    """
 
     roofline: Roofline
     data: int
     engine: EngineConfig
 
     def step_seconds(self, plan: StepPlan) -> float:
+        """Returns how long a step takes, in seconds."""
         return self.roofline.seconds(load_of(plan))
 
 
 def make_machine(config: ConfigDict, models: int) -> Machine:
-    """The machine of a config with so many adapters loaded. Raises UsageError."""
+    """Makes the machine of a config.
+
+    Args:
+        config: a config of configs/simulate.py.
+        models: how many adapters are loaded; they take memory from the pages.
+
+    Returns:
+        The machine.
+
+    Raises:
+        UsageError: the config is wrong.
+    """
     for key, known in (("model", MODELS), ("chip", CHIPS)):
         if config[key] not in known:
             raise UsageError(f"config.{key}: no {config[key]!r}; there is {', '.join(known)}")
@@ -58,7 +80,17 @@ def make_machine(config: ConfigDict, models: int) -> Machine:
 
 
 def make_sessions(config: ConfigDict) -> list[workload.Session]:
-    """The sessions of one replica. Raises UsageError."""
+    """Makes the sessions of one replica, without models.
+
+    Args:
+        config: a config of configs/simulate.py.
+
+    Returns:
+        The sessions.
+
+    Raises:
+        UsageError: config.workload is wrong, or its file cannot be read.
+    """
     w = config.workload
     if w.name == "file":
         with usage_errors("config.workload.path"):
@@ -71,7 +103,22 @@ def make_sessions(config: ConfigDict) -> list[workload.Session]:
 def simulate(
     machine: Machine, sessions: Sequence[workload.Session], config: ConfigDict, system: str, models: int, rate: float
 ) -> tuple[compare.Run, Simulated]:
-    """One run; `rate` is that of all replicas. Raises UsageError."""
+    """Simulates a run.
+
+    Args:
+        machine: the machine.
+        sessions: the sessions of one replica.
+        config: a config of configs/simulate.py.
+        system: 'shared' or 'isolated'.
+        models: how many adapters the turns are assigned to.
+        rate: sessions per second of all replicas together.
+
+    Returns:
+        The results of all replicas together, and the simulation of one.
+
+    Raises:
+        UsageError: config.workload is wrong.
+    """
     w = config.workload
     heads = make_models(models, system)
     with usage_errors("config.workload"):
@@ -85,11 +132,27 @@ def simulate(
 
 
 def capacity(machine: Machine, sessions: Sequence[workload.Session], config: ConfigDict, models: int) -> float:
-    """Sessions/s that the baseline could end if the chips did nothing but its FLOPs, no session waiting for another."""
-    total = [0.0]
+    """Computes the most sessions per second that the baseline could complete, if only its FLOPs took time.
+
+    The sessions are simulated one after the other, so that none waits for another.
+
+    Args:
+        machine: the machine.
+        sessions: the sessions of one replica; the first CAPACITY_SESSIONS are simulated.
+        config: a config of configs/simulate.py.
+        models: how many adapters the turns are assigned to.
+
+    Returns:
+        Sessions per second of all replicas together.
+
+    Raises:
+        UsageError: config.workload is wrong.
+    """
+    flops = 0.0
 
     def step_seconds(plan: StepPlan) -> float:
-        total[0] += machine.roofline.flops(load_of(plan))
+        nonlocal flops
+        flops += machine.roofline.flops(load_of(plan))
         return 0.0
 
     heads, some = make_models(models, "isolated"), sessions[:CAPACITY_SESSIONS]
@@ -97,11 +160,21 @@ def capacity(machine: Machine, sessions: Sequence[workload.Session], config: Con
         assigned = workload.assign(list(some), list(heads), config.workload.assign, config.workload.seed)
     Simulation(assigned, range(len(some)), heads, machine.engine, step_seconds, config.workload.seed).run()
     rate = machine.roofline.chip.flops * machine.roofline.assumed.flops_share * machine.roofline.shards
-    return machine.data * len(some) * rate / total[0]
+    return machine.data * len(some) * rate / flops
 
 
 def sweep(config: ConfigDict) -> Iterator[compare.Run]:
-    """Every number of models, rate and system."""
+    """Simulates every number of models, at every rate, on every system.
+
+    Args:
+        config: a config of configs/simulate.py.
+
+    Yields:
+        The results of each run.
+
+    Raises:
+        UsageError: the config is wrong.
+    """
     sessions = make_sessions(config)
     for models in numbers(config.models, "models", int):
         machine = make_machine(config, models)
@@ -116,7 +189,17 @@ def sweep(config: ConfigDict) -> Iterator[compare.Run]:
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
-    """The command. Raises UsageError."""
+    """Runs the command: prints a row for each run and the ratios, and writes a JSON report and a plot.
+
+    Args:
+        config: a config of configs/simulate.py.
+
+    Returns:
+        The ratios.
+
+    Raises:
+        UsageError: the config is wrong.
+    """
     machine, begin = make_machine(config, max(numbers(config.models, "models", int))), time.monotonic()
     chips = f"{machine.data} x {machine.roofline.shards} {config.chip}"
     title = f"SIMULATED: {config.model} on {chips}, {config.workload.name}, {config.workload.assign}"

@@ -1,19 +1,20 @@
-"""`bench.py step`: ms of a decode step and tokens/s of prefill, for the trunk (`base`) and its heads (`shared`).
+"""`bench.py step`: times decode steps and prefill, for the trunk (`base`) and its heads (`shared`).
 
-Against the floor measured in the same run: the bytes of weights and K/V that a step must read, over this machine's read
-bandwidth, the best of before and after each size. The kinds take turns, and the best round's median counts: shared
-machines are slowed down for seconds at a time. Also whether the KV pages are updated in place: the program's temporary
-bytes, and a step's time with a pool four times the size.
+A decode step is compared with a floor: the bytes of weights and K/V that it must read, divided by this machine's read
+bandwidth. The bandwidth is measured in the same run, before and after each batch size, and the better value is used.
+The kinds take turns, and the median of the best round counts, because a machine that others use too may be slow for
+seconds at a time.
+
+The command also shows whether the KV pages are updated in place. If they are, the decode program needs few temporary
+bytes, and a step takes no longer with a pool of four times the size.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,18 +22,30 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from icarus_jax import cli
+from icarus_jax.bench.floor import floor_bytes, read_bandwidth
 from icarus_jax.scheduling.request import SamplingParams
 
 if TYPE_CHECKING:
     from icarus_jax.engine.engine import Engine
 
 ROUNDS = 2
-WARM = 2  # untimed steps of each round
+WARM = 2  # steps of each round that are run first and not timed
 
 
 @dataclasses.dataclass
 class StepResult:
-    """Medians over the timed steps; *_ms in milliseconds, prefill in tokens/s, bandwidth in GB/s."""
+    """The figures of one kind of model at one batch size.
+
+    Attributes:
+        kind: the kind of the models.
+        sequences: the batch size.
+        step_ms: milliseconds of a decode step: the median of the best round.
+        floor_ms: milliseconds that reading the weights and the K/V takes.
+        over_floor: step_ms divided by floor_ms.
+        host_share: the share of a step's time that is host work.
+        prefill: prompt tokens computed per second.
+        bandwidth: the machine's read bandwidth in GB/s.
+    """
 
     kind: str
     sequences: int
@@ -44,70 +57,28 @@ class StepResult:
     bandwidth: float
 
 
-def read_bandwidth(size: int = 1 << 29, repeats: int = 7) -> float:
-    """Bytes/s at which the memory that the engine computes from is read, past all caches; the best of several tries."""
-    import jax
-
-    read = _cores_read(size) if jax.default_backend() == "cpu" else _device_reads(size)
-    best = 0.0
-    for _ in range(repeats + 1):  # the first compiles, and is no faster
-        begin = time.perf_counter()
-        num_bytes = read()
-        best = max(best, num_bytes / (time.perf_counter() - begin))
-    return best
-
-
-def _cores_read(size: int) -> Callable[[], int]:
-    """All cores together read `size` bytes, once."""
-    data = np.ones(size // 4, np.float32)
-    parts = np.array_split(data, os.cpu_count() or 1)
-    pool = ThreadPoolExecutor(len(parts))  # its threads end with the function returned
-
-    def read() -> int:
-        list(pool.map(np.max, parts))
-        return data.nbytes
-
-    return read
-
-
-def _device_reads(size: int, times: int = 16) -> Callable[[], int]:
-    """The first device reads `size` bytes, so often that the calls themselves do not count."""
-    import jax
-    import jax.numpy as jnp
-
-    data = jnp.ones(size // 4, jnp.float32)
-    largest = jax.jit(jnp.max)
-
-    def read() -> int:
-        jax.block_until_ready([largest(data) for _ in range(times)])
-        return data.nbytes * times
-
-    return read
-
-
-def floor_bytes(engine: Engine, names: Sequence[str], context: int) -> int:
-    """Bytes that one decode step must read: the trunk once, each sequence's K/V once, its models' adapters once."""
-    import jax
-
-    model = engine.model_config
-    trunk, bank = (sum(x.nbytes for x in jax.tree.leaves(part)) for part in engine.runner.weights)
-    adapters = len({name for name in names if engine.models[name].kind != "base"})
-    weights = trunk + bank * adapters // max(1, engine.runner.num_slots)
-    kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * engine.runner.kv_pages.dtype.itemsize
-    return weights + len(names) * context * kv
-
-
 class Decoding:
-    """A batch of sequences, one a name, past its prefill: `time_steps` runs decode steps of it.
+    """A batch of sequences that have been prefilled, so that each step decodes one token of each.
 
-    prefill: tokens/s at which the random prompts of `context` tokens were computed.
+    Attributes:
+        engine: the engine.
+        ids: the ids of the sequences.
+        prefill: prompt tokens computed per second.
     """
 
     def __init__(self, engine: Engine, names: list[str], context: int, steps: int):
+        """Empties the cache, and prefills a random prompt for each sequence.
+
+        Args:
+            engine: the engine, whose thread has not been started.
+            names: the model of each sequence.
+            context: tokens of each prompt.
+            steps: how many steps the batch has to last.
+        """
         from icarus_jax.scheduling.request import Request
 
         rng = np.random.default_rng(0)
-        # those that are prefilled first decode while the others are prefilled
+        # A sequence that is prefilled early decodes while others are prefilled, so it needs more than `steps` tokens.
         room = steps + 2 * len(names)
         params = SamplingParams(max_tokens=room, temperature=0.0, ignore_eos=True)
         self.engine, self.ids = engine, list[int]()
@@ -123,7 +94,14 @@ class Decoding:
         self.prefill = context * len(names) / (time.perf_counter() - begin)
 
     def time_steps(self, steps: int) -> np.ndarray:
-        """Seconds of each of `steps` decode steps."""
+        """Runs decode steps.
+
+        Args:
+            steps: how many to run.
+
+        Returns:
+            float64[steps]: the seconds of each step.
+        """
         times = []
         for _ in range(steps):
             begin = time.perf_counter()
@@ -132,17 +110,26 @@ class Decoding:
         return np.array(times)
 
     def close(self) -> None:
+        """Aborts the sequences."""
         self.engine.abort(self.ids)
         self.engine.run_inbox()
 
 
 def measure(engine: Engine, kinds: dict[str, list[str]], context: int, steps: int) -> dict[str, tuple]:
-    """Times each kind in turn, ROUNDS times over, so that a disturbance of the machine falls on all of them.
+    """Times the kinds in turns for ROUNDS rounds, so that a disturbance of the machine affects all of them.
 
-    Returns kind -> (ms of a step: the best round's median; share of host work; prefill tokens/s, the best).
+    Args:
+        engine: the engine, whose thread has not been started.
+        kinds: kind -> the model of each sequence of its batch.
+        context: tokens of each sequence, halfway through the timed steps.
+        steps: how many steps to time in each round.
+
+    Returns:
+        Kind -> (milliseconds of a step: the median of the best round; the share of host work; prefill tokens per
+        second of the best round).
     """
     found: dict[str, list] = {kind: [] for kind in kinds}
-    for turn in range(ROUNDS + 1):  # the first compiles and does not count
+    for turn in range(ROUNDS + 1):  # the first round compiles and does not count
         for kind, names in kinds.items():
             batch = Decoding(engine, names, context - steps // 2, steps + WARM)
             batch.time_steps(WARM)
@@ -159,6 +146,17 @@ def measure(engine: Engine, kinds: dict[str, list[str]], context: int, steps: in
 
 
 def step_table(engine: Engine, sizes: Sequence[int], context: int, steps: int) -> Iterator[StepResult]:
+    """Measures the trunk and the heads at several batch sizes. A batch of heads uses them in turn.
+
+    Args:
+        engine: the engine, whose thread has not been started.
+        sizes: the batch sizes.
+        context: tokens of each sequence.
+        steps: how many steps to time in each round.
+
+    Yields:
+        The figures of the trunk and, if there are heads, of the heads, for each batch size.
+    """
     trunk, *heads = engine.models
     for size in sizes:
         kinds = {"base": [trunk] * size}
@@ -173,7 +171,16 @@ def step_table(engine: Engine, sizes: Sequence[int], context: int, steps: int) -
 
 
 def in_place(build: Callable[[int], contextlib.AbstractContextManager[Engine]], pages: int) -> dict[str, float]:
-    """Temporary bytes of a decode program against the pool's, and the step's time for a pool and one of four times."""
+    """Measures whether the KV pages are updated in place.
+
+    Args:
+        build: build(pages) is a context that gives an engine with so many pages.
+        pages: the size of the smaller pool, in pages; the larger one has four times as many.
+
+    Returns:
+        `step_ms_pool_x1` and `step_ms_pool_x4`: milliseconds of a decode step with each pool. `temp_bytes` and
+        `pool_bytes`: the temporary bytes of the decode program, and the bytes of the smaller pool.
+    """
     result = {}
     for factor in (1, 4):
         with build(pages * factor) as engine:
@@ -185,7 +192,17 @@ def in_place(build: Callable[[int], contextlib.AbstractContextManager[Engine]], 
 
 
 def run(config: ConfigDict, sizes: Sequence[int], context: int, steps: int) -> dict:
-    """The command. sizes: sequences of a batch; context: tokens of each; steps: those timed in each round."""
+    """Runs the command: prints a row for each kind and batch size, and whether the pages are updated in place.
+
+    Args:
+        config: a config for serving. Its engine is made large enough for the batches.
+        sizes: the batch sizes.
+        context: tokens of each sequence.
+        steps: how many steps to time in each round.
+
+    Returns:
+        The context, the rows, and the figures of `in_place`.
+    """
     with config.unlocked():
         config.engine.max_num_seqs = max(sizes)
         config.engine.max_model_len = max(config.engine.max_model_len, context + 128)

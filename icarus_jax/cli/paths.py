@@ -1,4 +1,4 @@
-"""Where the files lie that come with the package: configs and trained heads."""
+"""The folders of the files that come with the package: configs and trained heads."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ import sys
 from pathlib import Path
 
 _PACKAGE = Path(__file__).resolve().parents[1]
-# An installed package holds configs/ and heads/ itself; in a checkout they lie beside it.
+# An installed package contains configs/ and heads/; in a checkout they are beside it.
 HOME = _PACKAGE if (_PACKAGE / "configs").is_dir() else _PACKAGE.parent
 CONFIGS = HOME / "configs"
 HEADS = HOME / "heads"
-DATA = HOME.parent / "shared" / "data"  # of training and evaluation; nothing of it comes with the package
+DATA = HOME.parent / "shared" / "data"  # data of training and evaluation; it does not come with the package
 
 
 def home_path(path: str) -> str:
-    """A head's path in a config as the engine takes it: a relative one counts from HOME, 'random:SEED' stays."""
+    """Returns the path of a head in a config, made absolute.
+
+    Args:
+        path: A path, which is relative to HOME if it is not absolute; or 'random:SEED', which stays as it is.
+    """
     return path if path.startswith("random:") else str(HOME / path)
 
 
 def program(name: str) -> list[str]:
-    """The command that runs a program of launch/, for a process of its own."""
+    """Returns the command that runs a program of launch/ in a new process.
+
+    Args:
+        name: The program's name, for example 'serve'.
+    """
     installed = HOME == _PACKAGE
-    return [sys.executable, *(["-m", f"icarus_jax.launch.{name}"] if installed else [f"{HOME}/launch/{name}.py"])]
+    if installed:
+        return [sys.executable, "-m", f"icarus_jax.launch.{name}"]
+    return [sys.executable, f"{HOME}/launch/{name}.py"]

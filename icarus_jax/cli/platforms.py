@@ -1,4 +1,4 @@
-"""On which of JAX's platforms a program runs. For before JAX is imported."""
+"""Which of JAX's platforms a program uses. To be called before JAX is imported."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from pathlib import Path
 
 
 def leave_libtpu_alone() -> None:
-    """Keeps JAX from loading libtpu where there is no TPU: it would take libtpu's lock, and look for a chip at length.
+    """Keeps JAX from loading libtpu on a machine without a TPU.
 
-    What JAX_PLATFORMS says already stays.
+    JAX would take libtpu's lock and search for a chip for a long time. An environment variable JAX_PLATFORMS that is
+    set already is left as it is.
     """
     chips = [*Path("/dev").glob("accel*"), *Path("/dev").glob("vfio/[0-9]*")]
     if importlib.util.find_spec("libtpu") and not chips:

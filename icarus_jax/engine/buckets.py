@@ -1,4 +1,4 @@
-"""The padded shapes of a step. Host only: one compiled program a bucket."""
+"""Buckets: the padded shapes of a step. Each bucket has a compiled program of its own. Host only."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.scheduler import SCORE_ROWS
 from pallas_kernels.paged_attention.work import FEW_ROWS, SequenceRows, WorkShape
 
-PREFILL_WRITERS = 64  # the smallest prefill bucket; each next one has twice the rows, up to max_num_batched_tokens
-GROUP_TILES = 8  # most tiles of sequences that share pages, in one step
-TPU_TILE_ROWS = {True: 32, False: 64}  # of decode steps (groups alone), and of others (prefills): docs/kernels.md
+# Writer rows of the smallest prefill bucket. Each next one has twice as many, up to max_num_batched_tokens.
+PREFILL_WRITERS = 64
+GROUP_TILES = 8  # the most tiles of shared prefixes in one step
+TPU_TILE_ROWS = {True: 32, False: 64}  # rows of a tile on TPU, in decode steps (True) and in others: docs/kernels.md
 
 
 @dataclasses.dataclass(frozen=True)
 class Bucket:
-    """T writer rows, R reader rows and S rows with logits, with room for the attention work that they can bring."""
+    """The padded shape of a step.
+
+    Attributes:
+        writers: T, the number of writer rows.
+        readers: R, the number of reader rows.
+        logits: S, the number of rows with logits.
+        work: The size of the attention work list.
+    """
 
     writers: int
     readers: int
@@ -24,17 +32,30 @@ class Bucket:
 
     @property
     def groups_alone(self) -> bool:
-        """Whether it has no room for tiles of prefills: a decode step's."""
+        """Whether all tiles are for shared prefixes. That is so for decode steps; prefills need tiles of their own."""
         return self.work.max_tiles <= min(GROUP_TILES, self.writers // 2)
 
     def fits(self, need: Need) -> bool:
+        """Returns whether a plan fits this bucket.
+
+        Args:
+            need: What the plan needs.
+        """
         counts = (self.writers, self.readers, self.logits, self.work.max_items, self.work.max_tiles)
         return all(have >= want for have, want in zip(counts, dataclasses.astuple(need), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Need:
-    """What one plan asks of a bucket: rows, and attention work (items if no pages are shared, tiles of prefills)."""
+    """What one plan needs of a bucket.
+
+    Attributes:
+        writers: Writer rows.
+        readers: Reader rows.
+        logits: Rows with logits.
+        items: Items of attention work, if no prefix is shared.
+        tiles: Tiles of attention work for prefills.
+    """
 
     writers: int
     readers: int
@@ -44,7 +65,16 @@ class Need:
 
 
 def work_needed(sequences: list[SequenceRows], shape: WorkShape, page_size: int) -> tuple[int, int]:
-    """(The most items, the tiles) that these sequences are cut into."""
+    """Counts the items and tiles that the attention work of a step is cut into (`build_work`).
+
+    Args:
+        sequences: The rows of each sequence.
+        shape: The sizes of items and tiles.
+        page_size: Tokens per page.
+
+    Returns:
+        The number of items if no prefix is shared, which is the largest number; and the number of tiles of prefills.
+    """
     block = shape.item_pages * page_size
     items = tiles = 0
     for seq in sequences:
@@ -57,9 +87,10 @@ def work_needed(sequences: list[SequenceRows], shape: WorkShape, page_size: int)
 
 
 def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool, kernels: str) -> WorkShape:
+    """Returns the size of the work list of a bucket with these rows."""
     rows = writers + readers
     shape = WorkShape(rows, 2 if readers else 1, 0, 0, -(-config.max_model_len // config.page_size))
-    if kernels == "tpu":  # it walks over the runs one by one: long ones are best
+    if kernels == "tpu":  # it takes the runs one after the other, so that long runs are best
         shape = dataclasses.replace(shape, item_pages=shape.pages_per_seq, tile_rows=TPU_TILE_ROWS[decode])
     parts = -(-shape.pages_per_seq // shape.item_pages)
     groups = min(GROUP_TILES, writers // 2)
@@ -71,9 +102,15 @@ def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool, 
 
 
 def make_buckets(config: EngineConfig, has_heads: bool, kernels: str = "xla") -> list[Bucket]:
-    """Every shape that serving may need, cheapest first. Any plan that the scheduler makes fits the last one.
+    """Returns every shape that serving may need.
 
-    kernels: the implementation of attention, which decides on the cut of its work.
+    Args:
+        config: The engine's sizes.
+        has_heads: Whether there are heads, so that steps have reader rows.
+        kernels: The implementation of attention. Implementations differ in how they cut their work best.
+
+    Returns:
+        The buckets, the cheapest first. Any plan of the scheduler fits the last one.
     """
     seqs = config.max_num_seqs
     top = max(SCORE_ROWS, seqs)
@@ -82,11 +119,15 @@ def make_buckets(config: EngineConfig, has_heads: bool, kernels: str = "xla") ->
         return Bucket(writers, readers, logits, _work_shape(config, writers, readers, decode, kernels))
 
     sizes = [1 << i for i in range((seqs - 1).bit_length())] + [seqs]
-    buckets = [bucket(n, r, n, True) for n in sizes for r in ((0, n) if has_heads else (0,))]
+    buckets = []
+    for n in sizes:
+        buckets.append(bucket(n, 0, n, True))
+        if has_heads:
+            buckets.append(bucket(n, n, n, True))
     few = min(8, seqs)
     most = config.max_num_batched_tokens
     doubled = [PREFILL_WRITERS << i for i in range(most.bit_length())]
-    if kernels == "cpu":  # where every padded row takes its time: sizes in between
+    if kernels == "cpu":  # every padded row takes time there: add sizes in between
         doubled += [rows * 3 // 2 for rows in doubled]
     for writers in [*(rows for rows in sorted(doubled) if rows < most), most]:
         buckets += [bucket(writers, r, s, False) for r, s in ((0, few), (few, few), (seqs, seqs))]

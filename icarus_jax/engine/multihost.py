@@ -1,7 +1,8 @@
-"""One engine over several processes (hosts): process 0 schedules, all of them execute.
+"""One engine over several processes (hosts): process 0 schedules, and all of them execute.
 
-A step's programs span the devices of every process, so that each process has to launch them, in the same order and
-with the same inputs. Process 0 says over TCP what it is about to call on its Runner; the others make the same calls.
+The programs of a step span the devices of all processes. So every process must launch the same programs in the same
+order with the same inputs. Before process 0 calls its Runner, it sends the call over TCP to the other processes, which
+make the same call.
 """
 
 from __future__ import annotations
@@ -21,15 +22,21 @@ from jax.experimental import multihost_utils
 
 from icarus_jax.engine.runner import Runner
 
-CALLS = ("warmup", "copy_pages", "compare_pages", "load_head", "execute")  # what runs programs
-INVITATION_BYTES = 256
+CALLS = ("warmup", "copy_pages", "compare_pages", "load_head", "execute")  # the Runner's methods that run programs
+INVITATION_BYTES = 256  # the size of the message with process 0's address
 
 
 def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
-    """Joins the processes of a run, before JAX is used. Raises ValueError if a setting makes no sense.
+    """Joins the processes of a run. Must be called before JAX is used.
 
-    coordinator: HOST:PORT of process 0, the same for all; 'auto': what the environment knows (a TPU slice, Slurm);
-    '': this process is alone.
+    Args:
+        coordinator: HOST:PORT of process 0, the same in all processes. 'auto': JAX finds it in the environment (a TPU
+            slice, Slurm). '': this process is alone.
+        num_processes: The number of processes, if `coordinator` names an address.
+        process_id: The number of this process, from 0 on, if `coordinator` names an address.
+
+    Raises:
+        ValueError: A setting makes no sense.
     """
     if coordinator == "auto":
         jax.distributed.initialize()
@@ -43,9 +50,15 @@ def initialize(coordinator: str, num_processes: int, process_id: int) -> None:
 
 
 class Leader:
-    """Process 0's Runner: the others are told of every one of CALLS before it is made here."""
+    """Stands in for the Runner in process 0. It sends each of CALLS to the other processes before it is made here."""
 
     def __init__(self, runner: Runner, others: list[Connection]):
+        """Wraps a runner.
+
+        Args:
+            runner: The runner of process 0.
+            others: A connection to each of the other processes.
+        """
         self._runner, self._others = runner, others
         atexit.register(self._send, None)
 
@@ -54,25 +67,38 @@ class Leader:
         return functools.partial(self._call, name, value) if name in CALLS else value
 
     def _call(self, name: str, method: Callable, *args: Any) -> Any:
-        self._send((name, () if name == "warmup" else args))  # a progress bar stays at home
+        # Only process 0 shows progress: warmup's argument is a progress bar, and is not sent.
+        sent = () if name == "warmup" else args
+        self._send((name, sent))
         return method(*args)
 
     def _send(self, call: tuple[str, tuple] | None) -> None:
+        """Sends a call, (method, arguments), to the other processes. None: the run has ended."""
         for other in self._others:
             other.send(call)
 
 
 class Worker:
-    """The Runner of any other process."""
+    """Stands in for the Runner in the processes other than 0, which make the calls that process 0 sends."""
 
     def __init__(self, runner: Runner, leader: Connection):
+        """Wraps a runner.
+
+        Args:
+            runner: The runner of this process.
+            leader: The connection to process 0.
+        """
         self._runner, self._leader = runner, leader
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
     def work(self) -> None:
-        """Makes process 0's calls until it ends. Raises ConnectionError if it is gone without a word."""
+        """Makes process 0's calls until process 0 says that the run has ended.
+
+        Raises:
+            ConnectionError: The connection broke before that: process 0 has crashed or was killed.
+        """
         while True:
             try:
                 call = self._leader.recv()
@@ -85,9 +111,13 @@ class Worker:
 
 
 def spread(runner: Runner) -> Runner:
-    """Joins this process's runner to those of the others: a Leader in process 0, a Worker in the others.
+    """Connects this process's runner with those of the other processes.
 
-    In a run of one process it is the runner itself.
+    Args:
+        runner: The runner of this process.
+
+    Returns:
+        The runner itself if there is one process; else a Leader in process 0, and a Worker in the others.
     """
     if jax.process_count() == 1:
         return runner
@@ -102,13 +132,13 @@ def spread(runner: Runner) -> Runner:
 
 
 def _broadcast(words: list[Any] | None) -> list[Any]:
-    """Process 0's words, in every process."""
+    """Returns what process 0 passes, in every process. It must fit INVITATION_BYTES as JSON."""
     data = np.frombuffer(json.dumps(words).encode().ljust(INVITATION_BYTES), np.uint8)
     return json.loads(np.asarray(multihost_utils.broadcast_one_to_all(data)).tobytes())
 
 
 def _own_address() -> str:
-    """This host's address on its network, as its routing table has it; nothing is sent."""
+    """Returns this host's address on its network, read from the routing table. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 1))

@@ -1,7 +1,7 @@
 """The programs of serving: functions of weights, KV pages and a step's rows, compiled for a mesh.
 
-They need shapes and shardings alone: with weights that are jax.ShapeDtypeStruct they are lowered on any machine, for
-devices that it does not have.
+Only shapes and shardings are needed to lower them. With weights that are jax.ShapeDtypeStruct, any machine can lower
+them for devices that it does not have.
 """
 
 from __future__ import annotations
@@ -25,83 +25,79 @@ from icarus_jax.models.sharding import KV_PAGES_AXES, MeshLayout
 from icarus_jax.models.trunk import Rows, Trunk
 from pallas_kernels.paged_attention import build_work
 
-COPY_ROWS = 8  # page copies, or comparisons, of one call
+COPY_ROWS = 8  # pages copied, or pairs compared, in one call
 VARIANTS = ("greedy", "sample", "logprobs")
-# By platform, for `forward`. On v7x XLA would otherwise want weights of 16 bits in tiles of 16 x 128, which on several
-# devices it does not let us give them: every step would begin with a copy of all of them.
+# Options for `forward`, by platform. On TPU v7x XLA would otherwise want 16-bit weights in tiles of 16 x 128. Weights
+# that are spread over several devices cannot be placed so, and every step would begin with a copy of all of them.
 COMPILER_OPTIONS = {"tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 
 class Programs:
-    """forward, copy_pages, compare_pages, load_head, and a sampler for each of VARIANTS, all jitted.
+    """The jitted programs of one engine.
 
-    Shapes, dtypes and shardings: weights, (trunk's state, bank's state) as the programs take them, and kv_pages.
-    logits: the sharding of f32[S, V].
+    Attributes:
+        page_size: Tokens per page.
+        num_slots: A, the number of adapter slots of the bank.
+        kernels: The implementation of the ops in `pallas_kernels`.
+        weights: The shapes, dtypes and shardings of (the trunk's state, the bank's state).
+        kv_pages: The shape, dtype and sharding of the KV pages, [L, num_pages, K, page_size, 2H].
+        logits: The sharding of the logits f32[S, V].
+        forward: (weights, kv_pages, Rows) -> (logits, kv_pages). The pages are donated.
+        load_head: (bank's state, slot i32[], factors) -> bank's state, with the adapter in the slot. The state is
+            donated.
+        copy_pages: (kv_pages, src i32[COPY_ROWS], dst i32[COPY_ROWS]) -> kv_pages. The pages are donated. A pair whose
+            dst is num_pages is padding.
+        compare_pages: (kv_pages, a i32[COPY_ROWS], b i32[COPY_ROWS]) -> for each pair: whether the pages are equal,
+            their largest difference, and the largest magnitude in a.
+        samplers: For each of VARIANTS: (logits, SampleInputs or None) -> Samples.
     """
 
     def __init__(
         self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: MeshLayout
     ):
+        """Makes the programs. Nothing is compiled yet.
+
+        Args:
+            trunk: The trunk; arrays or jax.ShapeDtypeStruct.
+            bank: The heads' adapters, likewise; None if there are no adapter slots.
+            config: The engine's sizes.
+            adapt_writers: Whether writer rows use adapters too.
+            layout: The mesh.
+        """
         model: ModelConfig = trunk.config
         self.page_size = config.page_size
         self.num_slots = bank.num_slots if bank is not None else 0
         self._vocab, self._context = model.vocab_size, config.max_model_len
         self._max_num_seqs, self._adapt_writers = config.max_num_seqs, adapt_writers
-        self.kernels = kernels = layout.kernels(config.kernels)
-        trunk_def, trunk_state = nnx.split(trunk)
-        bank_def, bank_state = nnx.split(bank)
+        self.kernels = layout.kernels(config.kernels)
+        self._trunk_def, trunk_state = nnx.split(trunk)
+        self._bank_def, bank_state = nnx.split(bank)
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.as_held(x))  # noqa: E731
         self.weights = jax.tree.map(abstract, (trunk_state, bank_state))
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
-        pages, everywhere = layout.named(KV_PAGES_AXES, shape), layout.named()
+        self.kv_pages = jax.ShapeDtypeStruct(shape, config.kv_dtype, sharding=layout.named(KV_PAGES_AXES, shape))
         self.logits = layout.named(("samples", "vocab"), (1, model.vocab_size))
-        self.kv_pages = jax.ShapeDtypeStruct(shape, config.kv_dtype, sharding=pages)
+        self._jit_programs(layout)
 
-        def forward(weights: Any, kv_pages: jax.Array, rows: Rows) -> tuple[jax.Array, jax.Array]:
-            trunk, bank = nnx.merge(trunk_def, weights[0]), nnx.merge(bank_def, weights[1])
-            return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=adapt_writers, kernels=kernels)
-
-        # One page after the other: a gather of pages would copy the pool on TPU.
-        page = functools.partial(lax.dynamic_slice_in_dim, slice_size=1, axis=1)
-
-        def copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-            def copy(i: jax.Array, kv_pages: jax.Array) -> jax.Array:
-                source = jnp.where(dst[i] < config.num_pages, src[i], config.num_pages - 1)  # the last one to itself
-                return lax.dynamic_update_slice_in_dim(kv_pages, page(kv_pages, source), dst[i], 1)
-
-            return lax.fori_loop(0, len(dst), copy, kv_pages)
-
-        def load_head(state: Any, slot: jax.Array, factors: Factors) -> Any:
-            bank = nnx.merge(bank_def, state)
-            load_slot(bank, slot, factors)
-            return nnx.state(bank)
-
-        def compare_pages(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-            most = lambda x: jnp.abs(x.astype(jnp.float32)).max()  # noqa: E731
-
-            def compare(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-                left, right = (page(kv_pages, i) for i in pair)
-                return (left == right).all(), most(left - right), most(left)
-
-            return lax.map(compare, (a, b))
-
+    def _jit_programs(self, layout: MeshLayout) -> None:
         weights = jax.tree.map(layout.as_held, self.weights)
-        inputs = functools.partial(jax.jit, in_shardings=(pages, everywhere, everywhere))
+        pages, everywhere = self.kv_pages.sharding, layout.named()
         self.forward = jax.jit(
-            forward,
+            functools.partial(self._run_trunk, layout),
             donate_argnums=1,
             in_shardings=(weights, pages, everywhere),
             out_shardings=(self.logits, pages),
             compiler_options=COMPILER_OPTIONS.get(layout.platform),
         )
         self.load_head = jax.jit(
-            load_head,
+            self._put_head,
             donate_argnums=0,
             in_shardings=(weights[1], everywhere, everywhere),
             out_shardings=weights[1],
         )
-        self.copy_pages = inputs(copy_pages, donate_argnums=0, out_shardings=pages)
-        self.compare_pages = inputs(compare_pages, out_shardings=everywhere)
+        of_pages = functools.partial(jax.jit, in_shardings=(pages, everywhere, everywhere))
+        self.copy_pages = of_pages(_copy_pages, donate_argnums=0, out_shardings=pages)
+        self.compare_pages = of_pages(_compare_pages, out_shardings=everywhere)
         self.samplers = {
             variant: jax.jit(
                 functools.partial(sample, logprobs=variant == "logprobs"),
@@ -111,17 +107,40 @@ class Programs:
             for variant in VARIANTS
         }
 
+    def _run_trunk(
+        self, layout: MeshLayout, weights: Any, kv_pages: jax.Array, rows: Rows
+    ) -> tuple[jax.Array, jax.Array]:
+        trunk, bank = nnx.merge(self._trunk_def, weights[0]), nnx.merge(self._bank_def, weights[1])
+        return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=self._adapt_writers, kernels=self.kernels)
+
+    def _put_head(self, state: Any, slot: jax.Array, factors: Factors) -> Any:
+        bank = nnx.merge(self._bank_def, state)
+        load_slot(bank, slot, factors)
+        return nnx.state(bank)
+
     def zeros(self, like: jax.ShapeDtypeStruct) -> jax.Array:
-        """Zeros of a shape, dtype and sharding, made where they lie."""
+        """Makes an array of zeros on its devices.
+
+        Args:
+            like: Its shape, dtype and sharding.
+        """
         return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
 
     def no_active(self, bucket: Bucket) -> np.ndarray:
-        """Zeros i32[U]: room for the adapter slots that a step of this shape can use."""
+        """Makes zeros i32[U]: a place for each of the adapter slots that a step of this shape can use at most.
+
+        Args:
+            bucket: The shape of the step.
+        """
         rows = bucket.readers + (bucket.writers if self._adapt_writers else 0)
         return np.zeros(min(rows, self._max_num_seqs, self.num_slots), np.int32)
 
     def lower(self, bucket: Bucket) -> Lowered:
-        """The forward program of a bucket, not compiled yet."""
+        """Lowers the forward program of a bucket.
+
+        Args:
+            bucket: The shape of the step.
+        """
         b = bucket.writers + bucket.readers
         work = build_work([], bucket.work, self.page_size)
         zeros = functools.partial(np.zeros, dtype=np.int32)
@@ -130,7 +149,14 @@ class Programs:
         return self.forward.lower(self.weights, self.kv_pages, rows)
 
     def others(self, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Callable[[], Lowered]]]:
-        """(Name, what lowers it) of each program beside `forward`: the samplers of the buckets, pages, heads."""
+        """Lists the programs other than `forward`.
+
+        Args:
+            buckets: The shapes of steps, which need samplers for their numbers of logits.
+
+        Yields:
+            A program's name, and a function that lowers it.
+        """
         for size in sorted({bucket.logits for bucket in buckets}):
             logits = jax.ShapeDtypeStruct((size, self._vocab), jnp.float32, sharding=self.logits)
             inputs = SampleInputs.neutral(size, self._context, self._vocab)
@@ -148,3 +174,35 @@ class Programs:
                 for target in bank
             }
             yield "load_head", functools.partial(self.load_head.lower, bank, np.int32(1), factors)
+
+
+def _page(kv_pages: jax.Array, index: jax.Array) -> jax.Array:
+    """Takes one page of all layers. Pages are taken one by one: on TPU a gather would copy the whole pool."""
+    return lax.dynamic_slice_in_dim(kv_pages, index, 1, axis=1)
+
+
+def _copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
+    """Copies the pages src i32[n] to dst i32[n]. A pair whose dst is num_pages is padding and changes nothing."""
+    last = kv_pages.shape[1] - 1
+
+    def copy(i: jax.Array, kv_pages: jax.Array) -> jax.Array:
+        source = jnp.where(dst[i] <= last, src[i], last)  # padding copies the last page to itself
+        return lax.dynamic_update_slice_in_dim(kv_pages, _page(kv_pages, source), dst[i], 1)
+
+    return lax.fori_loop(0, len(dst), copy, kv_pages)
+
+
+def _compare_pages(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compares the pages a i32[n] with b i32[n].
+
+    Returns:
+        For each pair whether they are equal, bool[n]; their largest difference, f32[n]; the largest magnitude in a,
+        f32[n].
+    """
+    most = lambda x: jnp.abs(x.astype(jnp.float32)).max()  # noqa: E731
+
+    def compare(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        left, right = (_page(kv_pages, i) for i in pair)
+        return (left == right).all(), most(left - right), most(left)
+
+    return lax.map(compare, (a, b))

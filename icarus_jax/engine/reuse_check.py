@@ -1,7 +1,7 @@
-"""Proof of reuse, a debug mode: pages taken from the cache are computed again and compared with what was reused.
+"""A debug mode that recomputes pages taken from the cache and compares them with what was reused.
 
-Pages that were computed in the same shape of step must agree bit for bit; those of another shape (a page generated
-token by token, say) differ by rounding alone.
+Pages computed in steps of the same shape must agree bit for bit. Pages computed in other shapes, for example token by
+token while they were generated, differ by rounding.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.scheduling.scheduler import Scheduler
 from icarus_jax.scheduling.sequence import Sequence
 
-TOLERANCE = 1e-3  # of the largest magnitude in the page
+TOLERANCE = 1e-3  # the largest difference that counts as rounding, as a share of the page's largest magnitude
 
 
 @dataclasses.dataclass
 class ReuseCheck:
-    """Recomputes the reused pages of a `fraction` of the requests, as sequences of their own that share nothing."""
+    """Recomputes the reused pages of some requests, each in a private sequence of its own.
+
+    Attributes:
+        scheduler: Runs the checks beside the requests.
+        runner: Compares the pages.
+        stats: Counts the results.
+        fraction: The share of requests that are checked, 0 to 1.
+    """
 
     scheduler: Scheduler
     runner: Runner
@@ -31,10 +38,14 @@ class ReuseCheck:
     def __post_init__(self) -> None:
         self._random = random.Random(0)
         self._seen: set[int] = set()
-        self._running: dict[Sequence, list[int]] = {}  # check -> the reused pages, held until it is done
+        self._running: dict[Sequence, list[int]] = {}  # check -> the reused pages, held until the check is done
 
     def after_schedule(self, plan: StepPlan) -> None:
-        """Looks at the sequences that were admitted with pages from the cache."""
+        """Starts checks of sequences that were just admitted with pages from the cache.
+
+        Args:
+            plan: The plan of the step.
+        """
         for work in plan.work:
             seq = work.seq
             pages = (seq.cached_tokens or 0) // self.scheduler.config.page_size
@@ -45,7 +56,11 @@ class ReuseCheck:
                 self._start(seq, seq.page_table[:pages])
 
     def before_commit(self, plan: StepPlan) -> None:
-        """Compares the pages of the checks that this step has completed."""
+        """Compares the pages of the checks that the step has completed.
+
+        Args:
+            plan: The plan of the step, which has been executed.
+        """
         for work in plan.work:
             reused = self._running.get(work.seq)
             if reused is None or work.start + work.num_write < len(work.seq.tokens):
@@ -53,11 +68,15 @@ class ReuseCheck:
             for identical, difference, scale in self.runner.compare_pages(reused, work.seq.page_table):
                 self.stats.reuse_pages_checked += 1
                 self.stats.reuse_pages_identical += identical
-                self.stats.reuse_pages_different += not difference <= TOLERANCE * scale
+                self.stats.reuse_pages_different += not difference <= TOLERANCE * scale  # NaN counts as different
             self._end(work.seq)
 
     def give_up(self) -> bool:
-        """Drops every check that has not run yet; True if there was any."""
+        """Drops the checks that wait for pages.
+
+        Returns:
+            Whether there were any.
+        """
         waiting = [seq for seq in self._running if seq in self.scheduler.waiting]
         for seq in waiting:
             self.scheduler.abort(seq)

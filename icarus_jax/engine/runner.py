@@ -1,9 +1,9 @@
-"""From a step's plan to its results: prepare (NumPy), execute (one compiled program a bucket), warm up."""
+"""Runs steps on the device: prepares a plan's arrays, executes the compiled programs, and compiles them first."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterable
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import jax
@@ -13,37 +13,45 @@ from flax import nnx
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.engine.programs import COPY_ROWS, Programs
-from icarus_jax.engine.sampler import SampleInputs, Samples
-from icarus_jax.models.full_heads import PairedTrunk
-from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors
-from icarus_jax.models.sharding import MeshLayout
-from icarus_jax.models.trunk import Rows, Trunk
-from icarus_jax.scheduling.plan import SampleRow, StepPlan, Work
-from icarus_jax.scheduling.request import TokenLogprob
-from icarus_jax.scheduling.sequence import Sequence
-from pallas_kernels.paged_attention import SequenceRows, build_work
+from icarus_jax.engine.sampler import SampleInputs
+from icarus_jax.engine.step_batch import StepBatch, results_by_work, sampling_inputs, sequence_rows
+from icarus_jax.models.full_heads import FullHead, PairedTrunk, make_trunk
+from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors, make_bank
+from icarus_jax.models.sharding import MeshLayout, Weight, make_mesh_layout
+from icarus_jax.models.trunk import Rows, Trunk, place_weights
+from icarus_jax.scheduling.plan import SampleRow, StepPlan
+from pallas_kernels.paged_attention import build_work
 
-BAN = -1e30
-NO_PAGES = np.zeros(0, np.int32)
-
-
-@dataclasses.dataclass
-class StepBatch:
-    """A plan, padded to its bucket. `counts` are the logits rows of each piece of work, in the plan's order."""
-
-    bucket: Bucket
-    rows: Rows
-    sampling: SampleInputs | None
-    variant: str
-    counts: list[int]
+NO_PAGES = np.zeros(0, np.int32)  # where only the number of rows matters
 
 
 class Runner:
-    """Holds the weights and the KV pages on the device, and the compiled programs."""
+    """Holds the weights and the KV pages on the device, and the compiled programs.
+
+    Attributes:
+        config: The engine's sizes.
+        model: The trunk's sizes and options.
+        buckets: The shapes of steps, the cheapest first.
+        weights: The weights, (the trunk's state, the bank's state).
+        kv_pages: [L, num_pages, K, page_size, 2H], the pages; K in the lanes 0 to H, V in H to 2H.
+        targets: The projections that adapters may change.
+        rank: r, the largest rank of an adapter.
+        num_slots: A, the number of adapter slots. A fully fine-tuned head has a slot too, without an adapter in it.
+        adapt_writers: Whether writer rows use adapters too, as `activated` and `isolated` heads need.
+    """
 
     def __init__(
         self, trunk: Trunk, bank: HeadBank | None, config: EngineConfig, adapt_writers: bool, layout: MeshLayout
     ):
+        """Makes empty pages and the programs. Nothing is compiled before `warmup`.
+
+        Args:
+            trunk: The trunk; its weights lie on the mesh already.
+            bank: The heads' adapters, on the mesh; None if there are no adapter slots.
+            config: The engine's sizes.
+            adapt_writers: Whether writer rows use adapters too.
+            layout: The mesh.
+        """
         model: ModelConfig = trunk.config
         self.config, self.model = config, model
         has_heads = bank is not None or isinstance(trunk, PairedTrunk)
@@ -53,15 +61,18 @@ class Runner:
         self.kv_pages = self._programs.zeros(self._programs.kv_pages)
         self.targets = bank.targets if bank is not None else ()
         self.rank = bank.rank if bank is not None else 0
-        # A fully fine-tuned head lies beside the trunk's weights: its slot has no adapter.
         self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
         self.adapt_writers = adapt_writers
-        self._forward: dict[Bucket, Callable] = {}  # compiled
+        self._forward: dict[Bucket, Callable] = {}  # the compiled forward programs
 
     # ---- prepare
 
     def prepare(self, plan: StepPlan) -> StepBatch:
-        """NumPy arrays for a non-empty plan, padded to the cheapest bucket that holds it."""
+        """Turns a plan into NumPy arrays, padded to the cheapest bucket that it fits.
+
+        Args:
+            plan: A plan with work.
+        """
         bucket = self._choose(plan)
         t = bucket.writers
         b = t + bucket.readers
@@ -89,18 +100,18 @@ class Runner:
             elif work.reference:
                 sample_rows[logit] = writer + n - 1 if n else sample_rows[logit - 1]
             logit += work.reference
-            sequences.append(_sequence_rows(work, writer, reader, pages))
+            sequences.append(sequence_rows(work, writer, reader, pages))
             counts.append(work.num_logits + work.reference)
             writer, reader = writer + n, reader + m + work.reads_reference
         active = self._programs.no_active(bucket)
         in_use = np.unique(slots[slots > 0])
-        active[: len(in_use)] = in_use[: len(active)]  # a fully fine-tuned head needs no adapter
+        active[: len(in_use)] = in_use[: len(active)]  # `active` is empty if the head is fully fine-tuned
         rows = Rows(tokens, slots, active, kv_cells, sample_rows, build_work(sequences, bucket.work, page_size))
-        sampling, variant = self._sampling(plan, bucket)
+        sampling, variant = sampling_inputs(plan, bucket.logits, self.config.max_model_len, self.model.vocab_size)
         return StepBatch(bucket, rows, sampling, variant, counts)
 
     def _choose(self, plan: StepPlan) -> Bucket:
-        sequences = [_sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
+        sequences = [sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
         logits = plan.num_logits
         for bucket in self.buckets:
             items, tiles = work_needed(sequences, bucket.work, self.config.page_size)
@@ -108,29 +119,14 @@ class Runner:
                 return bucket
         raise AssertionError(f"no bucket holds {plan.num_writers} writers, {plan.num_readers} readers, {logits} logits")
 
-    def _sampling(self, plan: StepPlan, bucket: Bucket) -> tuple[SampleInputs | None, str]:
-        params = [w.seq.params for w in plan.work]
-        wants_logprobs = any(
-            p.logprobs is not None or w.seq.wants_score or w.reference for p, w in zip(params, plan.work, strict=True)
-        )
-        plain = all(p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) for p in params)
-        if plain and not wants_logprobs:
-            return None, "greedy"
-        x = SampleInputs.neutral(bucket.logits, self.config.max_model_len, self.model.vocab_size)
-        row = 0
-        for work in plan.work:
-            for position in range(work.logit_start, work.logit_start + work.num_logits):
-                _fill(x, row, work.seq, position)
-                row += 1
-            if work.reference:
-                x.follow[row] = row - 1
-                row += 1
-        return x, "logprobs" if wants_logprobs else "sample"
-
     # ---- execute
 
     def copy_pages(self, copies: list[tuple[int, int]]) -> None:
-        """Copies whole pages (src, dst) in every layer, in place."""
+        """Copies pages of all layers, in place.
+
+        Args:
+            copies: Pairs of pages (src, dst).
+        """
         for first in range(0, len(copies), COPY_ROWS):
             src, dst = np.zeros(COPY_ROWS, np.int32), np.full(COPY_ROWS, self.config.num_pages, np.int32)
             part = np.array(copies[first : first + COPY_ROWS], np.int32)
@@ -138,20 +134,37 @@ class Runner:
             self.kv_pages = self._programs.copy_pages(self.kv_pages, src, dst)
 
     def compare_pages(self, a: list[int], b: list[int]) -> list[tuple[bool, float, float]]:
-        """For each pair of pages: whether their bits agree, the largest difference, the largest magnitude."""
+        """Compares pages in all layers.
+
+        Args:
+            a: Pages.
+            b: As many pages, to compare them with.
+
+        Returns:
+            For each pair whether the pages are equal, their largest difference, and the largest magnitude in the page
+            of `a`.
+        """
         results = []
         for first in range(0, len(a), COPY_ROWS):
             pairs = np.zeros((2, COPY_ROWS), np.int32)
             part = np.array([a[first : first + COPY_ROWS], b[first : first + COPY_ROWS]], np.int32)
             pairs[:, : part.shape[1]] = part
-            found = zip(
-                *(x.tolist() for x in jax.device_get(self._programs.compare_pages(self.kv_pages, *pairs))), strict=True
-            )
-            results += list(found)[: part.shape[1]]
+            compared = jax.device_get(self._programs.compare_pages(self.kv_pages, pairs[0], pairs[1]))
+            equal, difference, largest = (values.tolist() for values in compared)
+            found = list(zip(equal, difference, largest, strict=True))
+            results += found[: part.shape[1]]
         return results
 
     def check_head(self, head: HeadConfig, factors: Factors) -> None:
-        """Raises ValueError if the head cannot be loaded into this runner's adapter slots."""
+        """Checks whether a head can be loaded into an adapter slot.
+
+        Args:
+            head: The head's name and kind.
+            factors: Its adapter.
+
+        Raises:
+            ValueError: It cannot. The message says why, and which option would allow it.
+        """
         if not self.num_slots:
             raise ValueError(f"head {head.name!r}: there are no adapter slots; start with --config.engine.max_loras=N")
         if head.kv != "shared" and not self.adapt_writers:
@@ -162,26 +175,38 @@ class Runner:
             raise ValueError(f"head {head.name!r}: {error}") from None
 
     def load_head(self, slot: int, factors: Factors) -> None:
-        """Copies an adapter into a slot (from 1 on), in place."""
+        """Copies an adapter into a slot, in place.
+
+        Args:
+            slot: The slot, 1 to A.
+            factors: The adapter.
+        """
         fitted = fit_factors(self.model, factors, self.rank, self.targets)
         if fitted:
             self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), fitted))
 
     def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
-        """Runs a step; returns the logits rows of each piece of work."""
+        """Runs a step.
+
+        Args:
+            batch: What `prepare` made of the plan.
+
+        Returns:
+            For each work of the plan its rows with logits, in order.
+        """
         program = self._forward.get(batch.bucket, self._programs.forward)
         logits, self.kv_pages = program(self.weights, self.kv_pages, batch.rows)
         samples = jax.device_get(self._programs.samplers[batch.variant](logits, batch.sampling))
-        rows, first = [], 0
-        for count in batch.counts:
-            rows.append([_sample_row(samples, batch.sampling, i) for i in range(first, first + count)])
-            first += count
-        return rows
+        return results_by_work(samples, batch)
 
     # ---- warm up
 
     def warmup(self, progress: Callable[[Iterable[Bucket]], Iterable[Bucket]] = lambda x: x) -> None:
-        """Compiles every program before the first request, two at a time; afterwards nothing compiles any more."""
+        """Compiles every program, two at a time. Nothing is compiled after that.
+
+        Args:
+            progress: Wraps the list of buckets, for example in a progress bar; it is iterated as they are compiled.
+        """
 
         def compile_bucket(bucket: Bucket) -> Callable:
             return self._programs.lower(bucket).compile()
@@ -199,7 +224,10 @@ class Runner:
                 sampler(logits, None if variant == "greedy" else x)
 
     def temporary_bytes(self) -> tuple[int, int]:
-        """(Temporary bytes of the largest decode program, bytes of the KV pages): in place means few of the former."""
+        """Returns the temporary bytes of the largest decode program, and the bytes of the KV pages.
+
+        If pages are updated in place, the former are far fewer than the latter.
+        """
         bucket = [b for b in self.buckets if b.writers == b.logits][-1]
         compiled = self._programs.lower(bucket).compile()
         analysis = compiled.memory_analysis()
@@ -207,42 +235,34 @@ class Runner:
         return analysis.temp_size_in_bytes, self.kv_pages.nbytes
 
 
-def _sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:
-    """The rows of one piece of work, ordered by position; its writers start at `writer`, its readers at `reader`."""
-    written = np.arange(work.start, work.start + work.num_write, dtype=np.int32)
-    num_read = work.num_read + work.reads_reference
-    if not num_read:
-        return SequenceRows(written - work.start + writer, written, pages)
-    read = np.arange(work.read_start, work.read_start + num_read, dtype=np.int32)
-    rows = np.concatenate([written - work.start + writer, read - work.read_start + reader])
-    read[work.num_read :] = work.logit_start + work.num_logits - 1  # the reference row is at the last position, too
-    positions = np.concatenate([written, read])
-    order = np.argsort(positions, kind="stable")
-    return SequenceRows(rows[order], positions[order], pages)
+def make_runner(
+    config: EngineConfig,
+    model_config: ModelConfig,
+    params: Mapping[str, Weight],
+    heads: Sequence[tuple[HeadConfig, Factors | FullHead]],
+) -> tuple[Runner, list[tuple[HeadConfig, Factors]]]:
+    """Puts the trunk's weights on the mesh, and makes room for the heads' adapters beside them.
 
+    Args:
+        config: The engine's sizes.
+        model_config: The trunk's sizes and options.
+        params: The trunk's canonical parameters (weights/checkpoint.py).
+        heads: The heads that the engine starts with.
 
-def _fill(x: SampleInputs, row: int, seq: Sequence, position: int) -> None:
-    """The sampling inputs of one row: its logits are those of `position`."""
-    p = seq.params
-    if position + 1 < seq.prompt_len:  # scores the prompt's own next token; nothing is drawn
-        x.target[row] = seq.tokens[position + 1]
-        return
-    x.temperature[row], x.top_p[row], x.min_p[row], x.top_k[row] = p.temperature, p.top_p, p.min_p, max(p.top_k, 0)
-    x.repetition[row], x.presence[row], x.frequency[row] = p.repetition_penalty, p.presence_penalty, p.frequency_penalty
-    x.seed[row], x.position[row], x.prompt_len[row] = seq.seed & 0xFFFFFFFF, position + 1, seq.prompt_len
-    if p.has_penalties:
-        x.history[row, : len(seq.tokens)] = seq.tokens
-    bias = list(p.logit_bias)
-    if seq.num_output < p.min_tokens:
-        bias += [(t, BAN) for t in {*p.stop_token_ids, *(() if p.ignore_eos else seq.eos_ids)}]
-    for i, (token, value) in enumerate(bias):
-        x.bias_ids[row, i], x.bias[row, i] = token, value
+    Returns:
+        The runner, and the heads whose adapters are still to be loaded. A fully fine-tuned head is loaded already and
+        comes with an empty adapter.
 
-
-def _sample_row(samples: Samples, x: SampleInputs | None, i: int) -> SampleRow:
-    token = int(samples.tokens[i])
-    if samples.logprob is None or x is None:
-        return SampleRow(token)
-    top = tuple(zip(samples.top_ids[i].tolist(), samples.top_logprobs[i].tolist(), strict=True))
-    target = TokenLogprob(int(x.target[i]), float(samples.target_logprob[i]), top)
-    return SampleRow(token, TokenLogprob(token, float(samples.logprob[i]), top), target)
+    Raises:
+        ValueError: The mesh does not fit the devices, or a fully fine-tuned head is not the only head.
+    """
+    layout = make_mesh_layout(config, model_config.num_kv_heads)
+    place = functools.partial(place_weights, layout=layout, config=config)
+    trunk, adapters = make_trunk(model_config, params, heads, place)
+    adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
+    ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
+    num_heads = 0 if isinstance(trunk, PairedTrunk) else len(adapters)
+    bank = make_bank(model_config, config, num_heads, ranks, adapt_writers)
+    if bank is not None:
+        bank = layout.place_bank(bank)
+    return Runner(trunk, bank, config, adapt_writers, layout), adapters

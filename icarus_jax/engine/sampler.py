@@ -1,7 +1,9 @@
-"""Sampling on the device. A request's draws depend on its own seed and position alone, never on its batch mates.
+"""Sampling on the device.
 
-Top-k and top-p need no sort: both keep the tokens whose probability reaches a threshold, and the threshold is found
-by bisection on the bits of a float32, exactly. Tokens that tie with the last one kept are kept too.
+A random draw depends only on the sequence's seed and the token's position, never on the other sequences of the batch.
+
+Top-k and top-p need no sort. Both keep the tokens whose probability reaches a threshold. The exact threshold is found
+by bisection on the bits of a float32. Tokens that tie with the last one kept are kept too.
 """
 
 from __future__ import annotations
@@ -17,18 +19,33 @@ from jax import lax
 
 from icarus_jax.scheduling.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOPS
 
-BIAS_WIDTH = MAX_LOGIT_BIAS + 2 * MAX_STOPS  # logit_bias, and the stops that min_tokens bans
+# W, the entries of a row's biases: those of logit_bias, and the stop tokens and end tokens that min_tokens forbids.
+BIAS_WIDTH = MAX_LOGIT_BIAS + 2 * MAX_STOPS
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class SampleInputs:
-    """One entry a sampled row.
+    """How to sample each of S rows. `SamplingParams` describes the parameters.
 
-    temperature, top_p, min_p, repetition, presence, frequency f32[S]; top_k i32[S] (0: all); seed u32[S];
-    position i32[S] (of the token to be drawn); history i32[S, C] (prompt, then output; V marks padding; needed by
-    penalties only) and prompt_len i32[S]; bias_ids i32[S, W] (V marks padding) and bias f32[S, W]; target i32[S] (a
-    token whose log-probability is wanted); follow i32[S] (the row whose drawn token is the target instead; -1: none).
+    C is the context length, V the vocabulary size, W = BIAS_WIDTH.
+
+    Attributes:
+        temperature: f32[S]. 0: take the likeliest token.
+        top_k: i32[S]. 0: all tokens.
+        top_p: f32[S].
+        min_p: f32[S].
+        repetition: f32[S], the repetition penalty.
+        presence: f32[S], the presence penalty.
+        frequency: f32[S], the frequency penalty.
+        seed: u32[S].
+        position: i32[S], the position of the token to be drawn.
+        history: i32[S, C], the sequence's tokens: prompt, then output. V marks padding. Only penalties need it.
+        prompt_len: i32[S], how many tokens of `history` are the prompt.
+        bias_ids: i32[S, W], the tokens whose logits are changed. V marks padding.
+        bias: f32[S, W], what is added to their logits.
+        target: i32[S], a token whose log-probability is wanted.
+        follow: i32[S], a row whose drawn token is the target instead; -1: none.
     """
 
     temperature: np.ndarray
@@ -49,7 +66,13 @@ class SampleInputs:
 
     @classmethod
     def neutral(cls, rows: int, context: int, vocab: int) -> SampleInputs:
-        """Greedy, nothing penalised."""
+        """Makes the inputs of greedy sampling without penalties and biases.
+
+        Args:
+            rows: S, the number of rows.
+            context: C, the context length in tokens.
+            vocab: V, the vocabulary size.
+        """
         full = lambda value, dtype=np.float32: np.full(rows, value, dtype)  # noqa: E731
         return cls(
             temperature=full(0),
@@ -73,8 +96,15 @@ class SampleInputs:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Samples:
-    """tokens i32[S]. With log-probabilities of the raw logits: of `tokens` and of `target` f32[S], and the best
-    MAX_LOGPROBS alternatives, ids i32[S, 20] and values f32[S, 20]; else None."""
+    """The result of sampling S rows. Log-probabilities are those of the raw logits; None if they were not asked for.
+
+    Attributes:
+        tokens: i32[S], the tokens picked.
+        logprob: f32[S], the log-probabilities of `tokens`.
+        target_logprob: f32[S], the log-probabilities of the targets.
+        top_ids: i32[S, MAX_LOGPROBS], the likeliest tokens, the likeliest first.
+        top_logprobs: f32[S, MAX_LOGPROBS], their log-probabilities.
+    """
 
     tokens: Any
     logprob: Any = None
@@ -84,15 +114,23 @@ class Samples:
 
 
 def _row_sum(x: jax.Array) -> jax.Array:
-    """Sum over the last axis as a product with ones, which CPU vectorises; a plain reduction it does not."""
+    """Sums over the last axis. It is a product with ones, because XLA vectorises that on CPUs, but not a reduction."""
     return jnp.dot(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
 
 
 def _threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """The largest t f32[S] for which `enough(probs >= t)`, by bisection on the bits of t. probs f32[S, V] in [0, 1]."""
+    """Finds each row's largest threshold t for which `enough(probs >= t)`, by bisection on the bits of t.
+
+    Args:
+        probs: f32[S, V], values in [0, 1].
+        enough: Takes the mask bool[S, V] of the tokens kept, returns bool[S]. A lower threshold must not make it False.
+
+    Returns:
+        f32[S].
+    """
 
     def halve(_, bounds):
-        low, high = bounds  # enough(low) holds; enough(high) does not
+        low, high = bounds  # `enough` is True at low and False at high
         middle = low + (high - low) // 2
         t = lax.bitcast_convert_type(middle, jnp.float32)
         good = enough(probs >= t[:, None])
@@ -105,7 +143,7 @@ def _threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> ja
 
 
 def _penalise(logits: jax.Array, x: SampleInputs) -> jax.Array:
-    """Repetition (CTRL, prompt and output), presence and frequency penalties (OpenAI, output only)."""
+    """Applies the repetition penalty (CTRL; prompt and output), and presence and frequency penalties (output only)."""
     rows, vocab = logits.shape
     index = jnp.arange(rows)[:, None]
     in_output = (jnp.arange(x.history.shape[1]) >= x.prompt_len[:, None]).astype(jnp.float32)
@@ -118,10 +156,10 @@ def _penalise(logits: jax.Array, x: SampleInputs) -> jax.Array:
 
 
 def _keep(scaled: jax.Array, x: SampleInputs) -> jax.Array:
-    """Which tokens may be drawn, bool[S, V]: top-k, then top-p of what is left, and min-p."""
+    """Returns which tokens may be drawn, bool[S, V]: top-k, then top-p of what is left, and min-p."""
     vocab = scaled.shape[-1]
     top = jnp.max(scaled, -1, keepdims=True)
-    weights = jnp.exp(scaled - top)  # in [0, 1]: probabilities up to a factor a row
+    weights = jnp.exp(scaled - top)  # in [0, 1]: probabilities up to a factor of each row
     k = jnp.where(x.top_k > 0, jnp.minimum(x.top_k, vocab), vocab).astype(jnp.float32)
     by_k = lambda: _threshold(weights, lambda m: _row_sum(m.astype(jnp.float32)) >= k)  # noqa: E731
     floor_k = lax.cond(jnp.any(x.top_k > 0), by_k, lambda: jnp.zeros_like(k))
@@ -134,7 +172,7 @@ def _keep(scaled: jax.Array, x: SampleInputs) -> jax.Array:
 
 
 def _draw(logits: jax.Array, x: SampleInputs) -> jax.Array:
-    """Gumbel-max over the kept tokens. Returns i32[S]."""
+    """Draws tokens i32[S] at random from those that may be drawn, by the Gumbel-max trick."""
     scaled = logits / jnp.maximum(x.temperature, 1e-6)[:, None]
     keep = _keep(scaled, x)
 
@@ -145,7 +183,13 @@ def _draw(logits: jax.Array, x: SampleInputs) -> jax.Array:
 
 
 def sample(logits: jax.Array, x: SampleInputs | None, *, logprobs: bool) -> Samples:
-    """Picks a token for each row of logits f32[S, V]. x None: greedy, and nothing else. logprobs needs x."""
+    """Picks a token for each row.
+
+    Args:
+        logits: f32[S, V].
+        x: How to sample. None: take the likeliest token of every row; no log-probabilities can be had then.
+        logprobs: Whether log-probabilities are wanted.
+    """
     if x is None:
         return Samples(jnp.argmax(logits, -1).astype(jnp.int32))
     penalised = jnp.any((x.repetition != 1) | (x.presence != 0) | (x.frequency != 0))

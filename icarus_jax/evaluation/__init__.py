@@ -1,6 +1,6 @@
-"""Task sets and their scores, batch files, and how an adapter may be served.
+"""Evaluates models on task sets, runs batch files, and finds the kind that an adapter should be served as.
 
 Owns: prompts and scores of the tasks, the sandbox for generated programs, result files that survive a kill.
-Takes: rows of a task, or an OpenAI batch file. Gives: one line an answer, and a report of scores.
+Takes: rows of a task, or an OpenAI batch file. Gives: one line for each answer, and a report of scores.
 Parts: task_evaluation (task_sets), run (batch), run_program (sandbox), measure and recommend (kind_check).
 """

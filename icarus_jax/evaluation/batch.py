@@ -1,7 +1,8 @@
-"""Many requests through the engine: whatever models they ask, they share its batch and its cache.
+"""Sends many requests through the engine. They share its batch and its cache, whatever models they ask for.
 
-The requests go to the HTTP API's own app, in this process and without a socket: what is evaluated is what is served.
-An answer is written as soon as it is there, so that a killed run loses only what was on its way.
+The requests go to the app of the HTTP API, in this process and without a socket, so that exactly what is served is
+evaluated. Each answer is written to a file as soon as it arrives. A run that is killed loses only the requests in
+flight.
 """
 
 from __future__ import annotations
@@ -27,7 +28,15 @@ URLS = (COMPLETIONS, CHAT)
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One request. `record(status, answer)` makes the line to write; it runs on a thread, and may take its time."""
+    """One request.
+
+    Attributes:
+        key: tells the job from the others of its evaluation.
+        url: the path of the endpoint.
+        body: the JSON body of the request.
+        record: record(status, answer) makes the line to write, of the HTTP status and the JSON answer. It runs on a
+            thread, so it may take long. It raises ValueError if the request has to be asked again.
+    """
 
     key: Hashable
     url: str
@@ -37,10 +46,14 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Evaluation:
-    """Requests, how their lines are told apart, and what the lines say in the end.
+    """The requests of a run, and the report on their answers.
 
-    key(line): the job's key; raises ValueError for a line that is none of this evaluation's. report: what is printed,
-    of the lines of `jobs`.
+    Attributes:
+        jobs: the requests.
+        header: the first line of the result file, which says what the run evaluates; None: the file has no header.
+        key: key(line) returns the key of the job that a line answers. It raises ValueError for a line that belongs to
+            another evaluation.
+        report: report(lines) makes the report, given the line of each job in the order of `jobs`.
     """
 
     jobs: list[Job]
@@ -55,12 +68,21 @@ def run(
     serve: Callable[[], AbstractContextManager[tuple[ASGIApp, int]]],
     progress: Callable[[int, int], Callable[[], object]] = lambda total, done: lambda: None,
 ) -> dict[str, Any]:
-    """Asks what `out` has no answer to yet, adds the answers to it, and returns the report.
+    """Runs the jobs that a result file has no answer to yet, and adds their answers to it.
 
-    serve(): gives the app, and how many requests to keep in flight; not called if nothing is left to ask.
-    progress(total, done) returns what is called after each answer.
+    Args:
+        evaluation: the jobs and the report on their answers.
+        out: the result file. A file of an earlier run of the same evaluation is continued.
+        serve: serve() is a context that gives the app and how many requests to keep in flight. It is not entered if
+            every job has its answer already.
+        progress: progress(total, done) is called once, before the first request; what it returns is called after each
+            answer.
 
-    Raises ValueError: `out` is another run's file, or a request failed.
+    Returns:
+        The report on all jobs.
+
+    Raises:
+        ValueError: `out` holds the results of another evaluation, or a request failed.
     """
     with ResultFile(out, evaluation.header, evaluation.key) as results:
         known = {evaluation.key(line) for line in results.lines}
@@ -89,20 +111,31 @@ async def _ask_all(
         workers = [asyncio.create_task(work()) for _ in range(in_flight)]
         try:
             await asyncio.gather(*workers)
-        finally:  # one failed: the others' requests are aborted
+        finally:  # if one worker has failed, cancelling the others aborts their requests
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
 
 
 def digest(value: Any) -> str:
-    """A short name of a JSON value or of bytes: 24 hexadecimal digits."""
+    """Returns a short name of a JSON value or of bytes: the first 24 hexadecimal digits of a SHA-256."""
     raw = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(raw).hexdigest()[:24]
 
 
 def read_lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The JSON objects of a file and their line numbers; blank lines are skipped. Raises ValueError."""
+    """Yields the JSON objects of a file of JSON lines. Blank lines are skipped.
+
+    Args:
+        path: the file's path, for error messages.
+        raw: its content.
+
+    Yields:
+        (line number, object); the first line has the number 1.
+
+    Raises:
+        ValueError: a line is no JSON object. The message names the file and the line.
+    """
     number = 0
     for number, text in enumerate(raw.splitlines(), 1):
         if text.strip():
@@ -119,10 +152,21 @@ def read_lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> Evaluation:
-    """A file of {"custom_id", "method", "url", "body"}; the lines out are OpenAI's batch output.
+    """Reads an OpenAI batch file: lines of {"custom_id", "method", "url", "body"}.
 
-    The id of a line out names the request and what served it, so that lines of another run are known. served: what
-    answers (its models and weights), as JSON. Raises ValueError that names file and line.
+    The result file has OpenAI's batch output format. The id of each of its lines is made from the request and from
+    `served`, so that the lines of another run can be recognised.
+
+    Args:
+        path: the batch file.
+        served: what answers the requests (models and weights), as JSON.
+        limit: how many of the first requests to run; 0: all.
+
+    Returns:
+        The evaluation of the requests.
+
+    Raises:
+        ValueError: the file is wrong. The message names the file and the line.
     """
     ids: dict[str, str] = {}
     jobs: list[Job] = []
@@ -161,7 +205,7 @@ def _check_request(line: dict[str, Any], seen: Mapping[str, Any]) -> None:
 
 def _batch_job(line: dict[str, Any], name: str) -> Job:
     def record(status: int, answer: Any) -> Line:
-        if status >= 500:  # the engine's failure, not the request's: it is to be asked again
+        if status >= 500:  # the engine failed, not the request: no line is written, so the next run asks again
             raise ValueError(f"custom_id {line['custom_id']!r}: {answer['error']['message']}")
         response = {"status_code": status, "request_id": f"req_{name}", "body": answer}
         return {"id": f"batch_req_{name}", "custom_id": line["custom_id"], "response": response, "error": None}

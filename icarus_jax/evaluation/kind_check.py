@@ -1,4 +1,4 @@
-"""How a PEFT adapter may be served: its loss and answers as `isolated` (what PEFT computes), `shared` and `activated`.
+"""Measures as which kind a PEFT adapter can be served: `isolated` (which is what PEFT computes), `shared`, `activated`.
 
 The same rows go through the serving engine under every kind, in one batch on one cache.
 """
@@ -17,16 +17,23 @@ from icarus_jax.scheduling.request import Request, SamplingParams, TokenOutput
 from icarus_jax.training.data import Example
 from icarus_jax.weights.peft import Adapter
 
-KINDS = ("shared", "activated", "isolated")  # the cheapest to serve first
-LOSS_MARGIN = 0.02  # nats a token, and
-MATCH_MARGIN = 0.02  # of the answers: within these of `isolated`, a kind is as good
+KINDS = ("shared", "activated", "isolated")  # the first is the cheapest to serve
+# A kind is as good as `isolated` if it stays within both margins of it.
+LOSS_MARGIN = 0.02  # nats per token
+MATCH_MARGIN = 0.02  # a share of the answers
 MAX_INVOCATION = 8  # tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class KindReport:
-    """loss: nats a completion token, teacher-forced. agreement: share of the greedy tokens that are `isolated`'s own,
-    up to where they part. match: share of the greedy answers that are the completion itself, token for token."""
+    """How well an adapter does when it is served as one kind.
+
+    Attributes:
+        loss: the teacher-forced loss, in nats per completion token.
+        agreement: the share of `isolated`'s greedy tokens that this kind generates too, up to the first difference of
+            each answer.
+        match: the share of the greedy answers that equal the completion token by token.
+    """
 
     loss: float
     agreement: float
@@ -34,9 +41,16 @@ class KindReport:
 
 
 def invocation_of(examples: Sequence[Example]) -> tuple[int, ...]:
-    """The tokens that every prompt ends with (the template's opening of an answer), at most MAX_INVOCATION.
+    """Finds the tokens that every prompt ends with. They are the chat template's opening of an answer.
 
-    Raises ValueError if there are none.
+    Args:
+        examples: the prompts with their completions.
+
+    Returns:
+        The last tokens that all prompts share, at most MAX_INVOCATION of them.
+
+    Raises:
+        ValueError: the prompts do not end with the same token.
     """
     prompts = [example.tokens[: example.num_prompt][::-1] for example in examples]
     common: list[int] = []
@@ -50,7 +64,18 @@ def invocation_of(examples: Sequence[Example]) -> tuple[int, ...]:
 
 
 def load_kinds(engine: Engine, adapter: Adapter, invocation: tuple[int, ...]) -> list[str]:
-    """Loads the adapter once a kind; `shared` goes without k and v, which a shared head cannot have."""
+    """Loads an adapter as a head of each kind.
+
+    A shared head cannot have weights for k and v, so the `shared` one is loaded without them.
+
+    Args:
+        engine: the engine that is to serve the heads.
+        adapter: the adapter.
+        invocation: the tokens at which the `activated` head switches on.
+
+    Returns:
+        The names of the heads, in the order of KINDS.
+    """
     for kind in KINDS:
         keep = LORA_TARGETS if kind == "shared" else tuple(adapter.weights)
         weights = {target: pair for target, pair in adapter.weights.items() if target in keep}
@@ -60,7 +85,16 @@ def load_kinds(engine: Engine, adapter: Adapter, invocation: tuple[int, ...]) ->
 
 
 def measure(engine: Engine, models: Sequence[str], examples: Sequence[Example]) -> dict[str, KindReport]:
-    """model -> KindReport, for a started engine; the last model is the one that the others are compared with."""
+    """Measures the loss and the answers of each model on the same examples.
+
+    Args:
+        engine: the engine, already started.
+        models: the names of the models; the others are compared with the last one.
+        examples: the prompts with their completions.
+
+    Returns:
+        Model -> its report.
+    """
     answers = {
         m: [_ask(engine, m, e.tokens[: e.num_prompt], len(e.tokens) - e.num_prompt) for e in examples] for m in models
     }
@@ -70,7 +104,14 @@ def measure(engine: Engine, models: Sequence[str], examples: Sequence[Example]) 
 
 
 def recommend(reports: dict[str, KindReport]) -> tuple[str, str]:
-    """(kind, why): the cheapest kind that is as good as `isolated`."""
+    """Chooses the cheapest kind that is as good as `isolated`.
+
+    Args:
+        reports: the report of each of KINDS.
+
+    Returns:
+        The kind, and the reason in one sentence.
+    """
     best = reports["isolated"]
     for kind in KINDS[:-1]:
         found = reports[kind]
@@ -86,11 +127,11 @@ def recommend(reports: dict[str, KindReport]) -> tuple[str, str]:
     )
 
 
-Answer = tuple[list[int], list[float]]  # generated tokens, the prompt tokens' log-probabilities
+Answer = tuple[list[int], list[float]]  # the generated tokens, and the log-probabilities of the prompt's tokens
 
 
 def _ask(engine: Engine, model: str, tokens: np.ndarray, max_tokens: int) -> Future[Answer]:
-    """Greedy tokens after `tokens`; with max_tokens 0 their log-probabilities."""
+    """Asks for `max_tokens` greedy tokens after `tokens`. If that is 0, asks for the log-probabilities of `tokens`."""
     future: Future[Answer] = Future()
     generated: list[int] = []
     scores: list[float] = []
@@ -119,12 +160,17 @@ def _report(
 
 
 def _common(a: list[int], b: list[int]) -> int:
-    """How many tokens are the same before the first that differs."""
+    """Counts the tokens before the first difference."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def table(reports: dict[str, KindReport], write: Callable[[str], None]) -> None:
-    """Writes one line a kind."""
+    """Writes the reports as a table.
+
+    Args:
+        reports: the report of each kind.
+        write: takes one line of the table at a time.
+    """
     write(f"{'kind':<10} {'loss':>8} {'agreement':>10} {'exact':>7}")
     for kind, r in reports.items():
         write(f"{kind:<10} {r.loss:>8.4f} {r.agreement:>10.1%} {r.match:>7.1%}")

@@ -1,4 +1,4 @@
-"""A file of JSON lines that a run adds to, and that the next run goes on with after a kill."""
+"""A file of JSON lines that a run adds its results to, and that the next run continues if this one is killed."""
 
 from __future__ import annotations
 
@@ -14,16 +14,24 @@ Line = dict[str, Any]
 
 
 class ResultFile:
-    """Opened as a context: reads what is there, then appends line by line.
+    """A file of results. Use it as a context: entering it reads the lines that are there.
 
-    A line that a kill left unfinished is cut off. `header`, if there is one, is the file's first line; `check(line)`
-    raises ValueError for a line that is not of this run. Raises ValueError, and changes nothing, for a file that is
-    another run's, broken elsewhere than at its end, or being written by another process.
+    A line that a killed run has left unfinished is cut off. Entering raises ValueError if the file belongs to another
+    run, is broken anywhere but at its end, or is being written by another process. The file is then left as it is.
 
-    lines: those in the file, without the header.
+    Attributes:
+        path: the file's path.
+        lines: the lines in the file, without the header.
     """
 
     def __init__(self, path: Path, header: Line | None = None, check: Callable[[Line], object] = lambda line: None):
+        """Names the file; entering the context opens it.
+
+        Args:
+            path: the file's path. The file and its folder are made if they do not exist.
+            header: the file's first line; None: the file has no header.
+            check: check(line) raises ValueError for a line that belongs to another run.
+        """
         self.path = path
         self.lines: list[Line] = []
         self._header = header
@@ -36,7 +44,7 @@ class ResultFile:
         self._fd = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             try:
-                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+                fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process at the latest
             except BlockingIOError:
                 raise ValueError(f"{self.path} is being written by another run") from None
             self._read()
@@ -49,7 +57,13 @@ class ResultFile:
         os.close(self._fd)
 
     def append(self, line: Line) -> None:
-        """Writes a line at once: it survives a kill of this process. The header comes with the first one."""
+        """Appends a line. It is written at once, so it survives if the process is killed.
+
+        The first line of a new file is written after the header.
+
+        Args:
+            line: the line, a JSON object.
+        """
         if self._header is not None and not self._has_header:
             self._write(self._header)
             self._has_header = True
@@ -62,6 +76,7 @@ class ResultFile:
             left = left[os.write(self._fd, left) :]
 
     def _read(self) -> None:
+        """Reads and checks the lines, and cuts off an unfinished last line."""
         content = self.path.read_bytes()
         whole, newline, torn = content.rpartition(b"\n")
         raw = whole.split(b"\n") if newline else []

@@ -1,12 +1,12 @@
-"""Runs a generated Python program, and says whether it got to its end. Standard library only.
+"""Runs a generated Python program, and tells whether it ran to its end. Standard library only.
 
-The program runs in an interpreter of its own (`python sandbox.py`, below) with nothing but the standard library, in an
-empty folder that is removed afterwards, under limits of processor time, wall time, memory and file size. An audit hook
-refuses it sockets, other processes, ctypes, and every write outside that folder. Where the system grants namespaces
-(`is_isolated`), the kernel keeps it off the network as well, and takes down whatever it has started.
+The program runs in an interpreter of its own (`python sandbox.py`, below), which has nothing but the standard library.
+It runs in an empty folder that is removed afterwards, with limits on processor time, wall time, memory and file size.
+An audit hook refuses sockets, other processes, ctypes, and every write outside that folder. If the system grants
+namespaces (`is_isolated`), the kernel also keeps the program off the network, and ends the processes it has started.
 
-This holds what models write by accident. The hook is Python's, inside the process that it watches: do not rely on it
-against code that was written to break out.
+This stops the accidents in code that a model writes. It does not stop code that was written to break out, because the
+hook is Python's and lives in the process that it watches.
 """
 
 from __future__ import annotations
@@ -25,18 +25,23 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 CPU_SECONDS = 5
-WALL_SECONDS = 20.0  # more: the program shares the processor with the engine
+WALL_SECONDS = 20.0  # more than CPU_SECONDS, because the program shares the processor with the engine
 MEMORY_BYTES = 512 << 20
 FILE_BYTES = 1 << 20
 _NAMESPACES = ("unshare", "--map-root-user", "--net", "--pid", "--kill-child")
-_HARMLESS = {"os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.unsetenv"}  # imports need the first
+_HARMLESS = {"os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.unsetenv"}  # import needs os.listdir
 _REFUSED = ("os.", "socket.", "subprocess.", "ctypes.", "shutil.", "pty.", "resource.", "sqlite3.", "fcntl.", "syslog.")
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """passed: the program ran to its end. error: else why not, in one line."""
+    """How a program ended.
+
+    Attributes:
+        passed: whether it ran to its end.
+        error: why it did not, in one line; '' if it did.
+    """
 
     passed: bool
     error: str = ""
@@ -44,7 +49,7 @@ class Outcome:
 
 @functools.cache
 def is_isolated() -> bool:
-    """Whether programs run in network and process namespaces of their own."""
+    """Tells whether the system lets programs run in network and process namespaces of their own."""
     with contextlib.suppress(OSError, subprocess.SubprocessError):
         return subprocess.run([*_NAMESPACES, "true"], capture_output=True, timeout=10).returncode == 0
     return False
@@ -56,7 +61,19 @@ def run_program(
     wall_seconds: float = WALL_SECONDS,
     memory_bytes: int = MEMORY_BYTES,
 ) -> Outcome:
-    """Runs a program to its end or its limits. Thread-safe; nothing of it is left when this returns."""
+    """Runs a program until it ends or reaches a limit. Thread-safe.
+
+    The program's processes and files are removed before this returns.
+
+    Args:
+        program: the source code.
+        cpu_seconds: the limit on its processor time, in seconds.
+        wall_seconds: the limit on its wall time, in seconds.
+        memory_bytes: the limit on its address space, in bytes.
+
+    Returns:
+        How the program ended.
+    """
     order = {"program": program, "cpu": cpu_seconds, "wall": wall_seconds, "memory": memory_bytes}
     prefix = _NAMESPACES if is_isolated() else ()
     with tempfile.TemporaryDirectory(prefix="icarus-", ignore_cleanup_errors=True) as folder:
@@ -85,30 +102,32 @@ def run_program(
     return Outcome(False, f"the interpreter ended without a word (exit code {process.returncode})")
 
 
-# ---- in the interpreter of the program
+# ---- what runs in the program's own interpreter
 
 
 def _limit(order: dict[str, Any], answer: int) -> None:
+    """Sets the limits of this process. If the program reaches a time limit, it is reported as failed."""
+
     def over(what: str) -> Callable[..., NoReturn]:
         return lambda *_: _finish(answer, Outcome(False, f"over the limit of {what}"))
 
     cpu = order["cpu"]
     signal.signal(signal.SIGXCPU, over(f"{cpu} s of processor time"))
     for what, soft, hard in (
-        (resource.RLIMIT_CPU, cpu, cpu + 1),  # the second kills what hears no signal
+        (resource.RLIMIT_CPU, cpu, cpu + 1),  # the hard limit kills a program that does not handle the signal in time
         (resource.RLIMIT_AS, order["memory"], order["memory"]),
         (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
         (resource.RLIMIT_NOFILE, 64, 64),
         (resource.RLIMIT_CORE, 0, 0),
     ):
         resource.setrlimit(what, (soft, hard))
-    # In case the evaluation itself is killed meanwhile.
+    # This process ends itself too, in case the evaluation is killed and nobody else enforces the limit.
     signal.signal(signal.SIGALRM, over(f"{order['wall']:g} s"))
     signal.setitimer(signal.ITIMER_REAL, order["wall"])
 
 
 def _guard(folder: str) -> None:
-    """Refuses what a function under test has no need of. An audit hook cannot be taken away again."""
+    """Refuses the operations that a function under test does not need. An audit hook cannot be removed again."""
 
     def hook(event: str, args: tuple[Any, ...]) -> None:
         if event == "open":
@@ -125,7 +144,7 @@ def _guard(folder: str) -> None:
 
 
 def _finish(answer: int, outcome: Outcome) -> NoReturn:
-    with contextlib.suppress(OSError):  # nobody listens any more
+    with contextlib.suppress(OSError):  # the evaluation has closed its end of the pipe
         os.write(answer, json.dumps(dataclasses.asdict(outcome)).encode())
     os._exit(0)
 
@@ -142,7 +161,7 @@ def _serve() -> NoReturn:
     try:
         exec(compile(order["program"], "program", "exec"), {"__name__": "__main__"})
         outcome = Outcome(True)
-    except BaseException as error:  # SystemExit too: the tests come last
+    except BaseException as error:  # SystemExit is a failure too: the tests come at the end of the program
         outcome = Outcome(False, f"{type(error).__name__}: {error}".splitlines()[0][:200])
     _finish(answer, outcome)
 

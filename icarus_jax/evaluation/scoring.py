@@ -1,7 +1,7 @@
-"""Scores of generated texts, task by task. Pure functions, no jax.
+"""Scores generated texts, task by task. Pure functions, no jax.
 
-A score is a dict: True or False under the name of each figure that is its mean, counts under COUNTS, and a word about
-what went wrong under 'error'.
+A score is a dict. Under the name of a figure it has True or False; the figure is the mean of these. Under COUNTS it has
+counts, and under 'error' the reason why an answer could not be used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from icarus_jax.tasks import Row
 
 Score = dict[str, Any]
 
-COUNTS = "slots"  # [right, predicted, wanted] slots of one sample
+COUNTS = "slots"  # [right, predicted, wanted]: counts of the slots of one sample
 QUERY_SECONDS = 5.0
 MAX_RESULT_ROWS = 100_000
 MAX_VALUE_BYTES = 1 << 20
@@ -31,7 +31,15 @@ _READ_ONLY = {sqlite3.SQLITE_SELECT, sqlite3.SQLITE_READ, sqlite3.SQLITE_FUNCTIO
 
 
 def summarise(scores: Sequence[Score]) -> dict[str, float]:
-    """The figures of one model, to 4 digits: means, and `slot_f1` (micro-averaged) if there are counts."""
+    """Computes the figures of one model.
+
+    Args:
+        scores: the scores of its answers to one task; at least one.
+
+    Returns:
+        Name of a figure -> its value, rounded to 4 digits. There is a mean for each figure, and a micro-averaged
+        `slot_f1` if the scores have counts.
+    """
     names = [name for name, value in scores[0].items() if isinstance(value, bool)]
     figures = {name: round(sum(score[name] for score in scores) / len(scores), 4) for name in names}
     counts = [score[COUNTS] for score in scores if COUNTS in score]
@@ -42,7 +50,7 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
 
 
 def unfenced(text: str) -> str:
-    """The text without the Markdown code fence that chat models like to answer in; what is around it goes too."""
+    """Returns what is inside the text's first Markdown code fence, or the whole text if it has none; stripped."""
     match = _FENCE.search(text)
     return (match[1] if match else text).strip()
 
@@ -51,7 +59,7 @@ def unfenced(text: str) -> str:
 
 
 def score_intent(text: str, row: Row) -> Score:
-    """A banking77 row (`category`): the whole answer is the label."""
+    """Scores an answer to a row of banking77 (`category`): the whole answer has to be the label."""
     return {"accuracy": text.strip() == row["category"].strip()}
 
 
@@ -61,9 +69,17 @@ Slots = Counter[tuple[str, str]]
 
 
 def score_slots(text: str, row: Row) -> Score:
-    """A snips row (`intent`, `data`) against {"intent": .., "slots": {entity: text or list of texts}}.
+    """Scores an answer to a row of snips (`intent`, `data`).
 
-    Broken JSON is a wrong answer with no slots. Slots count as pairs of entity and text; their order does not.
+    The answer has to be {"intent": .., "slots": {entity: text or list of texts}}. Broken JSON is a wrong answer without
+    slots. Slots are compared as pairs of entity and text; their order does not matter.
+
+    Args:
+        text: the answer.
+        row: the row.
+
+    Returns:
+        The score: `exact_match`, `intent_accuracy`, `valid_json`, and the counts of slots.
     """
     wanted: Slots = Counter((p["entity"], p["text"].strip()) for p in row["data"] if "entity" in p)
     try:
@@ -83,7 +99,17 @@ def score_slots(text: str, row: Row) -> Score:
 
 
 def parse_slots(text: str) -> tuple[str, Slots]:
-    """The intent and the (entity, text) pairs of an answer. Raises ValueError for anything of another form."""
+    """Reads an answer to a row of snips.
+
+    Args:
+        text: the answer, which may be in a Markdown code fence.
+
+    Returns:
+        The intent, and how often each pair (entity, text) occurs.
+
+    Raises:
+        ValueError: the answer does not have the form that `score_slots` describes.
+    """
     try:
         answer = json.loads(unfenced(text))
     except (ValueError, RecursionError) as error:
@@ -105,7 +131,17 @@ def parse_slots(text: str) -> tuple[str, Slots]:
 
 
 def score_sql(text: str, row: Row, database: Path, seconds: float = QUERY_SECONDS) -> Score:
-    """A text-to-SQL row (`sql`): right if the answer gives the same rows as the gold query, in whatever order."""
+    """Scores an answer to a row of text-to-SQL (`sql`): it has to give the rows of the gold query, in any order.
+
+    Args:
+        text: the answer, a query that may be in a Markdown code fence.
+        row: the row.
+        database: the SQLite file to run the queries on.
+        seconds: the time limit for each query.
+
+    Returns:
+        The score: `execution_accuracy` and `executable`.
+    """
     try:
         wanted = run_query(database, row["sql"], seconds)
     except ValueError as error:
@@ -118,9 +154,19 @@ def score_sql(text: str, row: Row, database: Path, seconds: float = QUERY_SECOND
 
 
 def run_query(database: Path, query: str, seconds: float = QUERY_SECONDS) -> Counter[tuple[Any, ...]]:
-    """The multiset of a query's rows. The file is only read, and the query may only select.
+    """Runs a query on a SQLite file. The file is opened for reading only, and the query may do nothing but select.
 
-    Raises ValueError: a query that fails, is no single SELECT, runs for longer, or gives too many rows.
+    Args:
+        database: the SQLite file.
+        query: the query.
+        seconds: the time limit.
+
+    Returns:
+        How often each row occurs in the result.
+
+    Raises:
+        ValueError: the query fails, is not a single SELECT, exceeds the time limit, or gives more than MAX_RESULT_ROWS
+            rows.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -147,7 +193,18 @@ def run_query(database: Path, query: str, seconds: float = QUERY_SECONDS) -> Cou
 
 
 def score_math(text: str, row: Row) -> Score:
-    """A GSM8K row (`answer`): the number after the first '####' counts; `last_number` takes the last one anywhere."""
+    """Scores an answer to a row of GSM8K (`answer`).
+
+    Args:
+        text: the answer.
+        row: the row.
+
+    Returns:
+        The score. `accuracy` compares the number after the first '####', `last_number` the last number of the text.
+
+    Raises:
+        ValueError: the row itself has no '####' with a number.
+    """
     wanted = final_number(row["answer"])
     if wanted is None:
         raise ValueError("the row's own answer has no '#### number'")
@@ -155,13 +212,14 @@ def score_math(text: str, row: Row) -> Score:
 
 
 def final_number(text: str) -> Decimal | None:
-    """The number after the first '####', without commas, currency signs or a closing dot; None if there is none."""
+    """Returns the number after the first '####', or None. Commas, currency signs and a closing dot are ignored."""
     _, mark, rest = text.partition("####")
     match = _NUMBER.search(rest.strip().partition("\n")[0]) if mark else None
     return _number(match) if match else None
 
 
 def last_number(text: str) -> Decimal | None:
+    """Returns the last number of the text, or None if it has none."""
     matches = list(_NUMBER.finditer(text))
     return _number(matches[-1]) if matches else None
 
@@ -174,16 +232,28 @@ def _number(match: re.Match[str]) -> Decimal:
 
 
 def humaneval_prompt(row: Row) -> str:
-    """The function to complete, up to the end of its docstring: tokenizers join a newline with the indentation."""
+    """Returns the beginning of the function to complete, up to the end of its docstring.
+
+    The newline after the docstring is left out, because tokenizers join it with the indentation of the next line.
+    """
     return row["prompt"].rstrip()
 
 
 def humaneval_program(text: str, row: Row) -> str:
-    """The completed function, its tests, and the call that runs them."""
+    """Returns a program of the completed function, its tests, and the call that runs them."""
     return f"{humaneval_prompt(row)}{text}\n{row['test']}\ncheck({row['entry_point']})\n"
 
 
 def score_humaneval(text: str, row: Row, run: Callable[[str], Outcome]) -> Score:
-    """A HumanEval row: does the completed function pass its tests? `run` runs a program: sandbox.run_program."""
+    """Scores an answer to a row of HumanEval: the completed function has to pass its tests.
+
+    Args:
+        text: the answer, which completes the row's prompt.
+        row: the row.
+        run: runs a program, as `sandbox.run_program` does.
+
+    Returns:
+        The score: `pass@1`.
+    """
     outcome = run(humaneval_program(text, row))
     return {"pass@1": outcome.passed} | ({} if outcome.passed else {"error": outcome.error})

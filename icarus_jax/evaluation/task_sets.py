@@ -1,4 +1,4 @@
-"""The task sets that models are evaluated on: a file of rows, a request for each, and the score of its answer."""
+"""The task sets that models are evaluated on. Each makes a request of every row, and scores the answer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,14 @@ HUMANEVAL_TOKENS = 512
 
 @dataclasses.dataclass(frozen=True)
 class TaskSet:
-    """How to ask and score one row. request(row): a body without model; it fails on a row of another kind."""
+    """How the rows of a task are asked and scored.
+
+    Attributes:
+        url: the path of the endpoint.
+        request: request(row) makes the body of a row's request, without its model. It raises KeyError, TypeError,
+            AttributeError or ValueError for a row that does not belong to the task.
+        score: score(text, row) scores an answer.
+    """
 
     url: str
     request: Callable[[Row], dict[str, Any]]
@@ -31,7 +38,7 @@ class TaskSet:
 def _ask(row: Row, task: Task, score: Callable[[str, Row], Score] | None) -> dict[str, Any]:
     task.completion(row)
     if score is not None:
-        score("", row)  # a row that cannot be scored is found before anything is generated
+        score("", row)  # raises for a row that cannot be scored, before anything is generated
     return {"messages": task.prompt(row), "max_tokens": task.max_new_tokens, "temperature": 0}
 
 
@@ -46,7 +53,15 @@ def _ask_humaneval(row: Row) -> dict[str, Any]:
 
 
 def task_set(name: str, database: Path | None = None) -> TaskSet:
-    """The task set of one of TASKS, or 'humaneval'. database: the sqlite file that 'sql' runs its queries against."""
+    """Returns the task set of a name.
+
+    Args:
+        name: one of TASKS, or 'humaneval'.
+        database: the SQLite file that the queries of 'sql' run on.
+
+    Raises:
+        KeyError: there is no such task set, or 'sql' has no database.
+    """
     if name == "humaneval":
         score = functools.partial(scoring.score_humaneval, run=sandbox.run_program)
         return TaskSet(COMPLETIONS, _ask_humaneval, score)
@@ -65,10 +80,24 @@ def task_evaluation(
     limit: int = 0,
     database: Path | None = None,
 ) -> Evaluation:
-    """Every model on the first `limit` rows (0: all) of a file of JSON lines, which may be gzipped.
+    """Makes the evaluation of several models on one task set.
 
-    served: what answers (its models and weights), as JSON. The header leaves the limit out: a file of the first rows
-    can be gone on with to all of them. Raises ValueError that names file and line.
+    The header of the result file does not name the limit, so that a run over the first rows can be continued to all of
+    them.
+
+    Args:
+        name: the task set's name; see `task_set`.
+        path: a file of rows as JSON lines; it is gzipped if its name ends in .gz.
+        models: the names of the models; all answer every row.
+        served: what answers the requests (models and weights), as JSON.
+        limit: how many of the first rows to ask; 0: all.
+        database: the SQLite file that the queries of 'sql' run on.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        ValueError: the file is wrong. The message names the file and the line.
     """
     tasks = task_set(name, database)
     raw = path.read_bytes()
@@ -79,7 +108,7 @@ def task_evaluation(
     jobs = [
         _job(tasks, index, row, model, body, f"{path}:{number}")
         for index, ((number, row), body) in enumerate(zip(rows[: limit or None], bodies, strict=False))
-        for model in models  # next to each other: the first one's prompt is the others' cache
+        for model in models  # one after the other, so that the first model's prompt is in the cache for the others
     ]
     header: Line = {"task": name, "data": digest(raw), "requests": digest(bodies), "served": dict(served)}
     if database is not None:

@@ -1,7 +1,7 @@
-"""The head bank: the adapters of every head, applied by row.
+"""The head bank: the LoRA adapters (arXiv 2106.09685) of all heads, applied row by row.
 
-Its arrays are as the `lora` op takes them: a slot's factors lie at index slot - 1, all of one largest rank. Slot 0 is
-the trunk and is not in the bank.
+Its arrays have the form that the `lora` op takes. The factors of slot s are at index s - 1, padded to one common rank.
+Slot 0 stands for the trunk and is not in the bank.
 """
 
 from __future__ import annotations
@@ -22,21 +22,42 @@ from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
 from icarus_jax.models.sharding import FACTOR_AXES, MeshLayout
 from pallas_kernels.lora import lora
 
-DEFAULT_RANK = 16  # of an engine that starts without heads
+DEFAULT_RANK = 16  # the rank of the slots if the engine starts without heads and the config gives none
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]  # target -> (A f32[L, din, r], B f32[L, r, dout])
 
 
 class Lora(nnx.Module):
-    """One projection's low-rank factors of every slot: a [L, A, r, din], b [L, A, r, dout]."""
+    """The low-rank factors of one projection in every slot.
+
+    Attributes:
+        a: [L, A, r, din].
+        b: [L, A, r, dout].
+    """
 
     def __init__(self, a: jax.Array, b: jax.Array):
+        """Holds the factors as parameters."""
         self.a, self.b = nnx.Param(a), nnx.Param(b)
 
 
 class HeadBank(nnx.Module):
-    """`num_slots` adapters of at most `rank`, stacked over layers, all zero at first; other targets are None."""
+    """The adapters of all slots. Each projection of config.TARGETS is an attribute: a Lora, or None if not adapted.
+
+    Attributes:
+        num_slots: A, the number of slots.
+        rank: r, the largest rank of an adapter.
+        targets: The projections that adapters may change.
+    """
 
     def __init__(self, config: ModelConfig, dtype: DTypeLike, num_slots: int, rank: int, targets: Sequence[str]):
+        """Makes a bank of zeros.
+
+        Args:
+            config: The trunk's sizes.
+            dtype: The dtype of the factors.
+            num_slots: A, the number of slots.
+            rank: r, the largest rank of an adapter.
+            targets: The projections that adapters may change.
+        """
         self.num_slots, self.rank, self.targets = num_slots, rank, tuple(targets)
         for target, shape in config.target_shapes.items():
             a, b = ((config.num_layers, num_slots, rank, size) for size in shape)
@@ -47,7 +68,18 @@ class HeadBank(nnx.Module):
 def make_bank(
     model: ModelConfig, config: EngineConfig, num_heads: int, ranks: Sequence[int], adapt_writers: bool
 ) -> HeadBank | None:
-    """The bank of an engine that starts with `num_heads` heads of these ranks; None: no adapter can be loaded."""
+    """Makes the bank of an engine.
+
+    Args:
+        model: The trunk's sizes.
+        config: The engine's sizes. `max_loras` and `max_lora_rank` go before the arguments that follow.
+        num_heads: The number of adapters that the engine starts with.
+        ranks: Their ranks.
+        adapt_writers: Whether adapters may change k and v too.
+
+    Returns:
+        The bank, all zeros; None if it would have no slots.
+    """
     num_slots = config.max_loras or num_heads
     rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
     targets = TARGETS if adapt_writers else LORA_TARGETS
@@ -55,17 +87,35 @@ def make_bank(
 
 
 class Adapters(Protocol):
-    """What a block of layers sees of the adapters: LayerBank, or its counterpart in training."""
+    """The adapters, as a block uses them: LayerBank, or its counterpart in training."""
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
-        """`out` [B, dout] plus the adapters' share of x [B, din], for the rows from `first` on; slots i32[B]."""
+        """Adds the adapters' part of a projection.
+
+        Args:
+            target: The projection, one of config.TARGETS.
+            out: [B, dout], the trunk's part.
+            x: [B, din], the input of the projection.
+            slots: i32[B], the adapter slot of each row; 0: none.
+            first: The first row that may use an adapter.
+
+        Returns:
+            [B, dout], the sum.
+        """
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerBank:
-    """A bank at one layer and in one step. layer i32[]; active i32[U] and implementation: the `lora` op's.
+    """A bank at one layer, in one step.
 
-    On a mesh every device takes its part of din or dout; parts of din are sums, which are added up.
+    On a mesh, each device computes its part of din or dout. Where din is split, the parts are added up.
+
+    Attributes:
+        bank: The adapters of all layers.
+        layer: i32[], the layer.
+        active: i32[U], the different slots of the step, padded with 0.
+        implementation: The implementation of the `lora` op.
+        layout: The mesh.
     """
 
     bank: HeadBank
@@ -75,6 +125,7 @@ class LayerBank:
     layout: MeshLayout
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
+        """Adds the adapters' part of a projection; see `Adapters.add`."""
         factors = getattr(self.bank, target)
         if factors is None or first == out.shape[0]:
             return out
@@ -82,23 +133,31 @@ class LayerBank:
         return out + share if first == 0 else jnp.concatenate([out[:first], out[first:] + share])
 
     def _share(self, target: str, x: jax.Array, a: jax.Array, b: jax.Array, slots: jax.Array) -> jax.Array:
-        layout, (rows, x_lanes) = self.layout, x.shape
+        """Computes the adapters' part [n, dout] of n rows x [n, din], on the mesh."""
+        layout = self.layout
+        rows, x_lanes = x.shape
         din, dout = FACTOR_AXES[target]
-        x_spec, a_spec, b_spec = (
-            layout.spec(("rows", din), x.shape),
-            *(s.spec for s in layout.factors(target, a.shape, b.shape)),
-        )
+        x_spec = layout.spec(("rows", din), x.shape)
         out_spec = layout.spec(("rows", dout), (rows, b.shape[-1]))
+        a_sharding, b_sharding = layout.factors(target, a.shape, b.shape)
 
         def local(x, a, b, layer, slots, active):
             share = lora(x, a, b, layer, slots, active, implementation=self.implementation)
-            return lax.psum(share, x_spec[1]) if a.shape[-1] < x_lanes else share
+            din_is_split = a.shape[-1] < x_lanes
+            return lax.psum(share, x_spec[1]) if din_is_split else share
 
         everywhere = PartitionSpec()
         sharded = jax.shard_map(
             local,
             mesh=layout.mesh,
-            in_specs=(x_spec, a_spec, b_spec, everywhere, layout.spec(("rows",), (rows,)), everywhere),
+            in_specs=(
+                x_spec,
+                a_sharding.spec,
+                b_sharding.spec,
+                everywhere,
+                layout.spec(("rows",), (rows,)),
+                everywhere,
+            ),
             out_specs=out_spec,
             check_vma=False,
         )
@@ -106,10 +165,20 @@ class LayerBank:
 
 
 def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Sequence[str]) -> Factors:
-    """An adapter as a bank takes it: every target, A f32[L, r, din] and B f32[L, r, dout], padded with zeros to `rank`.
+    """Brings an adapter into the form of a bank's slot.
 
-    Raises ValueError, which says what would be right, for a larger rank, a target the bank lacks, another shape or
-    values that are not finite (which would spoil the rows of other heads, too).
+    Args:
+        config: The trunk's sizes.
+        factors: The adapter.
+        rank: r, the bank's rank.
+        targets: The projections that the bank's adapters may change.
+
+    Returns:
+        For each of `targets` A f32[L, r, din] and B f32[L, r, dout], padded with zeros.
+
+    Raises:
+        ValueError: The adapter's rank is larger, it changes another projection, a shape is wrong, or a value is not
+            finite: such values would spoil the rows of other heads too. The message says what would be right.
     """
     largest = max((a.shape[-1] for a, _ in factors.values()), default=0)
     if largest > rank:
@@ -135,7 +204,13 @@ def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Seque
 
 
 def load_slot(bank: Any, slot: jax.Array, factors: Factors) -> None:
-    """Puts an adapter (fit_factors) in place of what is in `slot` (from 1 on)."""
+    """Replaces the adapter in a slot.
+
+    Args:
+        bank: A HeadBank.
+        slot: i32[], the slot, 1 to A.
+        factors: What `fit_factors` made of the new adapter.
+    """
     for target, pair in factors.items():
         stored = getattr(bank, target)
         for param, values in zip((stored.a, stored.b), pair, strict=True):

@@ -1,4 +1,4 @@
-"""Published sizes of models, for what needs no weights: the simulator, and plans of memory."""
+"""Published sizes of models. The simulator and launch/compile_check.py need them, but no weights."""
 
 from __future__ import annotations
 

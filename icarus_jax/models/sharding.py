@@ -1,8 +1,9 @@
-"""The device mesh, and what lies where on it.
+"""The device mesh, and how arrays are split over it.
 
-The user's mesh is data x model. gcd(K, model) devices of `model` split the KV heads; the rest of them, the inner axis
-`page`, and `data` split the tokens of every page. So every device walks the same page lists, no K/V is stored twice,
-and the page pool knows nothing of devices. Letters: config.py.
+The user gives a mesh of data x model devices. Of the axis `model`, gcd(K, model) devices split the KV heads. The other
+factor of `model` is an axis of its own, `page`. It splits the tokens of every page, together with `data`. So every
+device uses the same page lists, no K/V is stored twice, and the page pool need not know of devices. The axis letters
+are those of config.py.
 """
 
 from __future__ import annotations
@@ -23,26 +24,38 @@ from jax.typing import DTypeLike
 from icarus_jax.config import TARGETS, EngineConfig
 
 AXES = ("data", "model", "page")
-KERNELS_OF = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # by platform: the kernels written for it
+KERNELS_OF = {"cpu": "cpu", "tpu": "tpu", "gpu": "gpu", "cuda": "gpu"}  # platform -> the kernels written for it
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """Logical axis -> the mesh axes that split it, the major one first. () and names that are not here: not split.
+    """For each logical axis of an array, the mesh axes that split it, the major one first.
 
-    Where an axis does not divide evenly, mesh axes are left out from the right until it does.
+    A logical axis that is not here is not split. If its size is not divisible by the number of devices, mesh axes are
+    left out from the right until it is.
+
+    Attributes:
+        rows: B, outside of attention.
+        vocab: V.
+        mlp: F.
+        kv_heads: K.
+        query_lanes: N * H, as attention takes them: each `page` device of a KV head needs all of its queries.
+        attended_lanes: N * H, as the output projection takes them.
+        qkv_inputs: D of the q, k, v projection, which `query_lanes` does not split over `page`.
+        kv_tokens: The tokens of every page.
     """
 
-    rows: tuple[str, ...] = ("data",)  # B, outside attention
+    rows: tuple[str, ...] = ("data",)
     vocab: tuple[str, ...] = ("model", "page")
     mlp: tuple[str, ...] = ("model", "page")
     kv_heads: tuple[str, ...] = ("model",)
-    query_lanes: tuple[str, ...] = ("model",)  # N * H; the `page` devices of a KV head all need all of its queries
-    attended_lanes: tuple[str, ...] = ("model", "page")  # N * H, as the output projection takes them
-    qkv_inputs: tuple[str, ...] = ("page",)  # D of the q, k, v projection: what `query_lanes` leaves undivided
-    kv_tokens: tuple[str, ...] = ("data", "page")  # of every page
+    query_lanes: tuple[str, ...] = ("model",)
+    attended_lanes: tuple[str, ...] = ("model", "page")
+    qkv_inputs: tuple[str, ...] = ("page",)
+    kv_tokens: tuple[str, ...] = ("data", "page")
 
 
+# The logical axes of a trunk's weights, for serving and for training.
 PARAM_AXES = {
     "embed": ("vocab", "embed"),
     "lm_head": ("vocab", "embed"),
@@ -57,12 +70,13 @@ PARAM_AXES = {
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
 }
-# By platform: the orders in which a weight's dimensions may lie in a device's memory, the outermost first; elsewhere,
-# and for what is not here, it is the runtime's choice. A TPU keeps the last two in tiles of 8 x 128, and reads a layer
-# well if a product contracts or makes them: 2, K and G + 2 go outside. That is what XLA itself asks for on v5e, v6e and
-# v7x, if it may; its default knows the shape alone (docs/kernels.md). Of several orders the first one counts whose last
-# dimension fills tiles on every device, else the last.
-LANES = 128
+# For each platform, the orders in which a weight's dimensions may lie in a device's memory, the outermost first. The
+# runtime chooses the order of weights and platforms that are not here. A TPU stores the last two dimensions in tiles of
+# 8 x 128, and reads a layer fast if these are the dimensions that a product contracts or makes; so 2, K and G + 2 go
+# outside. XLA chooses the same orders on v5e, v6e and v7x if it is free to; its default looks only at the shape
+# (docs/kernels.md). Of several orders, the first one whose last dimension fills tiles on every device counts, else the
+# last one.
+LANES = 128  # the columns of a tile
 ORDERS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
     "tpu": {
         "qkv": ((0, 2, 3, 4, 1),),
@@ -71,7 +85,8 @@ ORDERS: dict[str, dict[str, tuple[tuple[int, ...], ...]]] = {
         "down": ((0, 1, 2),),
     }
 }
-# A head's factors a [L, A, r, din] and b [L, A, r, dout] are split as the projection's own din or dout is.
+# The logical axes of each projection's din and dout. The heads' factors a [L, A, r, din] and b [L, A, r, dout] are
+# split in the same way.
 FACTOR_AXES = {
     "q_proj": ("embed", "query_lanes"),
     "k_proj": ("embed", "query_lanes"),
@@ -88,48 +103,51 @@ Bank = TypeVar("Bank", bound=nnx.Module)
 
 
 class Weight(Protocol):
-    """A NumPy array, or something that reads like one: only what is indexed need ever be in memory."""
+    """A NumPy array, or something that is indexed like one and reads only that part from disk."""
 
     @property
-    def shape(self) -> tuple[int, ...]: ...
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the whole weight."""
 
     def __getitem__(self, index: Any) -> np.ndarray: ...
 
 
 @runtime_checkable
 class Restorable(Protocol):
-    """A weight whose storage brings every device its own part."""
+    """A weight that its storage can load onto devices, each device its own part."""
 
-    def restore(self, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array: ...
+    def restore(self, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array:
+        """Loads the weight with this sharding and dtype."""
 
 
 @dataclasses.dataclass(frozen=True)
 class MeshLayout:
-    """A mesh with the axes AXES, and the rules for it."""
+    """A mesh and the rules for it. Serving's mesh has the axes AXES; training has a mesh and rules of its own."""
 
     mesh: Mesh
     rules: Rules = Rules()
 
     @property
     def token_shards(self) -> int:
-        """How many devices share the tokens of a page."""
+        """The number of devices that share the tokens of a page."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.kv_tokens)
 
     def kernels(self, wanted: str = "auto") -> str:
-        """The implementation of the ops: the one wanted (engine.kernels), or the one made for these devices."""
+        """Returns the implementation of the ops: `wanted`, or for 'auto' the one written for these devices."""
         return KERNELS_OF.get(self.platform, "xla") if wanted == "auto" else wanted
 
     @property
     def platform(self) -> str:
-        """Of the devices."""
+        """The platform of the devices, for example 'cpu' or 'tpu'."""
         return self.mesh.devices.flat[0].platform
 
     @property
     def rows_are_split(self) -> bool:
+        """Whether the rows of a step are split over devices, outside of attention."""
         return math.prod(self.mesh.shape[axis] for axis in self.rules.rows) > 1
 
     def spec(self, axes: Sequence[str], shape: Sequence[int]) -> PartitionSpec:
-        """How an array with these logical axes is split."""
+        """Returns how an array with these logical axes and this shape is split."""
 
         def fit(axis: str, size: int) -> tuple[str, ...] | None:
             mesh_axes = getattr(self.rules, axis, ())
@@ -140,15 +158,15 @@ class MeshLayout:
         return PartitionSpec(*map(fit, axes, shape))
 
     def named(self, axes: Sequence[str] = (), shape: Sequence[int] = ()) -> NamedSharding:
-        """The sharding of an array with these logical axes; none: replicated."""
+        """Returns the sharding of an array with these logical axes and this shape; without axes: replicated."""
         return NamedSharding(self.mesh, self.spec(axes, shape))
 
     def param(self, name: str, shape: Sequence[int]) -> NamedSharding:
-        """Where a trunk's weight lies (names and shapes: checkpoint.py)."""
+        """Returns the sharding of a trunk's parameter; weights/checkpoint.py has the names and shapes."""
         return self.named(PARAM_AXES[name], shape)
 
     def held(self, name: str, shape: Sequence[int]) -> NamedSharding | Format:
-        """param, and the order of the weight's dimensions in memory where that is ours to say."""
+        """Returns the sharding of a trunk's parameter, with the order of its dimensions in memory if ORDERS has one."""
         sharding, orders = self.param(name, shape), ORDERS.get(self.platform, {}).get(name)
         if orders is None:
             return sharding
@@ -157,24 +175,28 @@ class MeshLayout:
         return Format(DimensionOrder(order), sharding)
 
     def as_held(self, x: Any) -> NamedSharding | Format:
-        """What `held` says of x (an array, or a jax.ShapeDtypeStruct), read from x: what a program that takes x as it
-        lies has to be told."""
+        """Returns the sharding and memory order that an array or a jax.ShapeDtypeStruct has.
+
+        A program that takes `x` without a copy must be compiled for these.
+        """
         layout = x.format.layout if self.platform in ORDERS else None
         return x.sharding if layout is None else Format(DimensionOrder(layout.major_to_minor), x.sharding)
 
     def factors(self, target: str, a: Sequence[int], b: Sequence[int]) -> tuple[NamedSharding, NamedSharding]:
-        """Where the heads' factors a and b of a projection, of these shapes, lie."""
+        """Returns the shardings of a projection's factors with the shapes a [L, A, r, din] and b [L, A, r, dout]."""
         din, dout = FACTOR_AXES[target]
         whole = ("layers", "slots", "rank")
         return self.named((*whole, din), a), self.named((*whole, dout), b)
 
     def constrain(self, x: jax.Array, *axes: str) -> jax.Array:
-        """x, split by its logical axes at this point of a traced program."""
+        """Splits an array by its logical axes at this point of a traced program."""
         return jax.lax.with_sharding_constraint(x, self.named(axes, x.shape))
 
     def place_params(self, params: Mapping[str, Weight], dtype: DTypeLike) -> dict[str, jax.Array]:
-        """A trunk's weights on the mesh, shard by shard. Where ORDERS has a word, a weight is turned around on the
-        devices: they hold one weight twice for a moment."""
+        """Puts a trunk's canonical parameters on the mesh, one device's part at a time.
+
+        Weights of ORDERS are reordered on the devices, which hold one such weight twice while that takes.
+        """
 
         def put(name: str, values: Weight) -> jax.Array:
             placed, held = place(values, self.param(name, values.shape), dtype), self.held(name, values.shape)
@@ -183,7 +205,7 @@ class MeshLayout:
         return {name: put(name, values) for name, values in params.items()}
 
     def place_bank(self, bank: Bank) -> Bank:
-        """Moves the heads' factors to where they belong on the mesh; returns the bank."""
+        """Puts the heads' factors on the mesh, and returns the bank."""
         for target in TARGETS:
             if (lora := getattr(bank, target)) is not None:
                 for side, sharding in zip("ab", self.factors(target, lora.a.shape, lora.b.shape), strict=True):
@@ -195,9 +217,15 @@ class MeshLayout:
 def make_mesh_layout(
     config: EngineConfig, num_kv_heads: int, devices: Sequence[jax.Device] | None = None
 ) -> MeshLayout:
-    """The mesh of engine.mesh for a model with K KV heads, over the first of `devices` (all of this run's).
+    """Makes the mesh of an engine.
 
-    Raises ValueError: too few devices, processes without one, or a page that they cannot share.
+    Args:
+        config: The engine's sizes; `mesh` is DATAxMODEL.
+        num_kv_heads: K, the model's KV heads.
+        devices: The devices, of which the first are used. None: all devices of this run.
+
+    Raises:
+        ValueError: There are too few devices, a process would have none, or the devices cannot share a page evenly.
     """
     devices = jax.devices() if devices is None else devices
     data, model = config.mesh_shape
@@ -224,8 +252,15 @@ def make_mesh_layout(
 
 
 def place(values: Weight | Restorable, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array:
-    """Puts a weight on its devices. The host holds one device's part at a time (jax.make_array_from_callback would
-    hold those of all its devices)."""
+    """Puts a weight on its devices.
+
+    The host holds one device's part at a time. jax.make_array_from_callback would hold the parts of all its devices.
+
+    Args:
+        values: The weight.
+        sharding: How it is split.
+        dtype: The dtype on the devices.
+    """
     if isinstance(values, Restorable):
         return values.restore(sharding, dtype)
     shape = tuple(values.shape)
@@ -234,7 +269,7 @@ def place(values: Weight | Restorable, sharding: NamedSharding, dtype: DTypeLike
     shards, last, piece = [], None, None
     for device, index in sorted(parts.items(), key=lambda item: begin(item[1])):
         if piece is None or begin(index) != last:
-            piece, last = None, begin(index)  # given up before the next is read
+            piece, last = None, begin(index)  # this part is freed before the next one is read
             piece = np.asarray(values[index], dtype)
         shards.append(jax.block_until_ready(jax.device_put(piece, device)))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

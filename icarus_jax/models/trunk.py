@@ -1,15 +1,14 @@
-"""The trunk over rows: embed, blocks, logits.
+"""The trunk over rows: embedding, blocks, logits (ICaRus, arXiv 2603.13281; docs/design.md, section 2).
 
-A block runs T writer rows and R reader rows together (B = T + R). Writers store K/V; readers only attend, with their
-head's adapters on q, o and the MLP. The fused projection also computes k and v of reader rows: one matrix product
-over all rows costs less than two, and those k, v are dropped, never stored.
+A step runs T writer rows and R reader rows together, B = T + R. Writers are the paper's logical encoder: they store
+K/V. Readers are its logical decoders: they attend to the stored K/V, with their head's adapters on q, o and the MLP,
+and store nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -19,8 +18,9 @@ from jax import lax
 
 from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.models.attention import append_and_attend
-from icarus_jax.models.head_bank import Adapters, HeadBank, LayerBank
-from icarus_jax.models.layers import Tables, rms_norm, rope, rope_tables
+from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block
+from icarus_jax.models.head_bank import HeadBank, LayerBank
+from icarus_jax.models.layers import rms_norm, rope_tables
 from icarus_jax.models.sharding import MeshLayout, Weight
 from pallas_kernels.linear import Panels, linear, pack, pack_transposed
 from pallas_kernels.paged_attention import WorkList
@@ -30,11 +30,15 @@ from pallas_kernels.paged_attention.work import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass
 class Rows:
-    """One step's rows, writers first. Padding rows write nowhere and attend to nothing.
+    """The rows of one step, writers first. Padding rows store nothing and attend to nothing.
 
-    tokens i32[B]; slots i32[B] (adapter slot, 0 = none); active i32[U] (the distinct slots among them, padded with 0);
-    kv_cells i32[T] (where each writer row stores its K/V, -1 = nowhere); sample_rows i32[S] (the rows whose logits
-    are wanted); work: the attention work list, which holds the positions i32[B].
+    Attributes:
+        tokens: i32[B], the token ids.
+        slots: i32[B], the adapter slot of each row; 0: none.
+        active: i32[U], the different slots among them, padded with 0.
+        kv_cells: i32[T], where each writer row stores its K/V: page * page_size + offset; -1: nowhere.
+        sample_rows: i32[S], the rows whose logits are wanted.
+        work: The attention work list. It also holds the rows' positions i32[B].
     """
 
     tokens: Array
@@ -45,134 +49,63 @@ class Rows:
     work: WorkList
 
 
-Pin = Callable[[jax.Array], jax.Array]
-BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
-PROJECTIONS = ("qkv", "o", "gate_up", "down")
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """One layer i32[] of a projection, left where it lies among all layers' weights."""
-
-    weights: jax.Array | Panels  # [L, din, dout, ..]
-    layer: Array
-    kernels: str = dataclasses.field(metadata={"static": True})
-
-
-def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
-    """Rows x [B, din] times a projection [din, dout, ..]: [B, dout, ..], or of Panels [B, dout]."""
-    if isinstance(weight, Stacked):
-        return linear(x, weight.weights, weight.layer, implementation=weight.kernels)
-    return jnp.tensordot(x, weight[...], 1)  # as it is: a reshape would undo the split of F
-
-
 def place_weights(
     params: Mapping[str, Weight], layout: MeshLayout, config: EngineConfig
 ) -> dict[str, jax.Array | Panels]:
-    """A trunk's weights on the mesh; on one CPU those of products in Panels, where its kernel takes them.
+    """Puts a trunk's weights on the mesh.
 
-    One after the other: of a weight that is turned around there are two for a moment.
+    On a single CPU device, the weights of matrix products are packed into Panels, as its kernel reads them. Weights are
+    placed one after the other, because the one that is being packed is in memory twice.
+
+    Args:
+        params: The trunk's canonical parameters (weights/checkpoint.py).
+        layout: The mesh.
+        config: The engine's sizes: the dtype, and the implementation of the ops.
     """
-    turned = kernel_reads_layers(layout, layout.kernels(config.kernels))
-    vocabulary = "lm_head" if "lm_head" in params else "embed"  # the product with it is that of its transpose
+    packed = kernel_reads_layers(layout, layout.kernels(config.kernels))
+    vocabulary = "lm_head" if "lm_head" in params else "embed"  # logits are a product with its transpose
 
     def put(name: str) -> jax.Array | Panels:
         weight = layout.place_params({name: params[name]}, config.dtype)[name]
-        if turned and name in PROJECTIONS:
+        if packed and name in PROJECTIONS:
             return jax.block_until_ready(pack(weight))
-        return jax.block_until_ready(pack_transposed(weight)) if turned and name == vocabulary else weight
+        if packed and name == vocabulary:
+            return jax.block_until_ready(pack_transposed(weight))
+        return weight
 
     return {name: put(name) for name in params}
 
 
 def kernel_reads_layers(layout: MeshLayout, kernels: str) -> bool:
-    """The CPU's kernel reads a layer where it lies; XLA takes each layer's weights out, in layouts that it chose."""
+    """Returns whether products read a layer's weights from the stack of all layers, without taking them out.
+
+    Only the kernel for a single CPU device does so. XLA takes each layer's weights out, in a layout that it chooses.
+
+    Args:
+        layout: The mesh.
+        kernels: The implementation of the ops.
+    """
     return kernels == "cpu" and layout.mesh.size == 1
 
 
-class Block(nnx.Module):
-    """One layer's weights, or all layers' with a leading L axis (shapes: checkpoint.py)."""
-
-    attn_norm: nnx.Param
-    qkv: nnx.Param
-    qkv_bias: nnx.Param | None
-    q_norm: nnx.Param | None
-    k_norm: nnx.Param | None
-    o: nnx.Param
-    mlp_norm: nnx.Param
-    gate_up: nnx.Param
-    down: nnx.Param
-
-    def __init__(self, params: dict[str, Any]):
-        for name in BLOCK_PARAMS:
-            setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
-
-    def at(self, layer: Array, kernels: str) -> Block:
-        """Of all layers' blocks, that of one, whose projections are not taken out of their stacks."""
-        stacks = {name: param.get_value() for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
-        block = Block({name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS})
-        for name in PROJECTIONS:
-            setattr(block, name, nnx.data(Stacked(stacks[name], layer, kernels)))
-        return block
-
-    def attention_inputs(
-        self,
-        config: ModelConfig,
-        bank: Adapters | None,
-        x: Array,
-        slots: Array,
-        first: int,
-        tables: Tables,
-        pin: Pin = lambda x: x,
-    ) -> tuple[Array, Array, Array]:
-        """The residual stream x [B, D] -> q [B, N, H], k and v [B, K, H], normalised and rotated.
-
-        pin: says where normalised rows lie on a mesh (else their norm is computed in parts, where `qkv` is split by D).
-        """
-        x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
-        b = x.shape[0]
-        h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
-        qkv = product(x, self.qkv).reshape(b, k, n // k + 2, h)
-        if self.qkv_bias is not None:
-            qkv = qkv + self.qkv_bias[...]
-        query, key, value = (
-            qkv[:, :, :-2].reshape(b, n * h),
-            qkv[:, :, -2].reshape(b, k * h),
-            qkv[:, :, -1].reshape(b, k * h),
-        )
-        if bank is not None:
-            query = bank.add("q_proj", query, x, slots, first)
-            if first == 0:  # only rows that store K/V of their own head's making
-                key, value = (bank.add(t, y, x, slots, 0) for t, y in (("k_proj", key), ("v_proj", value)))
-        query, key, value = query.reshape(b, n, h), key.reshape(b, k, h), value.reshape(b, k, h)
-        if self.q_norm is not None and self.k_norm is not None:
-            query = rms_norm(query, self.q_norm[...], config.rms_norm_eps)
-            key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
-        return rope(query, tables), rope(key, tables), value
-
-    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
-        """What attention adds to the residual stream. attended [B, N, H] or [B, N * H] -> [B, D]."""
-        attended = attended.reshape(len(attended), math.prod(attended.shape[1:]))  # of no rows, too
-        out = product(attended, self.o)
-        return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
-
-    def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
-        """What the SwiGLU MLP adds to the residual stream x [B, D]: [B, D]."""
-        x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        gate_up = product(x, self.gate_up).reshape(len(x), 2, config.intermediate_size)
-        gate, up = gate_up[:, 0], gate_up[:, 1]
-        if bank is not None:
-            gate, up = (bank.add(t, y, x, slots, first) for t, y in (("gate_proj", gate), ("up_proj", up)))
-        hidden = jax.nn.silu(gate) * up
-        out = product(hidden, self.down)
-        return bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
-
-
 class Trunk(nnx.Module):
-    """The frozen base model. `params` is the canonical dict of checkpoint.py, or what place_weights made of it."""
+    """The frozen base model.
+
+    Attributes:
+        config: The model's sizes and options.
+        embed: [V, D], the token embeddings; or Panels of their transpose.
+        blocks: The weights of all layers.
+        final_norm: [D], the weights of the last RMSNorm.
+        lm_head: [V, D], or Panels of its transpose; None if the embeddings take its place.
+    """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any]):
+        """Makes a trunk of weights.
+
+        Args:
+            config: The model's sizes and options.
+            params: The canonical parameters (weights/checkpoint.py), or what `place_weights` made of them.
+        """
         self.config = config
         self.embed = nnx.Param(params["embed"])
         self.blocks = Block({name: params[name] for name in BLOCK_PARAMS if name in params})
@@ -180,16 +113,21 @@ class Trunk(nnx.Module):
         self.lm_head = nnx.data(None if config.tie_word_embeddings else nnx.Param(params["lm_head"]))
 
     def embedded(self, tokens: Array) -> jax.Array:
-        """Tokens i32[B] -> rows [B, D]."""
+        """Embeds the tokens i32[B] as rows [B, D]."""
         embed = self.embed.get_value()
         return embed.columns(0, tokens) if isinstance(embed, Panels) else embed[tokens]
 
     def normed(self, x: jax.Array, slots: Array) -> jax.Array:
-        """The final norm of the residual stream [S, D], rows of the slots i32[S]."""
+        """Applies the final RMSNorm.
+
+        Args:
+            x: [S, D], rows of the residual stream.
+            slots: i32[S], their adapter slots. A fully fine-tuned head has a norm of its own.
+        """
         return rms_norm(x, self.final_norm[...], self.config.rms_norm_eps)
 
     def logits(self, x: jax.Array) -> jax.Array:
-        """Normalised rows [S, D] -> logits f32[S, V]."""
+        """Turns normalised rows [S, D] into logits f32[S, V]."""
         weight = (self.embed if self.lm_head is None else self.lm_head).get_value()
         if isinstance(weight, Panels):
             return linear(x, weight, 0, implementation="cpu")[:, : self.config.vocab_size]
@@ -205,14 +143,22 @@ class Trunk(nnx.Module):
         adapt_writers: bool = False,
         kernels: str = "auto",
     ) -> tuple[jax.Array, jax.Array]:
-        """One step. kv_pages [L, num_pages, K, page_size, 2H] -> (logits f32[S, V], kv_pages).
+        """Runs one step.
 
-        adapt_writers: writer rows have adapters too (an `isolated` head is loaded); else only reader rows do.
-        kernels: the implementation of the ops (pallas_kernels).
+        Args:
+            bank: The heads' adapters; None if there are no adapter slots.
+            kv_pages: [L, num_pages, K, page_size, 2H].
+            rows: The rows of the step.
+            layout: The mesh.
+            adapt_writers: Whether writer rows use adapters too, as those of `activated` and `isolated` heads do.
+            kernels: The implementation of the ops in `pallas_kernels`.
+
+        Returns:
+            The logits f32[S, V] of the sample rows, and the pages with the new K/V.
         """
         config = self.config
         num_writers = rows.kv_cells.shape[0]
-        # rows that lie on several devices are not cut in two: adapters then run over writer rows as well, as zeros
+        # Rows that are split over devices are not cut in two. Adapters then run over writer rows too, and add zeros.
         first = 0 if adapt_writers or layout.rows_are_split else num_writers
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)

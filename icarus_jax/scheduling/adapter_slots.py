@@ -1,7 +1,8 @@
-"""Which head lies in which adapter slot. Host only.
+"""Assigns heads to adapter slots. Host only.
 
-More heads may be served than the device has slots: a head comes into a slot when a sequence of it is admitted, in place
-of the one that was idle the longest, and stays as long as a running sequence uses it.
+An engine may serve more heads than the device has slots. A head gets a slot when one of its sequences is admitted. If
+no slot is empty, it takes the slot of the head that has been idle for the longest time. A head keeps its slot as long
+as one of its sequences runs.
 """
 
 from __future__ import annotations
@@ -12,22 +13,37 @@ from icarus_jax.scheduling.registry import NO_SLOT, Model
 
 
 class AdapterSlots:
-    """`num_slots` adapter slots, numbered from 1. Slot 0 is the trunk and always there."""
+    """The adapter slots of the device, numbered from 1. Slot 0 stands for the trunk, which needs no slot.
+
+    Attributes:
+        num_slots: The number of slots.
+        evictions: How many heads have lost their slot to another head.
+        loads: The heads whose adapters must be copied into their slots before the next step.
+    """
 
     def __init__(self, num_slots: int):
+        """Makes `num_slots` empty slots."""
         self.num_slots = num_slots
         self.evictions = 0
-        self.loads: list[Model] = []  # heads to be put into their slots before the next step
+        self.loads: list[Model] = []
         self._free = list(range(num_slots, 0, -1))
-        self._users: dict[Model, int] = {}  # resident heads, and how many running sequences use each
-        self._idle: OrderedDict[Model, None] = OrderedDict()  # resident, used by none, not pinned; oldest first
+        self._users: dict[Model, int] = {}  # heads with a slot -> how many running sequences use each
+        self._idle: OrderedDict[Model, None] = OrderedDict()  # with a slot, unused and not pinned; oldest first
 
     @property
     def resident(self) -> list[Model]:
+        """The heads that have a slot."""
         return list(self._users)
 
     def acquire(self, model: Model) -> bool:
-        """One more user for the model, which is given a slot if it has none. False: every slot is in use."""
+        """Adds a user of the model, and gives the model a slot if it has none.
+
+        Args:
+            model: The model of a sequence that is about to run.
+
+        Returns:
+            False if the model has no slot and every slot is in use. Nothing has changed then.
+        """
         if model.kind == "base":
             return True
         if model.slot == NO_SLOT and not self._place(model):
@@ -37,7 +53,11 @@ class AdapterSlots:
         return True
 
     def release(self, model: Model) -> None:
-        """One user less."""
+        """Removes a user of the model. Without users the model keeps its slot until another one needs it.
+
+        Args:
+            model: A model that `acquire` was called for.
+        """
         if model.kind == "base":
             return
         self._users[model] -= 1
@@ -46,13 +66,18 @@ class AdapterSlots:
             self._idle[model] = None
 
     def retire(self, model: Model) -> None:
-        """The model gets no new requests: its slot goes first."""
+        """Unpins a model that gets no new requests; if it is idle, its slot is the first to be reused.
+
+        Args:
+            model: A head that is not served any more, or the old version of a head.
+        """
         model.pinned = False
         if model in self._users and not self._users[model]:
             self._idle[model] = None
             self._idle.move_to_end(model, last=False)
 
     def _place(self, model: Model) -> bool:
+        """Gives the model an empty slot or that of the longest idle head; returns False if there is neither."""
         if self._free:
             model.slot = self._free.pop()
         elif self._idle:
@@ -60,7 +85,7 @@ class AdapterSlots:
             del self._users[old]
             model.slot, old.slot = old.slot, NO_SLOT
             self.evictions += 1
-            if old in self.loads:  # never came to the device
+            if old in self.loads:  # it was not copied to the device yet
                 self.loads.remove(old)
         else:
             return False

@@ -1,54 +1,33 @@
 """The page pool: allocation, reference counts and the prefix cache. Host only.
 
-A page is named by the chain of tokens up to its end: `key = hash(parent key, tokens)`. The name says nothing of the
-head that asked for it, which is why one head's pages are a hit for every other; only where a head makes K/V of its own
-does its salt enter the chain. A page that is only partly filled is cached too: it is copied, or, when nobody holds it
-and the new prompt continues it exactly, taken over.
+Pages are cached under their keys (page_keys.py). Partly filled pages are cached too. A prompt that matches some of such
+a page's tokens gets a copy of it. If nobody holds the page and the prompt continues it exactly, the prompt takes the
+page itself.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from array import array
 from collections import OrderedDict, defaultdict
 from collections.abc import Sequence as Tokens
+
+from icarus_jax.scheduling.page_keys import Chain, page_key
 
 
 class OutOfPages(Exception):
     """No page is free and none can be evicted."""
 
 
-def page_key(parent: bytes, tokens: Tokens[int]) -> bytes:
-    """The name of a page (full or partial) that holds `tokens` after the prefix `parent`."""
-    return hashlib.blake2b(parent + array("i", tokens).tobytes(), digest_size=16).digest()
-
-
-@dataclasses.dataclass(frozen=True)
-class Chain:
-    """How a sequence's pages are named: by their tokens alone, and from page `start` on by `salt` too."""
-
-    salt: str = ""
-    start: int = 0
-
-    def parent(self, keys: Tokens[bytes], page: int) -> bytes:
-        """What the name of page number `page` is derived from; `keys` are those of the pages before it."""
-        key = keys[page - 1] if page else b""
-        if self.salt and page == self.start:
-            return hashlib.blake2b(key + self.salt.encode(), digest_size=16).digest()
-        return key
-
-    def keys(self, tokens: Tokens[int], page_size: int, known: list[bytes] | None = None) -> list[bytes]:
-        """Keys of the full pages of `tokens`, continuing the list `known` of its first pages."""
-        keys = list(known or ())
-        for page in range(len(keys), len(tokens) // page_size):
-            keys.append(page_key(self.parent(keys, page), tokens[page * page_size : (page + 1) * page_size]))
-        return keys
-
-
 @dataclasses.dataclass(frozen=True)
 class Content:
-    """What a cached page holds: its place in the chain, its tokens, and the model that was first to write it."""
+    """What a cached page holds.
+
+    Attributes:
+        parent: What the page's name is derived from (`Chain.parent`).
+        tokens: The page's tokens.
+        key: The page's name.
+        model: The name of the model for which the page was first written.
+    """
 
     parent: bytes
     tokens: tuple[int, ...]
@@ -58,7 +37,13 @@ class Content:
 
 @dataclasses.dataclass(frozen=True)
 class Match:
-    """Cached pages for a prompt: whole ones, and at most one page of which `tail_len` tokens can be copied."""
+    """The cached pages of a prompt.
+
+    Attributes:
+        pages: The full pages, which the prompt can share.
+        tail_page: A page whose first tokens continue the prompt after `pages`; None if there is none.
+        tail_len: How many tokens of `tail_page` the prompt can use.
+    """
 
     pages: list[int]
     tail_page: int | None
@@ -66,42 +51,75 @@ class Match:
 
 
 class PagePool:
-    """`num_pages` pages of `page_size` tokens. Raises OutOfPages; never hands out a page that somebody holds."""
+    """All pages of the KV cache, numbered from 0. A page that somebody holds is never handed out or evicted.
+
+    Attributes:
+        num_pages: The number of pages.
+        page_size: Tokens per page.
+        caching: Whether pages are kept for later prompts.
+        refs: For each page, how many sequences and sessions hold it.
+        evictions: How many cached pages have been given up for others.
+    """
 
     def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool = True):
-        self.num_pages, self.page_size, self.caching = num_pages, page_size, enable_prefix_caching
+        """Makes a pool of empty pages.
+
+        Args:
+            num_pages: The number of pages.
+            page_size: Tokens per page.
+            enable_prefix_caching: Whether to keep pages for later prompts.
+        """
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.caching = enable_prefix_caching
         self.refs = [0] * num_pages
         self.evictions = 0
-        self._free = list(range(num_pages - 1, -1, -1))  # hold nothing worth keeping
+        self._free = list(range(num_pages - 1, -1, -1))  # pages without cached content
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self._content: dict[int, Content] = {}
         self._by_key: dict[bytes, int] = {}
+        # (parent, first token) -> the cached pages that start so, and their tokens
         self._children: defaultdict[tuple[bytes, int], dict[int, tuple[int, ...]]] = defaultdict(dict)
 
     @property
     def num_free(self) -> int:
+        """How many pages can be allocated: the empty ones, and the cached ones that nobody holds."""
         return len(self._free) + len(self._idle)
 
     @property
     def num_cached(self) -> int:
+        """How many cached pages nobody holds."""
         return len(self._idle)
 
     @property
     def num_used(self) -> int:
+        """How many pages somebody holds."""
         return self.num_pages - self.num_free
 
     def model_of(self, page: int) -> str:
+        """Returns the name of the model for which a cached page was first written."""
         return self._content[page].model
 
     def is_cached(self, key: bytes) -> bool:
+        """Returns whether a page of this name is cached."""
         return key in self._by_key
 
     def num_cached_of(self, keys: Tokens[bytes]) -> int:
-        """How many of the first pages named `keys` are cached."""
+        """Returns how many pages are cached, counted from the first up to the first that is missing.
+
+        Args:
+            keys: The keys of a sequence's pages.
+        """
         return next((i for i, key in enumerate(keys) if key not in self._by_key), len(keys))
 
     def match(self, chain: Chain, tokens: Tokens[int], keys: list[bytes]) -> Match:
-        """The longest cached prefix of `tokens`, whose full pages are named `keys`. Takes nothing."""
+        """Finds the longest cached prefix of a sequence. The pages are not held yet; `take` does that.
+
+        Args:
+            chain: How the sequence's pages are named.
+            tokens: The tokens of the sequence.
+            keys: The keys of its full pages.
+        """
         if not self.caching:
             return Match([], None, 0)
         pages: list[int] = []
@@ -113,16 +131,19 @@ class PagePool:
         parent = chain.parent(keys, len(pages))
         rest = tuple(tokens[len(pages) * self.page_size : (len(pages) + 1) * self.page_size])
         best, best_len = None, 0
-        for page, held in self._children.get((parent, rest[0]), {}).items() if rest else ():
-            length = next(
-                (i for i, (a, b) in enumerate(zip(held, rest, strict=False)) if a != b), min(len(held), len(rest))
-            )
+        candidates = self._children.get((parent, rest[0]), {}) if rest else {}
+        for page, held in candidates.items():
+            length = _common_length(held, rest)
             if length > best_len:
                 best, best_len = page, length
         return Match(pages, best, best_len)
 
     def allocate(self) -> int:
-        """A page of one's own; the least recently used cached page is evicted when none is empty."""
+        """Hands out a page to a single holder. If none is empty, the least recently used cached page is evicted.
+
+        Raises:
+            OutOfPages: Every page is held.
+        """
         if self._free:
             page = self._free.pop()
         elif self._idle:
@@ -135,9 +156,16 @@ class PagePool:
         return page
 
     def take(self, match: Match) -> tuple[list[int], list[tuple[int, int]]]:
-        """Holds the matched pages. Returns the page table and the copies (src, dst) that must run before any write.
+        """Holds the matched pages. A tail page is copied to a page of its own, or taken itself if nobody else needs it.
 
-        On OutOfPages everything taken is given back.
+        Args:
+            match: What `match` found. No page may have been allocated in between.
+
+        Returns:
+            The page table, and the page copies (src, dst) that must run before any K/V is written.
+
+        Raises:
+            OutOfPages: There is no page for the copy. The matched pages are given back first.
         """
         for page in match.pages:
             self._hold(page)
@@ -156,7 +184,14 @@ class PagePool:
         return [*match.pages, copy], [(tail, copy)]
 
     def register(self, page: int, parent: bytes, tokens: Tokens[int], model: str) -> None:
-        """Caches a held page's content (full or partial). A page whose content is cached already stays private."""
+        """Puts a page into the prefix cache. If a page of the same name is cached already, nothing happens.
+
+        Args:
+            page: A page that somebody holds.
+            parent: What its name is derived from (`Chain.parent`).
+            tokens: The tokens whose K/V it stores; fewer than the page size if it is partly filled.
+            model: The name of the model for which they were written.
+        """
         if not self.caching or not tokens:
             return
         key = page_key(parent, tokens)
@@ -170,13 +205,21 @@ class PagePool:
         self._children[parent, content.tokens[0]][page] = content.tokens
 
     def hold(self, pages: Tokens[int]) -> None:
-        """One more holder for each page."""
+        """Adds a holder to each page.
+
+        Args:
+            pages: Pages that are cached or held.
+        """
         for page in pages:
             self._hold(page)
 
     def release(self, pages: Tokens[int], useful: bool = True) -> None:
-        """Gives pages back; the cached ones stay until evicted, the last of a sequence first, those not `useful`
-        before all others."""
+        """Removes a holder of each page. Cached pages that nobody holds then stay until they are evicted.
+
+        Args:
+            pages: The page table of a sequence. Its last pages are evicted first.
+            useful: False: evict these pages before all others.
+        """
         for page in reversed(pages):
             self.refs[page] -= 1
             assert self.refs[page] >= 0, f"page {page} was given back twice"
@@ -189,7 +232,7 @@ class PagePool:
                     self._free.append(page)
 
     def clear(self) -> None:
-        """Forgets every cached page that nobody holds."""
+        """Empties every cached page that nobody holds."""
         for page in list(self._idle):
             self._forget(page)
             self._free.append(page)
@@ -200,6 +243,7 @@ class PagePool:
         self._idle.pop(page, None)
 
     def _forget(self, page: int) -> None:
+        """Removes a page from the prefix cache, if it is there."""
         content = self._content.pop(page, None)
         if content is None:
             return
@@ -208,3 +252,9 @@ class PagePool:
         del siblings[page]
         if not siblings:
             del self._children[content.parent, content.tokens[0]]
+
+
+def _common_length(a: Tokens[int], b: Tokens[int]) -> int:
+    """Returns how many tokens two lists have in common at their beginning."""
+    shorter = min(len(a), len(b))
+    return next((i for i in range(shorter) if a[i] != b[i]), shorter)

@@ -1,87 +1,131 @@
-"""What is asked of the engine, and what comes back: the request, how to sample, and each step's output of a stream."""
+"""The engine's input and output: a request, how to sample for it, and what each step returns to a stream."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.registry import Model
 
-MAX_LOGPROBS = 20
-MAX_LOGIT_BIAS = 300
-MAX_STOPS = 16
+MAX_LOGPROBS = 20  # alternatives per token
+MAX_LOGIT_BIAS = 300  # entries of logit_bias
+MAX_STOPS = 16  # stop strings, and stop tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a sampling field may have.
+
+    Attributes:
+        low: The lower end.
+        high: The upper end, which is allowed unless it is infinite.
+        above: Whether the lower end itself is excluded.
+    """
+
+    low: float
+    high: float = math.inf
+    above: bool = False
+
+    def check(self, field: str, value: float) -> None:
+        """Checks a value.
+
+        Args:
+            field: The field's name, for the message.
+            value: The value.
+
+        Raises:
+            RequestError: The value is outside the range, infinite or NaN.
+        """
+        if (self.low < value if self.above else self.low <= value) and value <= self.high and value != math.inf:
+            return
+        low = f"be above {self.low:g}" if self.above else f"be at least {self.low:g}"
+        high = "" if self.high == math.inf else f" and at most {self.high:g}"
+        raise RequestError(f"{field} is {value}; it must {low}{high}", field)
+
+
+def _field(default: Any, low: float, high: float = math.inf, above: bool = False) -> Any:
+    """Declares a dataclass field with a range."""
+    return dataclasses.field(default=default, metadata={"range": Range(low, high, above)})
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingParams:
-    """How to pick tokens; names and defaults are the OpenAI API's and vLLM's.
+    """How to pick tokens. Names and defaults are those of the OpenAI API and of vLLM.
 
-    temperature 0 is greedy. top_k 0 and top_p 1 keep every token. logprobs: None, or how many alternatives
-    (0..20) to report a generated token; prompt_logprobs the same for prompt tokens. Raises RequestError.
+    The request bodies of the HTTP API are made from these fields too (server/protocol.py).
+
+    Attributes:
+        max_tokens: The largest number of tokens to generate; 0 only scores the prompt.
+        min_tokens: The smallest number of tokens to generate: no stop ends the text before.
+        temperature: Divides the logits before a draw; 0 always takes the likeliest token.
+        top_k: Draw from the k likeliest tokens; 0 or -1: from all.
+        top_p: Draw from the likeliest tokens that together have this probability; 1: from all.
+        min_p: Draw from the tokens that have at least this share of the likeliest token's probability.
+        repetition_penalty: Divides the positive logits, and multiplies the negative logits, of tokens that are in the
+            prompt or the output (CTRL, arXiv 1909.05858). 1: no penalty.
+        presence_penalty: Is subtracted from the logits of tokens that are in the output.
+        frequency_penalty: Is subtracted from a token's logit once for each time that it is in the output.
+        logit_bias: Pairs (token id, bias); the bias, -100 to 100, is added to the token's logit.
+        stop: Strings that end the text.
+        stop_token_ids: Tokens that end the text.
+        include_stop_str_in_output: Whether the text keeps the stop string.
+        ignore_eos: Whether the model's own end tokens are treated as any other token.
+        seed: The seed of the random draws; None: a random one.
+        logprobs: How many alternatives (0 to 20) to report for each generated token; None: no log-probabilities.
+        prompt_logprobs: The same for each token of the prompt.
+
+    Raises:
+        RequestError: A value is outside its range; the error's `field` names it.
     """
 
-    max_tokens: int = 16
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
+    max_tokens: int = _field(16, 0)
+    min_tokens: int = _field(0, 0)
+    temperature: float = _field(1.0, 0, 100)
+    top_k: int = _field(0, -1)
+    top_p: float = _field(1.0, 0, 1, above=True)
+    min_p: float = _field(0.0, 0, 1)
+    repetition_penalty: float = _field(1.0, 0, above=True)
+    presence_penalty: float = _field(0.0, -2, 2)
+    frequency_penalty: float = _field(0.0, -2, 2)
     logit_bias: tuple[tuple[int, float], ...] = ()
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     include_stop_str_in_output: bool = False
     ignore_eos: bool = False
     seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
+    logprobs: int | None = _field(None, 0, MAX_LOGPROBS)
+    prompt_logprobs: int | None = _field(None, 0, MAX_LOGPROBS)
 
-    def __post_init__(self):
-        inf = math.inf
-        for name, low, high in (
-            ("max_tokens", 0, inf),  # 0: score the prompt only
-            ("min_tokens", 0, inf),
-            ("temperature", 0.0, 100.0),
-            ("top_k", -1, inf),
-            ("min_p", 0.0, 1.0),
-            ("presence_penalty", -2.0, 2.0),
-            ("frequency_penalty", -2.0, 2.0),
-            ("logprobs", 0, MAX_LOGPROBS),
-            ("prompt_logprobs", 0, MAX_LOGPROBS),
-        ):
-            value = getattr(self, name)
-            if value is not None and not low <= value <= high:  # NaN fails too
-                raise RequestError(f"{name} is {value}; it must lie between {low} and {high}", name)
-        if not 0 < self.top_p <= 1:
-            raise RequestError(f"top_p is {self.top_p}; it must be above 0 and at most 1", "top_p")
-        if not 0 < self.repetition_penalty < inf:
-            raise RequestError(
-                f"repetition_penalty is {self.repetition_penalty}; it must be above 0", "repetition_penalty"
-            )
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None and "range" in field.metadata:
+                field.metadata["range"].check(field.name, value)
         if self.min_tokens > self.max_tokens:
             raise RequestError(f"min_tokens {self.min_tokens} is above max_tokens {self.max_tokens}", "min_tokens")
-        if len(self.logit_bias) > MAX_LOGIT_BIAS:
-            raise RequestError(
-                f"logit_bias names {len(self.logit_bias)} tokens; at most {MAX_LOGIT_BIAS}", "logit_bias"
-            )
+        self._check_lists()
+
+    def _check_lists(self) -> None:
+        for name, most in (("logit_bias", MAX_LOGIT_BIAS), ("stop", MAX_STOPS), ("stop_token_ids", MAX_STOPS)):
+            if len(getattr(self, name)) > most:
+                raise RequestError(f"{name} has {len(getattr(self, name))} entries; at most {most} are allowed", name)
         for _, bias in self.logit_bias:
             if not -100 <= bias <= 100:
                 raise RequestError(f"a logit_bias is {bias}; it must lie between -100 and 100", "logit_bias")
-        if len(self.stop) > MAX_STOPS or len(self.stop_token_ids) > MAX_STOPS:
-            raise RequestError(f"at most {MAX_STOPS} stops", "stop" if len(self.stop) > MAX_STOPS else "stop_token_ids")
-        if any(not s for s in self.stop):
+        if any(not text for text in self.stop):
             raise RequestError("a stop string is empty", "stop")
 
     @property
     def greedy(self) -> bool:
+        """Whether the likeliest token is always taken."""
         return self.temperature == 0.0
 
     @property
     def has_penalties(self) -> bool:
+        """Whether any penalty changes the logits. The sampler then needs the sequence's tokens."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
 
@@ -89,8 +133,11 @@ class SamplingParams:
 class SessionHint:
     """What a client says of the conversation that a request belongs to.
 
-    retain_s: seconds for which its pages are kept after the answer (inf: until released); None: as long as there is
-    room. next_model: the model that will most likely continue.
+    Attributes:
+        id: The session's id.
+        retain_s: For how many seconds its pages are kept after the answer. inf: until they are released. None: until
+            they are evicted, as any cached page.
+        next_model: The name of the model that will most likely continue; None if it is not known.
     """
 
     id: str
@@ -98,15 +145,26 @@ class SessionHint:
     next_model: str | None = None
 
 
+# Makes the handoff rule of one choice. The rule is told each new token, and names the model that writes the next one.
 Handoff = Callable[[], Callable[[int], str | None]]
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """One prompt for one model or several. Choice i is the (i % n)-th of models[i // n] and draws with seed + i % n.
+    """One prompt for one or several models.
 
-    handoff: called once a choice; what it returns is told each new token, on the engine's thread, and names the model
-    that goes on from the next token, or None. reference_logprobs: the trunk's log-probability of each token, too.
+    The answers, called choices, number len(models) * n. Choice i is the (i % n)-th answer of models[i // n], and its
+    random draws use the seed + i % n.
+
+    Attributes:
+        models: The names of the models that answer.
+        prompt_ids: The token ids of the prompt.
+        params: How to pick tokens.
+        n: The number of answers of each model.
+        handoff: Is called once for each choice. What it returns is called on the engine's thread with each new token,
+            and returns the name of the model that writes the next token, or None for no change.
+        reference_logprobs: Whether the trunk's log-probability of each generated token is wanted too.
+        session: What the client says of the conversation.
     """
 
     models: tuple[str, ...]
@@ -118,7 +176,17 @@ class Request:
     session: SessionHint | None = None
 
     def check(self, models: Mapping[str, Model], limit: int, vocab: int, max_num_seqs: int) -> None:
-        """Raises RequestError, its field set, for what cannot be served: `limit` is the context in tokens."""
+        """Checks whether the engine can serve the request.
+
+        Args:
+            models: The served models by name.
+            limit: The context length in tokens.
+            vocab: The size of the vocabulary.
+            max_num_seqs: The largest `n`.
+
+        Raises:
+            RequestError: It cannot; the error's `field` names what is wrong.
+        """
         served = ", ".join(models)
         for name in self.models:
             if name not in models:
@@ -150,7 +218,13 @@ class Request:
 
 @dataclasses.dataclass
 class TokenLogprob:
-    """A token's log-probability under the raw logits (no temperature, no penalty), with the best alternatives."""
+    """A token's log-probability under the raw logits: without temperature, penalties and biases.
+
+    Attributes:
+        token_id: The token.
+        logprob: Its log-probability, in nats.
+        top: The MAX_LOGPROBS likeliest tokens and their log-probabilities, the likeliest first.
+    """
 
     token_id: int
     logprob: float
@@ -159,13 +233,25 @@ class TokenLogprob:
 
 @dataclasses.dataclass
 class TokenOutput:
-    """What one step tells one sequence's stream. `token_ids` is empty for a stream that only ends or scores."""
+    """What one step returns to the stream of one sequence.
+
+    Attributes:
+        seq_id: The sequence's id.
+        token_ids: The new tokens; empty if the stream only ends, or if only the prompt was scored.
+        model: The name of the model that wrote them.
+        logprobs: Their log-probabilities; None if they were not asked for.
+        reference_logprobs: Their log-probabilities under the trunk, in nats; None if they were not asked for.
+        prompt_logprobs: The log-probabilities of the whole prompt, in the stream's first output if they were asked
+            for. The first entry is None, because nothing precedes the first token.
+        finish_reason: Why the stream ends with this output: 'stop', 'length', 'abort' or 'error'. None: it goes on.
+        cached_tokens: How many tokens of the prompt were taken from the prefix cache.
+    """
 
     seq_id: int
     token_ids: list[int]
-    model: str = ""  # that wrote them
+    model: str = ""
     logprobs: list[TokenLogprob] | None = None
-    reference_logprobs: list[float] | None = None  # the trunk's log-probabilities of `token_ids`
-    prompt_logprobs: list[TokenLogprob | None] | None = None  # whole prompt, once; its first entry is None
-    finish_reason: str | None = None  # 'stop' | 'length' | 'abort' | 'error'
-    cached_tokens: int = 0  # prompt tokens taken from the cache
+    reference_logprobs: list[float] | None = None
+    prompt_logprobs: list[TokenLogprob | None] | None = None
+    finish_reason: str | None = None
+    cached_tokens: int = 0

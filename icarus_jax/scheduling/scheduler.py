@@ -1,12 +1,12 @@
-"""Which rows run in the next step, on which pages. Host only.
+"""Decides which rows run in the next step, and on which pages. Host only.
 
-Chunked prefill in one token budget; who is admitted first, waiting.py says. A waiting sequence whose next page is being
-computed by a running one waits for it: a prompt sent to eight models at once is prefilled once.
+Running sequences come first, then waiting ones are admitted (admission.py), as far as the step's budget of rows and the
+free pages allow. A long prompt is prefilled in chunks over several steps. A waiting sequence whose next page is just
+being computed by a running sequence waits for that page, so that a prompt sent to eight models is prefilled once.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections import deque
 from collections.abc import Callable
@@ -15,43 +15,40 @@ from collections.abc import Sequence as Seq
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling import admission
 from icarus_jax.scheduling.adapter_slots import AdapterSlots
-from icarus_jax.scheduling.page_pool import Chain, Match, PagePool, page_key
-from icarus_jax.scheduling.plan import SampleRow, StepPlan, Work
+from icarus_jax.scheduling.admission import Verdict
+from icarus_jax.scheduling.page_keys import Chain, page_key
+from icarus_jax.scheduling.page_pool import Match, PagePool
+from icarus_jax.scheduling.plan import Budget, SampleRow, StepPlan, Work, plan_rows, rows_to_write, take_results
 from icarus_jax.scheduling.registry import NEVER, Model
 from icarus_jax.scheduling.request import TokenOutput
 from icarus_jax.scheduling.sequence import Sequence, Status
 from icarus_jax.scheduling.sessions import Sessions
+from icarus_jax.scheduling.stats import SchedulerStats
 
-SCORE_ROWS = 128  # most reader rows, and most rows with logits, in one step
-
-
-@dataclasses.dataclass
-class Budget:
-    """What is left of a step."""
-
-    writers: int
-    readers: int
-    logits: int
-
-
-@dataclasses.dataclass
-class SchedulerStats:
-    """Counters since the start, in tokens unless named otherwise."""
-
-    admitted: int = 0  # sequences
-    prompt_tokens: int = 0
-    prefill_tokens: int = 0
-    cached_tokens_same_model: int = 0
-    cached_tokens_cross_model: int = 0
-    generated_tokens: int = 0
-    preemptions: int = 0  # sequences
-    handoffs: int = 0
+SCORE_ROWS = 128  # a step may have this many reader rows and rows with logits, or max_num_seqs if that is more
 
 
 class Scheduler:
-    """Owns the sequences, the page pool and the adapter slots. One thread only. clock: seconds, for sessions."""
+    """Plans the steps of an engine. Not thread-safe.
+
+    Attributes:
+        config: The engine's sizes.
+        pool: The page pool.
+        slots: The adapter slots.
+        sessions: The pages kept for conversations.
+        waiting: The sequences that wait, in order of arrival; preempted ones are in front.
+        running: The sequences that run, in order of admission.
+        stats: Counters.
+    """
 
     def __init__(self, config: EngineConfig, num_slots: int = 0, clock: Callable[[], float] = time.monotonic):
+        """Makes a scheduler without sequences.
+
+        Args:
+            config: The engine's sizes.
+            num_slots: The number of adapter slots.
+            clock: Returns the time in seconds; sessions expire by it.
+        """
         self.config = config
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
         self.slots = AdapterSlots(num_slots)
@@ -63,14 +60,16 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
+        """Whether any sequence waits or runs."""
         return bool(self.waiting or self.running)
 
     def add(self, seq: Sequence) -> None:
+        """Puts a new sequence at the end of the queue."""
         self._name_pages(seq)
         self.waiting.append(seq)
 
     def abort(self, seq: Sequence) -> None:
-        """Ends a sequence between two steps and gives its pages back."""
+        """Ends a sequence between two steps and releases its pages."""
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
         elif seq.status is Status.RUNNING:
@@ -78,7 +77,7 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def _name_pages(self, seq: Sequence) -> None:
-        """From which position on the model makes K/V of its own, and hence how the pages are named."""
+        """Sets how the sequence's pages are named. It depends on where the model starts to make K/V of its own."""
         seq.adapted_from = seq.model.adapted_from(seq.tokens)
         salted = seq.adapted_from < NEVER
         seq.chain = Chain(seq.model.salt, seq.adapted_from // self.config.page_size) if salted else Chain()
@@ -87,14 +86,18 @@ class Scheduler:
     # ---- schedule
 
     def schedule(self) -> StepPlan:
-        """The next step's rows. Pages for every writer row are allocated; an empty plan means nothing can run."""
+        """Plans the next step and allocates the pages of its writer rows.
+
+        Returns:
+            The plan. It has no work if there are no sequences, or if none of them can run.
+        """
         plan = StepPlan()
         self.sessions.expire()
         rows = max(SCORE_ROWS, self.config.max_num_seqs)
         budget = Budget(self.config.max_num_batched_tokens, rows, rows)
         for seq in list(self.running):
             if seq.status is Status.RUNNING and self._make_room(seq, budget, plan):
-                self._plan(seq, budget, plan)
+                plan_rows(seq, budget, plan)
         if not plan.preempted:
             self._admit(budget, plan)
         if not plan.work and len(self.sessions):
@@ -103,13 +106,13 @@ class Scheduler:
         plan.loads, self.slots.loads = self.slots.loads, []
         return plan
 
-    def _wanted(self, seq: Sequence, budget: Budget) -> int:
-        """Writer rows this sequence would get now."""
-        return min(len(seq.tokens) - seq.num_computed, budget.writers)
-
     def _make_room(self, seq: Sequence, budget: Budget, plan: StepPlan) -> bool:
-        """Allocates the pages of the next writer rows; preempts the latest arrivals as needed. False: `seq` went."""
-        while not self._extend(seq, self._wanted(seq, budget)):
+        """Allocates the pages of the next writer rows, and preempts the sequences admitted last as needed.
+
+        Returns:
+            False if `seq` itself was preempted.
+        """
+        while not self._extend(seq, rows_to_write(seq, budget)):
             victim = self.running[-1]
             self._requeue(victim)
             plan.preempted.append(victim)
@@ -119,6 +122,7 @@ class Scheduler:
         return True
 
     def _extend(self, seq: Sequence, num_write: int) -> bool:
+        """Allocates the pages of the next `num_write` writer rows; returns False if there are too few."""
         need = -(-(seq.num_computed + num_write) // self.config.page_size) - len(seq.page_table)
         if need > self.pool.num_free and not self.sessions.make_room(need):
             return False
@@ -126,43 +130,51 @@ class Scheduler:
         return True
 
     def _requeue(self, seq: Sequence) -> None:
-        """Back to the head of the queue; what it has computed stays in the cache as long as there is room."""
+        """Puts a running sequence back at the head of the queue. Its pages stay in the cache until they are evicted."""
         self._leave(seq)
         seq.status, seq.num_computed = Status.WAITING, 0
         self.waiting.appendleft(seq)
 
     def _admit(self, budget: Budget, plan: StepPlan) -> None:
         places = self.config.max_num_seqs
-        for seq in admission.in_order(self.waiting, self.pool, places) if len(self.running) < places else ():
+        if len(self.running) >= places:
+            return
+        for seq in admission.in_order(self.waiting, self.pool, places):
             full = len(self.running) >= places or not budget.writers
             if full or min(budget.readers, budget.logits) < 1 + seq.reference:
                 return
-            size = self.config.page_size
-            match = Match([], None, 0) if seq.private else self.pool.match(seq.chain, seq.tokens, seq.page_keys)
-            covered = len(match.pages) * size + match.tail_len
-            cached = self.pool.caching and not seq.private
-            to_compute = self._keys_to_compute(seq, match) if covered < len(seq.tokens) and cached else []
-            if to_compute and to_compute[0] in self._pending:
-                continue
-            need = -(-len(seq.tokens) // size) - len(match.pages)
-            idle = sum(self.pool.refs[p] == 0 for p in match.pages)  # counted free until they are held
-            if need + idle > self.pool.num_free and not self.sessions.make_room(need + idle):
+            if self._try_to_admit(seq, budget, plan) is Verdict.NOBODY:
                 return
-            if not self.slots.acquire(seq.model):
-                if admission.is_overdue(seq, places):  # else the others might keep the slots for ever
-                    return
-                continue
-            self._enter(seq, match, covered, to_compute, plan)
-            self._extend(seq, len(seq.tokens) - seq.num_computed)
-            self._plan(seq, budget, plan)
+
+    def _try_to_admit(self, seq: Sequence, budget: Budget, plan: StepPlan) -> Verdict:
+        """Admits a waiting sequence if there are pages and an adapter slot for it."""
+        match = Match([], None, 0) if seq.private else self.pool.match(seq.chain, seq.tokens, seq.page_keys)
+        covered = len(match.pages) * self.config.page_size + match.tail_len
+        cached = self.pool.caching and not seq.private
+        to_compute = self._keys_to_compute(seq, match) if covered < len(seq.tokens) and cached else []
+        if to_compute and to_compute[0] in self._pending:  # a running sequence is computing its next page
+            return Verdict.LATER
+        need = -(-len(seq.tokens) // self.config.page_size) - len(match.pages)
+        idle = sum(self.pool.refs[p] == 0 for p in match.pages)  # num_free counts them until they are held
+        if need + idle > self.pool.num_free and not self.sessions.make_room(need + idle):
+            return Verdict.NOBODY
+        if not self.slots.acquire(seq.model):
+            # An overdue sequence keeps the others out: they might keep the slots in use for ever.
+            return Verdict.NOBODY if admission.is_overdue(seq, self.config.max_num_seqs) else Verdict.LATER
+        self._enter(seq, match, covered, to_compute, plan)
+        self._extend(seq, len(seq.tokens) - seq.num_computed)
+        plan_rows(seq, budget, plan)
+        return Verdict.ADMITTED
 
     def _keys_to_compute(self, seq: Sequence, match: Match) -> list[bytes]:
-        """Names of the pages that are not cached, the partial last one included."""
+        """Returns the keys of the sequence's pages that are not cached, the partly filled last one included."""
         tail = seq.tokens[len(seq.page_keys) * self.config.page_size :]
         parent = seq.chain.parent(seq.page_keys, len(seq.page_keys))
-        return [*seq.page_keys[len(match.pages) :], *([page_key(parent, tail)] if tail else [])]
+        keys = seq.page_keys[len(match.pages) :]
+        return [*keys, page_key(parent, tail)] if tail else keys
 
     def _enter(self, seq: Sequence, match: Match, covered: int, to_compute: list[bytes], plan: StepPlan) -> None:
+        """Moves a sequence from the queue to the running ones, on its cached pages."""
         owners = [(self.pool.model_of(p), self.config.page_size) for p in match.pages]
         if match.tail_page is not None:
             owners.append((self.pool.model_of(match.tail_page), match.tail_len))
@@ -180,29 +192,18 @@ class Scheduler:
             self.stats.cached_tokens_same_model += same
             self.stats.cached_tokens_cross_model += covered - same
 
-    def _plan(self, seq: Sequence, budget: Budget, plan: StepPlan) -> None:
-        """Adds this sequence's rows, as far as the budget goes (DESIGN, section 2)."""
-        num_write = self._wanted(seq, budget)
-        end = seq.num_computed + num_write
-        first = seq.num_scored if seq.wants_score else len(seq.tokens) - 1
-        read_end = end if seq.model.kind == "shared" else seq.num_computed
-        room = budget.logits - seq.reference
-        if read_end > first:
-            room = min(room, budget.readers - seq.reference)
-        num_logits = max(0, min(end - first, room))
-        num_read = max(0, min(first + num_logits, read_end) - first)
-        reference = seq.reference and num_logits > 0 and first + num_logits == len(seq.tokens)
-        if num_write or num_logits:
-            work = Work(seq, seq.num_computed, num_write, first, num_read, first, num_logits, reference)
-            plan.work.append(work)
-            budget.writers -= num_write
-            budget.readers -= num_read + work.reads_reference
-            budget.logits -= num_logits + reference
-
     # ---- commit
 
     def commit(self, plan: StepPlan, rows: Seq[Seq[SampleRow]]) -> list[TokenOutput]:
-        """Takes in a step's results: `rows[i]` are the logits rows of `plan.work[i]`, in order of position."""
+        """Applies the results of a step to its sequences, and caches the pages that have become full.
+
+        Args:
+            plan: The plan of the step.
+            rows: For each work of the plan its rows with logits, in order of position; the reference row comes last.
+
+        Returns:
+            The outputs for the streams of the sequences.
+        """
         outputs = []
         for work, results in zip(plan.work, rows, strict=True):
             seq = work.seq
@@ -215,24 +216,11 @@ class Scheduler:
         return outputs
 
     def _accept(self, seq: Sequence, work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
-        if seq.wants_score:
-            owed = seq.prompt_len - 1 - work.logit_start
-            seq.prompt_logprobs.extend(row.target for row in results[:owed])
-            seq.num_scored = len(seq.prompt_logprobs)
-        if not work.samples:
+        output = take_results(work, results)
+        if output is None:
             return None
-        output = TokenOutput(seq.seq_id, [], seq.model.name, cached_tokens=seq.cached_tokens or 0)
-        if seq.params.prompt_logprobs is not None and not seq.num_output:
-            output.prompt_logprobs = [None, *seq.prompt_logprobs]
-        if seq.params.max_tokens:
-            row = results[work.num_logits - 1]
-            seq.tokens.append(row.token)
-            self.stats.generated_tokens += 1
-            output.token_ids = [row.token]
-            output.logprobs = None if row.logprob is None or seq.params.logprobs is None else [row.logprob]
-            if work.reference and results[-1].target is not None:
-                output.reference_logprobs = [results[-1].target.logprob]
-        output.finish_reason = self._finish_reason(seq)
+        self.stats.generated_tokens += len(output.token_ids)
+        output.finish_reason = seq.finish_reason(self.config.max_model_len)
         if output.finish_reason:
             self._finish(seq)
         elif seq.handoff is not None and (model := seq.handoff(seq.tokens[-1])) not in (None, seq.model):
@@ -249,7 +237,7 @@ class Scheduler:
         seq.status = Status.FINISHED
 
     def _switch(self, seq: Sequence, model: Model) -> None:
-        """Another model goes on. Where both attend to the trunk's K/V nothing is computed again."""
+        """Lets another model go on. If both models read the trunk's K/V, nothing is computed again."""
         self.stats.handoffs += 1
         if not (seq.model.salt or model.salt) and self.slots.acquire(model):
             self.slots.release(seq.model)
@@ -259,16 +247,8 @@ class Scheduler:
         seq.model = model
         self._name_pages(seq)
 
-    def _finish_reason(self, seq: Sequence) -> str | None:
-        params, last = seq.params, seq.tokens[-1]
-        stops = last in params.stop_token_ids or (last in seq.eos_ids and not params.ignore_eos)
-        if stops and seq.num_output and seq.num_output >= params.min_tokens:
-            return "stop"
-        full = len(seq.tokens) >= self.config.max_model_len
-        return "length" if full or seq.num_output >= params.max_tokens else None
-
     def _cache_pages(self, seq: Sequence, before: int) -> None:
-        """Registers what has become full since `before` stored tokens; and the prompt's end, for its siblings."""
+        """Caches the pages filled since `before` tokens were stored. After a prefill, the last page is cached too."""
         size = self.config.page_size
         if seq.private:
             return
@@ -283,7 +263,7 @@ class Scheduler:
             self._cache_tail(seq)
 
     def _cache_tail(self, seq: Sequence) -> None:
-        """Registers the partly filled last page."""
+        """Caches the partly filled last page."""
         size = self.config.page_size
         full = seq.num_computed // size
         tail = seq.tokens[full * size : seq.num_computed]
@@ -293,6 +273,7 @@ class Scheduler:
             self._pending.pop(page_key(parent, tail), None)
 
     def _leave(self, seq: Sequence, useful: bool = True) -> None:
+        """Removes a running sequence and releases its pages and its adapter slot."""
         self._cache_tail(seq)
         self.running.remove(seq)
         self.slots.release(seq.model)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Callable
+import functools
+import secrets
+from collections.abc import Callable, Iterator, Mapping
 
-from icarus_jax.scheduling.page_pool import Chain
+from icarus_jax.scheduling.page_keys import Chain
 from icarus_jax.scheduling.registry import NEVER, Model
-from icarus_jax.scheduling.request import SamplingParams, SessionHint, TokenLogprob
+from icarus_jax.scheduling.request import Request, SamplingParams, SessionHint, TokenLogprob
 
 
 class Status(enum.Enum):
+    """Where a sequence is in its life. A preempted sequence goes back from RUNNING to WAITING."""
+
     WAITING = "waiting"
     RUNNING = "running"
     FINISHED = "finished"
@@ -19,10 +23,30 @@ class Status(enum.Enum):
 
 @dataclasses.dataclass(eq=False)
 class Sequence:
-    """One stream of tokens of one model. `tokens` is prompt then output; K/V is stored for the first `num_computed`.
+    """One stream of tokens of one model.
 
-    reference: the trunk's log-probabilities are wanted too. handoff: told each new token, names the model that goes on,
-    or None. private: neither takes pages from the prefix cache nor leaves any.
+    Attributes:
+        seq_id: The id that the engine gave it.
+        model: The model that writes the next token. A handoff changes it.
+        tokens: The token ids of the prompt, then of the output.
+        params: How to pick tokens.
+        seed: The seed of its random draws.
+        prompt_len: Tokens of the prompt; by default all of `tokens`.
+        eos_ids: The model's own end tokens.
+        reference: Whether the trunk's log-probability of each output token is wanted too.
+        handoff: Is told each new token, and returns the model that writes the next one, or None for no change.
+        session: What the client said of the conversation that the request belongs to.
+        private: Whether the sequence stays out of the prefix cache: it takes no pages from it and leaves none.
+        status: Whether it waits, runs or has ended.
+        num_computed: How many of `tokens`, from the first on, have their K/V in the pages.
+        num_scored: For how many prompt positions the log-probabilities are known (`prompt_logprobs`).
+        cached_tokens: How many prompt tokens were cached when it was first admitted; None before that.
+        overtaken: How many later arrivals were admitted while it was the first in line.
+        page_table: Its pages, in order of position.
+        adapted_from: The first position whose K/V the model's own adapter makes; NEVER if the trunk makes all.
+        chain: How its pages are named.
+        page_keys: The keys of its full pages, as far as they have been needed.
+        prompt_logprobs: The log-probabilities of the prompt's tokens from the second on, as far as they are known.
     """
 
     seq_id: int
@@ -38,30 +62,98 @@ class Sequence:
     private: bool = False
     status: Status = Status.WAITING
     num_computed: int = 0
-    num_scored: int = 0  # prompt positions whose log-probabilities are known (prompt_logprobs)
-    cached_tokens: int | None = None  # set at the first admission
-    overtaken: int = 0  # later arrivals that were admitted while it was first in line
+    num_scored: int = 0
+    cached_tokens: int | None = None
+    overtaken: int = 0
     page_table: list[int] = dataclasses.field(default_factory=list)
-    adapted_from: int = NEVER  # first position whose K/V the model's own adapter makes
-    chain: Chain = dataclasses.field(default_factory=Chain)  # how its pages are named
-    page_keys: list[bytes] = dataclasses.field(default_factory=list)  # keys of the full pages of `tokens`
+    adapted_from: int = NEVER
+    chain: Chain = dataclasses.field(default_factory=Chain)
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):
         self.prompt_len = self.prompt_len or len(self.tokens)
 
     def writer_slots(self, start: int, num: int) -> list[int]:
-        """Adapter slots of the rows that store positions [start, start + num)."""
+        """Returns the adapter slots of the writer rows of the positions [start, start + num)."""
         return [self.model.slot if i >= self.adapted_from else 0 for i in range(start, start + num)]
 
     def reader_slots(self, start: int, num: int) -> list[int]:
+        """Returns the adapter slots of the reader rows of the positions [start, start + num).
+
+        Readers of a `shared` head always use its adapter. Those of other models use what the writer of the same
+        position uses.
+        """
         return [self.model.slot] * num if self.model.kind == "shared" else self.writer_slots(start, num)
 
     @property
     def num_output(self) -> int:
+        """How many tokens have been generated."""
         return len(self.tokens) - self.prompt_len
 
     @property
     def wants_score(self) -> bool:
-        """True while prompt log-probabilities are owed: position i is scored by the row of token i - 1."""
+        """Whether log-probabilities of prompt tokens are still missing. The row of token i - 1 scores token i."""
         return self.params.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
+
+    def finish_reason(self, max_model_len: int) -> str | None:
+        """Returns why the sequence ends with its last token: 'stop', 'length', or None if it goes on.
+
+        Args:
+            max_model_len: The largest number of tokens of prompt and output together.
+        """
+        params, last = self.params, self.tokens[-1]
+        stops = last in params.stop_token_ids or (last in self.eos_ids and not params.ignore_eos)
+        if stops and self.num_output and self.num_output >= params.min_tokens:
+            return "stop"
+        full = len(self.tokens) >= max_model_len
+        return "length" if full or self.num_output >= params.max_tokens else None
+
+
+def make_sequences(
+    request: Request,
+    models: Mapping[str, Model],
+    ids: Iterator[int],
+    max_model_len: int,
+    eos_ids: frozenset[int],
+    next_model: Callable[[Callable[[int], str | None], int], Model | None],
+) -> list[Sequence]:
+    """Makes the sequences of a request's choices.
+
+    Args:
+        request: A request that has been checked.
+        models: The served models by name.
+        ids: Gives each sequence its id.
+        max_model_len: The context length in tokens. It may end a sequence before `max_tokens` does.
+        eos_ids: The model's own end tokens.
+        next_model: Applies a handoff rule of the request to a token: returns the model that goes on, or None.
+
+    Returns:
+        len(models) * n sequences, in the order of the choices.
+    """
+    room = max_model_len - len(request.prompt_ids)
+    params = dataclasses.replace(
+        request.params,
+        max_tokens=min(request.params.max_tokens, room),
+        min_tokens=min(request.params.min_tokens, room),
+    )
+    seed = secrets.randbits(32) if params.seed is None else params.seed
+    sequences = []
+    for i in range(len(request.models) * request.n):
+        handoff = None
+        if request.handoff is not None:
+            handoff = functools.partial(next_model, request.handoff())
+        sequences.append(
+            Sequence(
+                next(ids),
+                models[request.models[i // request.n]],
+                list(request.prompt_ids),
+                params,
+                seed=seed + i % request.n,
+                eos_ids=eos_ids,
+                reference=request.reference_logprobs,
+                handoff=handoff,
+                session=request.session,
+            )
+        )
+    return sequences

@@ -1,4 +1,4 @@
-"""Pages kept for conversations that will go on. Host only."""
+"""Keeps the pages of conversations that will go on. Host only."""
 
 from __future__ import annotations
 
@@ -11,44 +11,80 @@ from icarus_jax.scheduling.page_pool import PagePool
 
 @dataclasses.dataclass
 class Retained:
-    """The pages of one session's last answer, held until `expires` (seconds of the clock; inf: until released)."""
+    """The pages that one session holds.
+
+    Attributes:
+        pages: The page table of the session's last answer.
+        expires: The time at which they are released, in seconds of the clock. inf: not before they are asked for.
+    """
 
     pages: list[int]
     expires: float
 
 
 class Sessions:
-    """Holds pages by session id. Retention for a time yields to running requests, soonest end first; pinned pages
-    (inf) yield only when nothing else can run."""
+    """Holds pages by session id, so that the next request of a session finds them in the cache.
+
+    Running requests come first: if pages run out, sessions are released, the one that expires soonest first. Pinned
+    sessions, which never expire, are released only if no request can run otherwise.
+    """
 
     def __init__(self, pool: PagePool, clock: Callable[[], float]):
-        self._pool, self._clock = pool, clock
+        """Starts without sessions.
+
+        Args:
+            pool: The pool that the pages belong to.
+            clock: Returns the time in seconds.
+        """
+        self._pool = pool
+        self._clock = clock
         self._held: dict[str, Retained] = {}
 
     def __len__(self) -> int:
         return len(self._held)
 
     def retain(self, session: str, pages: list[int], seconds: float) -> None:
-        """Holds `pages` (somebody else's too) in place of what the session held before."""
+        """Holds pages for a session, in place of those that the session held before.
+
+        Args:
+            session: The session's id.
+            pages: The pages to hold. Others may hold them too.
+            seconds: How long to hold them. inf: until they are released.
+        """
         self._pool.hold(pages)
         self.release(session)
         self._held[session] = Retained(list(pages), self._clock() + seconds)
 
     def release(self, session: str) -> bool:
-        """Gives a session's pages back to the cache. False: it held none."""
+        """Stops holding the pages of a session. They stay in the cache until they are evicted.
+
+        Args:
+            session: The session's id.
+
+        Returns:
+            Whether the session held any pages.
+        """
         held = self._held.pop(session, None)
         if held is not None:
             self._pool.release(held.pages)
         return held is not None
 
     def expire(self) -> None:
-        """Releases what is past its time."""
+        """Releases the sessions whose time is over."""
         now = self._clock()
         for session in [s for s, held in self._held.items() if held.expires <= now]:
             self.release(session)
 
     def make_room(self, pages: int, pinned: bool = False) -> bool:
-        """Releases sessions until `pages` are free; the pinned ones only with `pinned`. True if they are."""
+        """Releases sessions until enough pages are free.
+
+        Args:
+            pages: How many pages must be free.
+            pinned: Whether sessions that never expire may be released too.
+
+        Returns:
+            Whether so many pages are free now.
+        """
         for session, held in sorted(self._held.items(), key=lambda item: item[1].expires):
             if self._pool.num_free >= pages or (math.isinf(held.expires) and not pinned):
                 break

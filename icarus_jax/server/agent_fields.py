@@ -1,9 +1,9 @@
-"""Which models answer a request: side by side (`models`), in turn (`handoff`), and in which conversation (`session`).
+"""The fields of a request that choose the models that answer it, and name the conversation that it belongs to.
 
-"models": ["a", "b"]                                    n choices of each; the prompt is computed once
-"handoff": [{"on": "\\nAction:", "model": "b"}, ...]     after the token that completes the text (or has the id)
-"reference_logprobs": true                              the trunk's log-probability of each token, too
-"session": {"id": "x", "retain": 60 or "pinned", "next_model": "b"}
+"models": ["a", "b"]                                    each model makes n choices; the prompt is computed once
+"handoff": [{"on": "\\nAction:", "model": "b"}, ...]     b goes on after a token that completes the text or has the id
+"reference_logprobs": true                              also report the trunk's log-probability of each token
+"session": {"id": "x", "retain": 60, "next_model": "b"} keep the pages for 60 seconds (or "pinned": until released)
 """
 
 from __future__ import annotations
@@ -23,27 +23,53 @@ MAX_RULES = 16
 
 
 class HandoffRule(Body):
-    on: str | Int32  # a text, or a token id
+    """A rule that hands a choice over to another model.
+
+    Attributes:
+        on: the text or the token id that triggers the rule once it has been generated.
+        model: the model that generates the tokens after it.
+    """
+
+    on: str | Int32
     model: str
 
 
 class Session(Body):
+    """The conversation that a request belongs to.
+
+    Attributes:
+        id: the client's name of the conversation.
+        retain: for how many seconds the pages are kept after the answer; 'pinned' keeps them until the session is
+            released. None: as long as there is room.
+        next_model: the model that will most likely continue the conversation.
+    """
+
     id: str = Field(min_length=1, max_length=256)
     retain: Annotated[float, Field(ge=0, allow_inf_nan=False)] | Literal["pinned"] | None = None
     next_model: str | None = None
 
     def hint(self) -> SessionHint:
+        """Returns the session as the engine takes it, with 'pinned' as an infinite number of seconds."""
         return SessionHint(self.id, math.inf if self.retain == "pinned" else self.retain, self.next_model)
 
 
 class ReleaseRequest(Body):
-    """The end of a session: what is retained of it may go."""
+    """Ends the session of this id: the pages retained for it may be evicted."""
 
     id: str = Field(min_length=1, max_length=256)
 
 
 class Routing(Body):
-    """`model` may be left out beside `models`; if both are given it must be one of them."""
+    """The models that answer a request.
+
+    Attributes:
+        model: the model that answers, and the answer's top-level `model`. If `models` is given too, `model` may be
+            left out or must be one of them.
+        models: several models that answer the same prompt.
+        handoff: the rules that hand a choice over to another model.
+        reference_logprobs: whether to report the trunk's log-probability of each generated token.
+        session: the conversation that the request belongs to.
+    """
 
     model: str | None = None
     models: list[str] | None = Field(None, min_length=1, max_length=MAX_N)
@@ -57,17 +83,19 @@ class Routing(Body):
             raise RequestError("model is missing: name one, or several in models", "model")
         if self.models is not None and self.model not in (None, *self.models):
             raise RequestError("model is not one of models: leave it out, or name one of them", "model")
-        if (twice := _first_repeated(self.models or [])) is not None:
+        twice = _first_repeated(self.models or [])
+        if twice is not None:
             raise RequestError(f"models names {str(twice)[:64]!r} twice; n asks for several choices of each", "models")
         if any(rule.on == "" for rule in self.handoff):
             raise RequestError("handoff has an empty string in on: it would be found everywhere", "handoff")
-        if (twice := _first_repeated([rule.on for rule in self.handoff])) is not None:
+        twice = _first_repeated([rule.on for rule in self.handoff])
+        if twice is not None:
             raise RequestError(f"handoff has two rules on {str(twice)[:64]!r}", "handoff")
         return self
 
     @property
     def answering(self) -> tuple[str, ...]:
-        """The models that answer, each with n choices."""
+        """The models that answer. Each of them makes n choices."""
         return tuple(self.models or [self.label])
 
     @property
@@ -79,7 +107,7 @@ class Routing(Body):
 
     @property
     def by_model(self) -> bool:
-        """True if more than one model may write."""
+        """True if more than one model may generate tokens of the answer."""
         return self.models is not None or bool(self.handoff)
 
 

@@ -1,6 +1,6 @@
-"""What every request body of the HTTP API has in common: how it is read, and how it is refused.
+"""What all request bodies of the HTTP API have in common: how they are read and refused.
 
-A null is an absent field, types must be right (ranges are SamplingParams' business), unknown fields are ignored.
+A null field counts as absent. Types must be right; SamplingParams checks the ranges. Unknown fields are ignored.
 """
 
 from __future__ import annotations
@@ -23,9 +23,23 @@ B = TypeVar("B", bound="Body")
 
 
 class ApiError(Exception):
-    """An answer other than 200: the HTTP status, and the fields of OpenAI's error object."""
+    """A request that is answered with an HTTP status other than 200 and OpenAI's error object.
+
+    Attributes:
+        status: the HTTP status.
+        param: the request's field at fault, if there is one.
+        code: the error's kind for programs, such as 'model_not_found'.
+    """
 
     def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+        """Takes the fields of the error object.
+
+        Args:
+            status: the HTTP status.
+            message: what is wrong, for people.
+            param: the request's field at fault, if there is one.
+            code: the error's kind for programs.
+        """
         super().__init__(message)
         self.status = status
         self.param = param
@@ -38,6 +52,8 @@ def _note_unknown(name: str) -> None:
 
 
 class Body(BaseModel):
+    """The base class of request bodies. Types are strict: the string "5" is not a number."""
+
     model_config = ConfigDict(strict=True)
 
     @model_validator(mode="before")
@@ -52,7 +68,17 @@ class Body(BaseModel):
 
 
 async def read_body(http: HttpRequest) -> bytes:
-    """The body's bytes. Raises ApiError if it is too large."""
+    """Reads the body of a request.
+
+    Args:
+        http: the request.
+
+    Returns:
+        The body's bytes.
+
+    Raises:
+        ApiError: the body is larger than MAX_BODY_BYTES.
+    """
     raw = bytearray()
     async for chunk in http.stream():
         raw += chunk
@@ -62,7 +88,18 @@ async def read_body(http: HttpRequest) -> bytes:
 
 
 def parse(kind: type[B], raw: bytes) -> B:
-    """A request body from its JSON. Raises ApiError that names the field of the first error."""
+    """Makes a request body of its JSON text.
+
+    Args:
+        kind: the class of the body.
+        raw: the JSON text, in UTF-8.
+
+    Returns:
+        The body, checked.
+
+    Raises:
+        ApiError: the JSON is broken, or a field is wrong. The error names the first such field.
+    """
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:

@@ -1,8 +1,8 @@
-"""Token ids to text, one token at a time. Host only: no jax.
+"""Turns token ids into text, one token at a time. Host only: no jax.
 
-A token is a fixed run of bytes, whatever its neighbours: the byte-level alphabet (GPT-2, Llama 3, Qwen) or
-SentencePiece pieces with byte fallback (Llama 2). So text streams through an incremental UTF-8 decoder, at a cost
-per token that does not grow with the length, and the stop strings through one automaton each.
+A token stands for the same bytes whatever its neighbours are. This holds for byte-level BPE (GPT-2, Llama 3, Qwen) and
+for SentencePiece with byte fallback (Llama 2). The bytes therefore go through an incremental UTF-8 decoder, and the
+text through one automaton for each stop string. The cost per token does not grow with the length of the text.
 """
 
 from __future__ import annotations
@@ -23,20 +23,33 @@ _PROBE = "Hello, world! caf\u00e9 \u65e5\u672c\u8a9e \U0001f642\n  x = 1"
 
 
 def _byte_alphabet() -> dict[str, int]:
-    """The characters that byte-level BPE writes bytes as: printable ones as themselves, the rest from U+0100 on."""
+    """Maps byte-level BPE's characters to bytes. A printable byte stands for itself; others start at U+0100."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     rest = [b for b in range(256) if b not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(rest)}
 
 
 class Vocabulary:
-    """The bytes of every token of a Hugging Face fast tokenizer (byte-level BPE, or SentencePiece-like)."""
+    """A Hugging Face fast tokenizer (byte-level BPE or SentencePiece-like), and the bytes of its tokens.
+
+    Attributes:
+        tokenizer: the Hugging Face tokenizer.
+        size: how many tokens it has.
+        longest: characters of the longest token; n tokens hold at most n * longest characters of text.
+        special_ids: the ids of its special tokens.
+        byte_level: whether it is byte-level BPE.
+    """
 
     def __init__(self, tokenizer: Any):
+        """Reads the vocabulary. Logs a warning if `token_bytes` does not agree with the tokenizer's own decoder.
+
+        Args:
+            tokenizer: the Hugging Face fast tokenizer.
+        """
         pieces = tokenizer.get_vocab()
         self.tokenizer = tokenizer
         self.size = len(pieces)
-        self.longest = max(map(len, pieces))  # characters; no text of more than n * longest fits in n tokens
+        self.longest = max(map(len, pieces))
         self.special_ids = frozenset(tokenizer.all_special_ids) | {
             token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special
         }
@@ -52,15 +65,21 @@ class Vocabulary:
             log.warning("this tokenizer's decoder is of an unknown kind: streamed text may differ from decode()")
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Returns the token ids of a text.
+
+        Args:
+            text: the text.
+            add_special_tokens: whether the tokenizer adds its own tokens, such as BOS.
+        """
         return self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
 
     def piece(self, token_id: int) -> str:
-        """The token as the tokenizer's vocabulary spells it; '' for an id that it does not have."""
+        """Returns the token as the tokenizer's vocabulary spells it; '' if it has no such id."""
         piece = self.tokenizer.convert_ids_to_tokens(token_id) if token_id >= 0 else None
         return piece or ""
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for: not always whole characters."""
+        """Returns the bytes that a token stands for. They need not be whole characters."""
         known = self._bytes.get(token_id)
         if known is None:
             known = self._bytes[token_id] = self._make_bytes(self.piece(token_id))
@@ -74,7 +93,7 @@ class Vocabulary:
         return bytes([int(byte[1], 16)]) if byte else piece.replace(SPACE_PIECE, " ").encode()
 
     def token_text(self, token_id: int) -> str:
-        r"""A token's name in log-probabilities: its text, or OpenAI's 'bytes:\xe2\x80' if that is no whole UTF-8."""
+        r"""Returns the name of a token in log-probabilities: its text, or 'bytes:\xe2\x80' if it is not valid UTF-8."""
         raw = self.token_bytes(token_id)
         try:
             return raw.decode()
@@ -82,7 +101,14 @@ class Vocabulary:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
     def prompt_text(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """A prompt's text without special tokens, and the character offset at which each token starts."""
+        """Returns the text of a prompt, without its special tokens.
+
+        Args:
+            ids: the prompt's token ids.
+
+        Returns:
+            The text, and for each token the offset at which it starts in the text, in characters.
+        """
         detokenizer = Detokenizer(self, SamplingParams())
         parts, offsets = [], []
         for token_id in ids:
@@ -95,12 +121,22 @@ class Vocabulary:
 
 
 class Finder:
-    """Finds one string in a stream of characters (Knuth, Morris and Pratt). `matched` is how much of it is seen."""
+    """Finds one string in a stream of characters, with the algorithm of Knuth, Morris and Pratt.
+
+    Attributes:
+        text: the string to find.
+        matched: how many of its first characters the stream ends with so far.
+    """
 
     def __init__(self, text: str):
+        """Prepares the search.
+
+        Args:
+            text: the string to find; it must not be empty.
+        """
         self.text = text
         self.matched = 0
-        self._border = [0]  # of each prefix: its longest proper suffix that is a prefix too
+        self._border = [0]  # of each prefix of `text`: the length of its longest proper suffix that is a prefix too
         for char in text[1:]:
             self._border.append(self._next(char, self._border[-1]))
 
@@ -110,7 +146,14 @@ class Finder:
         return matched + (self.text[matched] == char)
 
     def advance(self, char: str) -> bool:
-        """True if `char` completes the string; the next occurrence is looked for behind this one."""
+        """Takes the next character of the stream in.
+
+        Args:
+            char: the character.
+
+        Returns:
+            True if it completes the string. The search then starts anew, so that occurrences do not overlap.
+        """
         self.matched = self._next(char, self.matched)
         if self.matched < len(self.text):
             return False
@@ -119,13 +162,15 @@ class Finder:
 
 
 class Detokenizer:
-    """The text of one stream of generated tokens.
+    """Makes text of one choice's generated tokens, and looks for stop strings in it.
 
-    Text comes out as whole characters, and never a part of a stop string: what could still become one is held back.
-    The stop string completed first ends the text (of several, the longest). `prompt_ids` lets a character begun in
-    the prompt be finished. Stop strings within the first `params.min_tokens` tokens do not count.
+    It returns whole characters only. It holds back text that could still become a stop string. The stop string that is
+    completed first ends the text; if one character completes several, the longest does. A stop string is not looked for
+    in the first `params.min_tokens` tokens.
 
-    stopped: the stop string found, or None. length: characters decoded so far, those held back included.
+    Attributes:
+        stopped: the stop string that ended the text, or None.
+        length: how many characters have been decoded so far, those held back included.
     """
 
     def __init__(
@@ -135,6 +180,15 @@ class Detokenizer:
         skip_special_tokens: bool = True,
         prompt_ids: Sequence[int] = (),
     ):
+        """Begins a text.
+
+        Args:
+            vocabulary: gives the bytes of each token.
+            params: names the stop strings.
+            skip_special_tokens: whether special tokens are left out of the text.
+            prompt_ids: the prompt's token ids. If the prompt ends within a character, the text begins with that
+                character.
+        """
         self.stopped: str | None = None
         self.length = 0
         self._vocabulary = vocabulary
@@ -151,7 +205,14 @@ class Detokenizer:
         return "" if token_id in self._hidden else self._decoder.decode(self._vocabulary.token_bytes(token_id))
 
     def push(self, token_ids: Iterable[int]) -> str:
-        """The text that these tokens make certain; '' after a stop."""
+        """Takes generated tokens in.
+
+        Args:
+            token_ids: the next tokens.
+
+        Returns:
+            The text that is certain now; '' once a stop string has ended the text.
+        """
         for token_id in token_ids:
             if self.stopped is not None:
                 break
@@ -161,13 +222,16 @@ class Detokenizer:
             self._count += 1
             if self._stops and self._count > self._params.min_tokens:
                 self._scan(text)
-        return self._release(0 if self.stopped is not None else max((s.matched for s in self._stops), default=0))
+        if self.stopped is not None:
+            return self._release(0)
+        return self._release(max((stop.matched for stop in self._stops), default=0))
 
     def finish(self) -> str:
-        """The text still held back, at the end of the stream. An unfinished character is dropped."""
+        """Ends the text and returns what was held back. An unfinished character is dropped."""
         return self._release(0)
 
     def _scan(self, text: str) -> None:
+        """Looks for stop strings in the newest text. If one ends in it, cuts the held text there."""
         for i, char in enumerate(text):
             found = [stop.text for stop in self._stops if stop.advance(char)]
             if found:
@@ -178,6 +242,7 @@ class Detokenizer:
                 return
 
     def _release(self, keep: int) -> str:
+        """Returns the held text but for its last `keep` characters, which it goes on to hold."""
         cut = len(self._held) - keep
         text, self._held = self._held[:cut], self._held[cut:]
         return text

@@ -1,4 +1,4 @@
-"""Live handoff: which model goes on, decided from what a choice has generated so far. Host only: no jax."""
+"""Live handoff: the generated text decides which model generates the next token. Host only: no jax."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from icarus_jax.server.detokenizer import Detokenizer, Finder, Vocabulary
 
 
 class Handoff:
-    """Watches one choice's tokens, at a cost per token that does not grow with the length.
+    """Watches one choice's tokens and applies the handoff rules. The cost per token does not grow with the length.
 
-    A rule's text is looked for in the text that the client sees, wherever tokens cut it, and not in the prompt; each
-    occurrence counts once, and two do not overlap. If one token completes several rules, its own id goes before any
-    text, what ends later in the text before what ends earlier, and of two that end together the longer text.
+    A rule's text may be spread over several tokens. It is searched for in the generated text that the client sees, not
+    in the prompt. Each occurrence counts once, and occurrences do not overlap. If one token completes several rules, a
+    rule on the token's id wins over rules on text. Of the rules on text, the one whose text ends last wins, and of two
+    that end at the same character, the one with the longer text.
     """
 
     def __init__(
@@ -24,6 +25,14 @@ class Handoff:
         skip_special_tokens: bool,
         prompt_ids: Sequence[int],
     ):
+        """Begins to watch a choice that has generated no token yet.
+
+        Args:
+            rules: the handoff rules of the request.
+            vocabulary: gives the bytes of each token.
+            skip_special_tokens: whether special tokens are left out of the text that the client sees.
+            prompt_ids: the prompt's token ids; the prompt may end within a character.
+        """
         self._text = Detokenizer(vocabulary, SamplingParams(), skip_special_tokens, prompt_ids)
         self._of_token: dict[int, str] = {}
         self._of_text: list[tuple[Finder, str]] = []
@@ -35,10 +44,18 @@ class Handoff:
         self._of_text.sort(key=lambda pair: len(pair[0].text))
 
     def __call__(self, token_id: int) -> str | None:
-        """Takes in a generated token; returns the model that goes on behind it if a rule says so."""
+        """Takes a generated token in.
+
+        Args:
+            token_id: the token that the choice has just generated.
+
+        Returns:
+            The model that generates the next token, if a rule names one; else None.
+        """
         model = None
-        for char in self._text.push([token_id]) if self._of_text else "":
-            for finder, name in self._of_text:  # the longest last
+        text = self._text.push([token_id]) if self._of_text else ""
+        for char in text:
+            for finder, name in self._of_text:  # from the shortest text to the longest, so that the longest wins
                 if finder.advance(char):
                     model = name
         return self._of_token.get(token_id, model)

@@ -1,4 +1,4 @@
-"""The heads that come and go while the server runs: where each comes from, and which folders one may come from."""
+"""Loads and unloads heads while the server runs, and knows where the weights of each come from."""
 
 from __future__ import annotations
 
@@ -25,10 +25,13 @@ class UnknownHead(ValueError):
 
 
 class HeadLoader:
-    """Loads and unloads heads; thread-safe, one at a time.
+    """Loads and unloads heads, one at a time. Thread-safe.
 
-    trunk_identity: the trunk's (checkpoint.py), or None: adapters are then not asked which one they belong to.
-    sources: where the models of the start come from. folders: what `find` may look into.
+    Attributes:
+        engine: the engine that serves the heads.
+        trunk_name: the trunk's name as a model.
+        folders: the real paths of the folders that clients may load heads from; empty: they may not load any.
+        trunk_identity: the trunk's identity, or None.
     """
 
     def __init__(
@@ -39,6 +42,16 @@ class HeadLoader:
         sources: Mapping[str, str] | None = None,
         folders: Iterable[str | pathlib.Path] = (),
     ):
+        """Takes the engine and what is known of its models.
+
+        Args:
+            engine: the engine that serves the heads.
+            trunk_name: the trunk's name as a model.
+            trunk_identity: the trunk's identity; an adapter trained on another trunk is refused. None: adapters are
+                not checked for this.
+            sources: model name -> where its weights come from, for the models that the engine already serves.
+            folders: the folders that `find` may look into.
+        """
         self.engine = engine
         self.trunk_name = trunk_name
         self.folders = tuple(_real(pathlib.Path(folder).expanduser()) for folder in folders)
@@ -47,15 +60,23 @@ class HeadLoader:
         self._lock = threading.Lock()
 
     def source(self, name: str) -> str:
-        """Where a model's weights come from; its own name if nobody said."""
+        """Returns where a model's weights come from; the model's own name if that is not known."""
         return self._sources.get(name, name)
 
     def find(self, path: str) -> pathlib.Path:
-        """The real folder of an adapter that a client names; a relative path counts from the configured folders.
+        """Finds the folder of an adapter that a client names.
 
-        Raises PermissionError if it, or a file in it, lies outside of them, symlinks followed; FileNotFoundError.
+        Args:
+            path: an absolute path, or one relative to any of `folders`.
+
+        Returns:
+            The real path of the adapter's folder.
+
+        Raises:
+            PermissionError: the folder, or one of its files, lies outside `folders` once symbolic links are followed.
+            FileNotFoundError: the folder holds no adapter.
         """
-        places = [_real(folder / path) for folder in self.folders]  # an absolute path stands for itself
+        places = [_real(folder / path) for folder in self.folders]  # joined with an absolute path, this is that path
         allowed = [place for place in places if self._is_inside(place)]
         if not allowed:
             raise PermissionError(f"{path[:256]!r} is outside the folders that heads may be loaded from")
@@ -71,10 +92,21 @@ class HeadLoader:
         return any(path.is_relative_to(folder) for folder in self.folders)
 
     def load(self, name: str, source: str, kv: str | None = None, pinned: bool = False, replace: bool = True) -> Model:
-        """Serves the adapter in `source` as `name`; blocks until it is. With `replace`, in place of what has the name.
+        """Loads an adapter and serves it as a head. Blocks until the engine serves it.
 
-        kv: 'shared', 'activated' or 'isolated'; None: as adapters.read_head has it. Raises ValueError, and if the name
-        is at fault its subclass RequestError with the field 'name'.
+        Args:
+            name: the head's name as a model.
+            source: a PEFT folder, or another source that `peft.read_head` reads.
+            kv: 'shared', 'activated' or 'isolated'; None: the kind that `peft.read_head` chooses.
+            pinned: whether the head keeps its adapter slot for good.
+            replace: whether a head of the same name is replaced by this one, rather than the name refused.
+
+        Returns:
+            The head as the engine now serves it.
+
+        Raises:
+            RequestError: the name cannot be used; `field` is 'name'.
+            ValueError: the adapter cannot be read, or does not fit the trunk.
         """
         if not NAME.fullmatch(name):
             message = f"{name[:64]!r} cannot name a head: 1 to 128 letters, digits and any of - _ . : / @"
@@ -93,7 +125,15 @@ class HeadLoader:
             return self.engine.models[name]
 
     def unload(self, name: str) -> None:
-        """Serves a head no longer; requests in flight finish. Raises RequestError for the trunk, UnknownHead."""
+        """Stops serving a head. Requests that already use it finish.
+
+        Args:
+            name: the head's name as a model.
+
+        Raises:
+            RequestError: the name is the trunk's; `field` is 'name'.
+            UnknownHead: no head of this name is served.
+        """
         with self._lock:
             if name == self.trunk_name:
                 raise RequestError(f"{name!r} is the trunk; it cannot be unloaded", "name")
@@ -105,5 +145,5 @@ class HeadLoader:
 
 
 def _real(path: pathlib.Path) -> pathlib.Path:
-    """The path with every link followed, also where nothing lies."""
+    """Follows every symbolic link in a path. The path need not exist."""
     return pathlib.Path(os.path.realpath(path))

@@ -1,4 +1,4 @@
-"""Heads over HTTP: load and unload them while the server runs, under names of our own and under vLLM's."""
+"""The endpoints that load and unload heads while the server runs: our own and vLLM's."""
 
 from __future__ import annotations
 
@@ -21,38 +21,66 @@ OFF = "heads are not loaded over HTTP: start the server with --config.server.hea
 
 
 class LoadHead(Body):
+    """The body of /v1/load_head.
+
+    Attributes:
+        name: the head's name as a model.
+        path: the adapter's folder; see `HeadLoader.find`.
+        kv: the kind of the head; None: the adapter's own.
+        pinned: whether the head keeps its adapter slot for good.
+    """
+
     name: str
     path: str
-    kv: Literal["shared", "activated", "isolated"] | None = None  # default: the adapter's own
+    kv: Literal["shared", "activated", "isolated"] | None = None
     pinned: bool = False
 
 
 class UnloadHead(Body):
+    """The body of /v1/unload_head."""
+
     name: str
 
 
 class LoadLoraAdapter(Body):
+    """The body of /v1/load_lora_adapter; the fields are vLLM's.
+
+    Attributes:
+        lora_name: the head's name as a model.
+        lora_path: the adapter's folder; see `HeadLoader.find`.
+        load_inplace: whether a head of the same name is replaced.
+    """
+
     lora_name: str
     lora_path: str
     load_inplace: bool = False
 
 
 class UnloadLoraAdapter(Body):
+    """The body of /v1/unload_lora_adapter; the field is vLLM's."""
+
     lora_name: str
 
 
 class HeadRoutes:
-    """The endpoints. The work is done on one thread of its own, so that the event loop and its helpers never wait.
+    """The endpoints that load and unload heads.
 
-    show: a model as /v1/models lists it.
+    Loading takes long. It runs on a thread of its own, so that neither the event loop nor its pool of threads waits.
     """
 
     def __init__(self, loader: HeadLoader, show: Callable[[Model], dict[str, Any]]):
+        """Takes the loader that does the work.
+
+        Args:
+            loader: loads and unloads the heads.
+            show: describes a model as /v1/models lists it.
+        """
         self._loader = loader
         self._show = show
         self._thread = ThreadPoolExecutor(1, "heads")
 
     def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
+        """Returns (HTTP method, path, handler) of each endpoint."""
         return [
             ("POST", "/v1/load_head", self.load_head),
             ("POST", "/v1/unload_head", self.unload_head),
@@ -61,18 +89,19 @@ class HeadRoutes:
         ]
 
     async def load_head(self, http: HttpRequest) -> Any:
-        """Loads a head, or a new version of it under the same name. Answers with its model card."""
+        """Loads a head, or a new version of it under the same name, and describes it as /v1/models does."""
         body = await self._read(LoadHead, http)
         call = functools.partial(self._load, body.name, body.path, kv=body.kv, pinned=body.pinned)
         return self._show(await self._run("name", "path", call))
 
     async def unload_head(self, http: HttpRequest) -> Any:
+        """Stops serving a head. Requests that already use it finish."""
         body = await self._read(UnloadHead, http)
         await self._run("name", "name", functools.partial(self._loader.unload, body.name))
         return {"id": body.name, "object": "model", "deleted": True}
 
     async def load_lora_adapter(self, http: HttpRequest) -> Response:
-        """As vLLM has it: a name that is loaded already is refused, unless load_inplace is true."""
+        """Loads a head as vLLM does: a name that is loaded already is refused, unless load_inplace is true."""
         body = await self._read(LoadLoraAdapter, http)
         name, path = body.lora_name, body.lora_path
         call = functools.partial(self._load, name, path, replace=body.load_inplace)
@@ -80,6 +109,7 @@ class HeadRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{name}' added successfully.")
 
     async def unload_lora_adapter(self, http: HttpRequest) -> Response:
+        """Stops serving a head, as vLLM does."""
         body = await self._read(UnloadLoraAdapter, http)
         await self._run("lora_name", "lora_name", functools.partial(self._loader.unload, body.lora_name))
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
@@ -93,7 +123,7 @@ class HeadRoutes:
         return self._loader.load(name, str(self._loader.find(path)), **options)
 
     async def _run(self, name: str, path: str, call: Callable[[], T]) -> T:
-        """Runs it on the thread; an error becomes an answer about the field `name` or `path`."""
+        """Runs `call` on the thread of heads. Raises ApiError about the body's field `name` or `path` if it fails."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self._thread, call)
         except PermissionError as error:

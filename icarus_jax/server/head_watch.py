@@ -1,7 +1,8 @@
-"""A folder whose subfolders are heads: what appears is loaded, what changes loaded anew, what goes unloaded.
+"""Watches a folder of heads. Each subfolder is one head: it is loaded, reloaded when it changes, and unloaded.
 
-Files are watched by their times and sizes, a poll a second. What has just changed is given one more poll to settle, so
-that an adapter is not read while it is written; one that cannot be loaded is tried again, at growing intervals.
+The watcher compares the times and sizes of files, once a second. It loads a subfolder only after a poll in which
+nothing has changed, so that it does not read an adapter that is still being written. It tries again, at growing
+intervals, to load an adapter that it could not load.
 """
 
 from __future__ import annotations
@@ -18,29 +19,49 @@ from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
-MAX_WAIT = 64  # polls between two tries at most
+MAX_WAIT = 64  # the most polls between two tries to load a head
 
-Stamp = tuple[tuple[int, int, int], ...]  # of each file: inode, time, size
+ABSENT = (0, 0, 0)  # the stamp of a file that does not exist
+Stamp = tuple[tuple[int, int, int], ...]  # for each file: its inode, its modification time in nanoseconds, its bytes
 
 
 @dataclasses.dataclass
 class _Watched:
-    """What is known of a subfolder."""
+    """The state of a subfolder.
 
-    stamp: Stamp  # as of the last poll
-    loaded: Stamp | None = None  # what is served
-    error: str = ""  # why the last try failed
-    tries: int = 0  # failed ones, of this stamp
-    wait: int = 0  # polls until the next
+    Attributes:
+        stamp: its files as of the last poll.
+        loaded: its files as they were when the served head was loaded; None if it has not been loaded.
+        error: why the last try to load it failed; '' if it did not fail.
+        tries: how many tries to load this stamp have failed.
+        wait: how many polls to let pass before the next try.
+    """
+
+    stamp: Stamp
+    loaded: Stamp | None = None
+    error: str = ""
+    tries: int = 0
+    wait: int = 0
 
 
 class HeadWatcher:
-    """Watches `folder` on a thread of its own while it is entered: `with HeadWatcher(loader, folder): ...`.
+    """Watches a folder of heads on a thread of its own: `with HeadWatcher(loader, folder): ...`.
 
-    A subfolder's name is the head's. Names that start with a dot are passed over: write there and rename, if you like.
+    A subfolder's name is the name of its head. Subfolders whose names start with a dot are ignored: an adapter can be
+    written into one of them, which is then renamed.
     """
 
     def __init__(self, loader: HeadLoader, folder: str | pathlib.Path, poll_seconds: float = POLL_SECONDS):
+        """Notes which heads of the folder are served already; the thread starts on entering the context.
+
+        Args:
+            loader: loads and unloads the heads.
+            folder: the folder to watch.
+            poll_seconds: seconds between two polls.
+
+        Raises:
+            ValueError: there is no such folder.
+        """
         self._loader = loader
         self._folder = pathlib.Path(folder).expanduser().absolute()
         if not self._folder.is_dir():
@@ -68,7 +89,7 @@ class HeadWatcher:
                 log.exception("watching %s failed; it goes on", self._folder)
 
     def poll(self) -> None:
-        """Looks once."""
+        """Looks at the folder once, and loads and unloads what has changed. The thread calls it at every poll."""
         stamps = self._stamps()
         for name in [name for name in self._known if name not in stamps]:
             self._remove(name)
@@ -96,12 +117,12 @@ class HeadWatcher:
 
     def _remove(self, name: str) -> None:
         del self._known[name]
-        if not self._is_served(name):  # it never was, or something else has its name now
+        if not self._is_served(name):  # it was never loaded, or a head from elsewhere has its name now
             return
         try:
             self._loader.unload(name)
         except UnknownHead:
-            pass  # gone already
+            pass  # somebody else has unloaded it in the meantime
         except ValueError as error:
             log.error("head %s, whose folder in %s is gone, is not unloaded: %s", name, self._folder, error)
 
@@ -110,7 +131,7 @@ class HeadWatcher:
         return name in self._loader.engine.models and os.path.realpath(source) == os.path.realpath(self._folder / name)
 
     def _stamps(self) -> dict[str, Stamp]:
-        """The subfolders that hold an adapter, whole or not yet."""
+        """Returns the stamps of the subfolders that hold an adapter. Its weights may not have been written yet."""
         found: dict[str, Stamp] = {}
         for place in self._folder.iterdir():
             if not place.name.startswith("."):
@@ -118,9 +139,6 @@ class HeadWatcher:
                 if stamp[0] != ABSENT:
                     found[place.name] = stamp
         return found
-
-
-ABSENT = (0, 0, 0)
 
 
 def _stamp(file: pathlib.Path) -> tuple[int, int, int]:

@@ -1,4 +1,8 @@
-"""How a server fails and ends: a bug is one request's 500; a signal lets running requests finish, a second does not."""
+"""How the server handles bugs and signals.
+
+A bug costs one request, which gets status 500. The first SIGTERM or SIGINT lets running requests finish; the second one
+ends the process at once.
+"""
 
 from __future__ import annotations
 
@@ -18,23 +22,46 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class Drain:
-    """Whether the server is stopping, and how many requests it still answers."""
+    """Whether the server is stopping.
+
+    Attributes:
+        draining: True once the server takes no new requests.
+        in_flight: how many requests are being answered.
+    """
 
     draining: bool = False
     in_flight: int = 0
 
 
 class Gate:
-    """ASGI middleware: counts the requests in flight, answers 503 to new ones while draining, and 500 for a bug.
+    """ASGI middleware that counts the requests in flight.
 
-    Starlette's own handler of last resort answers a bug too, but uvicorn then cuts the connection.
+    It answers 503 to new requests while the server drains; only /metrics is still served. It answers 500 to a request
+    whose handler raises an unexpected exception. Starlette's own last handler would answer it too, but uvicorn would
+    then close the connection.
     """
 
     def __init__(self, app: ASGIApp, drain: Drain):
+        """Wraps an app.
+
+        Args:
+            app: the ASGI app that answers the requests.
+            drain: the state of the server; the middleware counts the requests in it.
+        """
         self._app = app
         self._drain = drain
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, as an ASGI app.
+
+        Args:
+            scope: the connection; requests other than HTTP are passed on.
+            receive: gives the client's messages.
+            send: takes the messages to the client.
+
+        Raises:
+            Exception: the app failed after the response had begun, so that no status can be sent any more.
+        """
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
         if self._drain.draining and scope["path"] != "/metrics":
@@ -60,19 +87,42 @@ class Gate:
 
 
 class DrainingServer(uvicorn.Server):
-    """uvicorn, but its socket stays open for 503 answers until the running requests are done."""
+    """A uvicorn server that keeps listening until the running requests have finished.
+
+    The Gate answers 503 to the requests that come in the meantime.
+    """
 
     def __init__(self, config: uvicorn.Config, drain: Drain):
+        """Prepares the server.
+
+        Args:
+            config: uvicorn's configuration, with an app that the Gate wraps.
+            drain: the state that the Gate uses.
+        """
         super().__init__(config)
         self._drain = drain
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Handles SIGTERM and SIGINT: the first starts to drain, the second ends the process with 128 + `sig`.
+
+        Args:
+            sig: the signal's number.
+            frame: where the signal interrupted the program; not used.
+        """
         if self._drain.draining:
             os._exit(128 + sig)
         self._drain.draining = True
         log.warning("stopping: %d requests in flight; a second signal stops at once", self._drain.in_flight)
 
-    async def on_tick(self, counter: int) -> bool:  # ten times a second
+    async def on_tick(self, counter: int) -> bool:
+        """Ends the server once it drains and no request is in flight. uvicorn calls it ten times a second.
+
+        Args:
+            counter: uvicorn's number of the tick.
+
+        Returns:
+            True if the server is to end.
+        """
         if self._drain.draining and self._drain.in_flight == 0:
             self.should_exit = True
         return await super().on_tick(counter)

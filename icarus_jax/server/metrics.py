@@ -1,4 +1,4 @@
-"""Prometheus metrics: what the engine counts, and what the server times. One registry an instance."""
+"""Prometheus metrics: the engine's counters, and the latencies that the server measures."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
 
 class HasStats(Protocol):
+    """Anything with counters like an engine's."""
+
     @property
-    def stats(self) -> EngineStats: ...
+    def stats(self) -> EngineStats:
+        """The counters as of now."""
+        ...
 
 
 # (name, attribute of EngineStats, help)
@@ -78,9 +82,18 @@ class _EngineCollector(Collector):
 
 
 class Metrics:
-    """Counters and histograms of one server; thread-safe. Times are in seconds."""
+    """The counters and histograms of one server. Thread-safe. Times are in seconds.
+
+    Attributes:
+        registry: Prometheus's registry of these metrics. Every instance has its own.
+    """
 
     def __init__(self, engine: HasStats):
+        """Registers the metrics.
+
+        Args:
+            engine: its counters are read at every scrape.
+        """
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_EngineCollector(engine))
         model = ["model_name"]
@@ -99,17 +112,33 @@ class Metrics:
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to a stream's end.", _LONG)
 
     def prompt(self, model: str, num_tokens: int) -> None:
+        """Counts the tokens of a prompt that a model was asked to continue."""
         self._prompt.labels(model).inc(num_tokens)
 
     def tokens(self, model: str, num_tokens: int, since: float, first: bool) -> None:
-        """Counts tokens that came `since` seconds after the stream's last ones, or after the request if `first`."""
+        """Counts generated tokens of a choice.
+
+        Args:
+            model: the model that generated them.
+            num_tokens: how many tokens there are.
+            since: seconds since the choice's last tokens, or since the request's arrival if `first`.
+            first: whether these are the choice's first tokens.
+        """
         self._generated.labels(model).inc(num_tokens)
-        (self._ttft if first else self._itl).labels(model).observe(since)
+        histogram = self._ttft if first else self._itl
+        histogram.labels(model).observe(since)
 
     def finished(self, model: str, reason: str, since_arrival: float) -> None:
+        """Counts a choice that has ended.
+
+        Args:
+            model: the model that generated its last tokens.
+            reason: the finish_reason: 'stop', 'length', 'abort' or 'error'.
+            since_arrival: seconds since the request's arrival.
+        """
         self._requests.labels(model, reason).inc()
         self._e2e.labels(model).observe(since_arrival)
 
     def render(self) -> bytes:
-        """The text exposition format."""
+        """Returns all metrics in Prometheus's text exposition format."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""From a request's prompt or conversation to token ids that fit the context."""
+"""Makes token ids of a request's prompt or conversation, and checks that they fit the context."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ from icarus_jax.server.protocol import ChatPrompt
 
 @dataclasses.dataclass(frozen=True)
 class Prompt:
-    """A prompt's token ids, its text if it came as text, and the request's field that it came in."""
+    """A prompt that has been read and checked.
+
+    Attributes:
+        ids: its token ids.
+        text: its text, or None if it came as token ids.
+        field: the request's field that it came in.
+    """
 
     ids: tuple[int, ...]
     text: str | None
@@ -19,15 +25,40 @@ class Prompt:
 
 
 class PromptReader:
-    """Makes prompts and checks them. vocab_size: the trunk's V; max_model_len: tokens of a prompt plus its output."""
+    """Reads prompts and conversations, and checks that the engine can serve them.
+
+    Attributes:
+        vocabulary: translates between text and token ids.
+        vocab_size: the number of token ids that the trunk knows.
+        max_model_len: how many tokens a prompt and its output may have together.
+    """
 
     def __init__(self, vocabulary: Vocabulary, vocab_size: int, max_model_len: int):
+        """Takes the limits that prompts are checked against.
+
+        Args:
+            vocabulary: translates between text and token ids.
+            vocab_size: the number of token ids that the trunk knows.
+            max_model_len: how many tokens a prompt and its output may have together.
+        """
         self.vocabulary = vocabulary
         self.vocab_size = vocab_size
         self.max_model_len = max_model_len
 
     def read(self, prompt: str | list[int], field: str, add_special_tokens: bool) -> Prompt:
-        """Raises ApiError: empty, too long, or an id out of range."""
+        """Reads a prompt.
+
+        Args:
+            prompt: a text or token ids.
+            field: the request's field that it came in; errors name it.
+            add_special_tokens: whether the tokenizer adds its own tokens, such as BOS, to a text.
+
+        Returns:
+            The prompt. It may still leave no room for output; see `room`.
+
+        Raises:
+            ApiError: the prompt is empty, is a text far too long for the context, or has an id out of range.
+        """
         if isinstance(prompt, str):
             self._check_characters(prompt, field)
             ids = self.vocabulary.encode(prompt, add_special_tokens)
@@ -40,7 +71,17 @@ class PromptReader:
         return made
 
     def render(self, chat: ChatPrompt) -> str:
-        """A conversation as the chat template writes it. Raises ApiError with what the template has against it."""
+        """Writes a conversation as text, with the tokenizer's chat template.
+
+        Args:
+            chat: the conversation and the template's options.
+
+        Returns:
+            The text.
+
+        Raises:
+            ApiError: the template cannot render the conversation; the message gives the template's reason.
+        """
         generate = chat.add_generation_prompt
         try:
             return self.vocabulary.tokenizer.apply_chat_template(
@@ -53,20 +94,52 @@ class PromptReader:
                     "tokenize": False,
                 }
             )
-        except Exception as error:  # a template may fail in any way on what it was not written for
+        except Exception as error:  # a template is a program, and may raise anything on input it does not expect
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ApiError(400, f"the chat template cannot render these messages: {reason}", "messages") from error
 
     def read_chat(self, chat: ChatPrompt) -> Prompt:
+        """Reads a conversation: renders it, then encodes the text.
+
+        Args:
+            chat: the conversation and the template's options.
+
+        Returns:
+            The prompt; its field is 'messages'.
+
+        Raises:
+            ApiError: as of `render` and `read`.
+        """
         return self.read(self.render(chat), "messages", chat.add_special_tokens)
 
     def check_ids(self, ids: list[int], field: str) -> None:
+        """Checks token ids.
+
+        Args:
+            ids: the token ids.
+            field: the request's field that they came in.
+
+        Raises:
+            ApiError: an id is not one of the trunk's.
+        """
         for token_id in ids:
             if not 0 <= token_id < self.vocab_size:
                 raise ApiError(400, f"{field} has the token id {token_id}; ids lie in 0..{self.vocab_size - 1}", field)
 
     def room(self, prompt: Prompt, asked: int | None, asked_field: str = "max_tokens") -> int:
-        """How many tokens may follow the prompt. Raises ApiError if it leaves no room, or less than was asked for."""
+        """Returns how many tokens may follow a prompt.
+
+        Args:
+            prompt: the prompt.
+            asked: how many tokens the request asks for at most; None: it does not say.
+            asked_field: the request's field that says so.
+
+        Returns:
+            The tokens that the context has left after the prompt.
+
+        Raises:
+            ApiError: the prompt leaves no room, or less than the request asks for.
+        """
         num = len(prompt.ids)
         room = self.max_model_len - num
         if room < 0 or (room == 0 and asked != 0):
@@ -76,7 +149,7 @@ class PromptReader:
         return room
 
     def _check_characters(self, text: str, field: str) -> None:
-        """Refuses what cannot fit before time is spent on tokenizing it."""
+        """Refuses a text that cannot fit the context, before any time is spent on encoding it."""
         if len(text) > self.max_model_len * self.vocabulary.longest:
             self._too_long(f"{field} has {len(text)} characters", field)
 

@@ -1,10 +1,11 @@
-"""The bodies of generation requests: OpenAI's fields, vLLM's extra ones under vLLM's names, and routing.py's."""
+"""The bodies of generation requests: OpenAI's fields, vLLM's extra ones under vLLM's names, and agent_fields.py's."""
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+import dataclasses
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
 
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.request import SamplingParams
@@ -13,36 +14,45 @@ from icarus_jax.server.body import Body, Int32, Int64
 
 
 class StreamOptions(Body):
+    """OpenAI's `stream_options`: whether a last chunk brings the usage."""
+
     include_usage: bool = False
 
 
 class ResponseFormat(Body):
+    """OpenAI's `response_format`; only {"type": "text"} is served."""
+
     type: str
 
 
-class Generate(Routing):
-    """What completions and chat completions share. Ranges that the engine knows are checked by SamplingParams."""
+# Fields of SamplingParams whose JSON form is another: they stand in the bodies below.
+_OWN_FORM = ("max_tokens", "logit_bias", "stop", "stop_token_ids", "logprobs")
+_JSON_TYPES: dict[Any, Any] = {int: Int32, int | None: Int32 | None}
+
+
+def _sampling_fields() -> dict[str, Any]:
+    """The fields of SamplingParams that bodies take as they are: name -> (type, default), as pydantic has it."""
+    types = get_type_hints(SamplingParams) | {"seed": Int64 | None}
+    fields = [field for field in dataclasses.fields(SamplingParams) if field.name not in _OWN_FORM]
+    return {f.name: (_JSON_TYPES.get(types[f.name], types[f.name]), f.default) for f in fields}
+
+
+# For the type checker its fields are unknown: they are stated once, in SamplingParams.
+_SAME_FORM = _sampling_fields()
+Sampling: Any = create_model("Sampling", __base__=Body, **_SAME_FORM)
+
+
+class Generate(Sampling, Routing):
+    """What completions and chat completions share. Ranges of sampling fields are checked by SamplingParams."""
 
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
     max_tokens: Int32 | None = None
-    min_tokens: Int32 = 0
-    temperature: float = 1.0
-    top_k: Int32 = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
     logit_bias: dict[str, float] = Field({})
     stop: Annotated[list[str], BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop)] = Field([])
     stop_token_ids: list[Int32] = Field([])
-    include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
-    ignore_eos: bool = False
-    seed: Int64 | None = None
-    prompt_logprobs: Int32 | None = None
     return_token_ids: bool = False
     response_format: ResponseFormat | None = None
     user: str | None = None
@@ -67,29 +77,25 @@ class Generate(Routing):
         return 0 if named is None and self.reference_logprobs else named
 
     def asked_prompt_logprobs(self) -> int | None:
+        """How many alternatives to report for a prompt token; None: no log-probabilities of the prompt."""
         return self.prompt_logprobs
 
     def asked_tokens(self) -> int | None:
+        """The tokens that the request wants to be generated at most; None: it names no number."""
         return self.max_tokens
 
     def sampling_params(self, default_tokens: int) -> SamplingParams:
         """The engine's parameters; `default_tokens` is the max_tokens of a request that names none."""
         asked = self.asked_tokens()
-        return SamplingParams(
-            max_tokens=default_tokens if asked is None else asked,
-            logit_bias=tuple((_token_id(key), bias) for key, bias in self.logit_bias.items()),
-            stop=tuple(self.stop),
-            stop_token_ids=tuple(self.stop_token_ids),
-            logprobs=self.asked_logprobs(),
-            prompt_logprobs=self.asked_prompt_logprobs(),
-            **{name: getattr(self, name) for name in _SAME},
-        )
-
-
-_SAME = (
-    *("min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty"),
-    *("frequency_penalty", "include_stop_str_in_output", "ignore_eos", "seed"),
-)
+        own_form = {
+            "max_tokens": default_tokens if asked is None else asked,
+            "logit_bias": tuple((_token_id(key), bias) for key, bias in self.logit_bias.items()),
+            "stop": tuple(self.stop),
+            "stop_token_ids": tuple(self.stop_token_ids),
+            "logprobs": self.asked_logprobs(),
+            "prompt_logprobs": self.asked_prompt_logprobs(),
+        }
+        return SamplingParams(**{name: getattr(self, name) for name in _SAME_FORM} | own_form)
 
 
 def _token_id(key: str) -> int:
@@ -112,6 +118,8 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 class CompletionRequest(Generate):
+    """The body of /v1/completions. `prompt` is a text, token ids, or a list of either."""
+
     prompt: Annotated[list[Any], BeforeValidator(_prompts)]  # list[str | list[int]]
     echo: bool = False
     logprobs: Int32 | None = None
@@ -128,15 +136,19 @@ class CompletionRequest(Generate):
         return self
 
     def named_logprobs(self) -> int | None:
+        """`logprobs` as it is given."""
         return self.logprobs
 
     def asked_prompt_logprobs(self) -> int | None:
+        """The larger of `prompt_logprobs` and, with `echo`, `logprobs`."""
         echoed = self.asked_logprobs() if self.echo else None
         asked = [count for count in (self.prompt_logprobs, echoed) if count is not None]
         return max(asked, default=None)
 
 
 class ContentPart(Body):
+    """One part of a message's content; only text is served."""
+
     type: Literal["text"]
     text: str
 
@@ -177,6 +189,8 @@ class ChatPrompt(Body):
 
 
 class ChatRequest(ChatPrompt, Generate):
+    """The body of /v1/chat/completions."""
+
     max_completion_tokens: Int32 | None = None
     logprobs: bool = False
     top_logprobs: Int32 | None = None
@@ -191,12 +205,15 @@ class ChatRequest(ChatPrompt, Generate):
         return self
 
     def named_logprobs(self) -> int | None:
+        """`top_logprobs`, if `logprobs` is true."""
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def asked_tokens(self) -> int | None:
+        """`max_completion_tokens`, or the older `max_tokens`."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def sampling_params(self, default_tokens: int) -> SamplingParams:
+        """As Generate has it; an error about `logprobs` names `top_logprobs`, which is the field here."""
         try:
             return super().sampling_params(default_tokens)
         except RequestError as error:  # the field's name in this API
@@ -220,10 +237,13 @@ class TokenizeRequest(ChatPrompt):
         return self
 
     def with_special_tokens(self) -> bool:
+        """Whether the tokenizer adds its own tokens: by default to a text, not to a rendered conversation."""
         named = "add_special_tokens" in self.model_fields_set
         return self.add_special_tokens if named else self.prompt is not None
 
 
 class DetokenizeRequest(Body):
+    """The body of /detokenize."""
+
     model: str | None = None
     tokens: list[Int32]

@@ -1,4 +1,4 @@
-"""The answers of the HTTP API, as OpenAI shapes them, with vLLM's extra fields where a request asks for them."""
+"""The JSON of answers: OpenAI's format, with vLLM's extra fields if a request asks for them."""
 
 from __future__ import annotations
 
@@ -18,16 +18,39 @@ _ERROR_TYPES = {404: "not_found_error", 503: "service_unavailable_error"}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """Makes OpenAI's error object.
+
+    Args:
+        status: the HTTP status, which decides the error's type.
+        message: what is wrong, for people.
+        param: the request's field at fault, if there is one.
+        code: the error's kind for programs.
+
+    Returns:
+        The body of the response.
+    """
     kind = _ERROR_TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def internal_error() -> dict[str, Any]:
+    """Makes the error object for a bug. The client learns nothing of the exception; the log has it."""
     return error_body(500, "the server failed on this request; its log says why", code="internal_error")
 
 
 def model_card(model: Model, trunk_name: str, root: str, max_model_len: int, created: int) -> dict[str, Any]:
-    """A model as /v1/models lists it. root: where its weights come from; kv: its kind (config.KV_KINDS)."""
+    """Describes a model as /v1/models lists it.
+
+    Args:
+        model: the model.
+        trunk_name: the trunk's name as a model; it is the parent of every head.
+        root: where the model's weights come from.
+        max_model_len: how many tokens a prompt and its output may have together.
+        created: when the server started, in Unix seconds.
+
+    Returns:
+        OpenAI's fields and vLLM's, and `kv`: the kind of the model (config.KV_KINDS).
+    """
     return {
         "id": model.name,
         "object": "model",
@@ -41,11 +64,16 @@ def model_card(model: Model, trunk_name: str, root: str, max_model_len: int, cre
 
 
 def usage(choices: Sequence[Choice], by_model: bool) -> dict[str, Any]:
-    """Token counts of an answer; a prompt counts once however many choices, of however many models, continue it.
+    """Counts the tokens of an answer. A prompt counts once, however many choices and models continue it.
 
-    by_model: also who wrote the completion tokens: {model: {"completion_tokens": n}}.
+    Args:
+        choices: every choice of the answer.
+        by_model: whether to also say which model wrote how many: {model: {"completion_tokens": n}}.
+
+    Returns:
+        OpenAI's usage object.
     """
-    cached: dict[int, int] = {}  # prompts by identity: two equal prompts are two
+    cached: dict[int, int] = {}  # the keys are identities, because a request may ask the same prompt twice
     prompts = {id(choice.prompt): choice.prompt for choice in choices}
     written: dict[str, int] = {}
     for choice in choices:
@@ -66,10 +94,12 @@ def usage(choices: Sequence[Choice], by_model: bool) -> dict[str, Any]:
 
 
 def _routed(request: Routing, choice: Choice, delta: Delta, whole: bool) -> dict[str, Any]:
-    """What a choice says of its models: who wrote it (of a whole one, who began it), and what routing.py's fields ask.
+    """Returns the fields of a choice that tell about its models.
 
-    handoffs, of a whole choice: [{"token": index of a generated token, "model": who wrote from there on}]. kl_to_base,
-    at its end: the sum of logprob - reference_logprob over its tokens, an estimate of the divergence from the trunk.
+    `model` is the model that wrote the delta, or that began the whole choice. `handoffs`, of a whole choice, lists
+    {"token": index of a generated token, "model": the model that wrote from there on}. `kl_to_base`, at the end of a
+    choice, is the sum of logprob - reference_logprob over its tokens: an estimate of the divergence from the trunk, in
+    nats.
     """
     shown: dict[str, Any] = {"model": delta.model}
     if whole and request.handoff:
@@ -80,23 +110,36 @@ def _routed(request: Routing, choice: Choice, delta: Delta, whole: bool) -> dict
 
 
 class CompletionView:
-    """How /v1/completions shows choices."""
+    """Writes choices in the format of /v1/completions.
+
+    Attributes:
+        request: the request that is answered.
+    """
 
     def __init__(self, request: CompletionRequest, vocabulary: Vocabulary):
+        """Gives the answer its id and its time.
+
+        Args:
+            request: the request that is answered.
+            vocabulary: names the tokens in log-probabilities.
+        """
         self.request = request
         self._vocabulary = vocabulary
         self._head = {"id": f"cmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.label}
 
     def whole(self, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
+        """Returns the body of an answer that is not streamed, given each choice with its joined deltas."""
         choices = [self._choice(choice, delta, whole=True) for choice, delta in answers]
         return self._body(choices) | {"usage": usage([choice for choice, _ in answers], self.request.by_model)}
 
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """Returns one chunk of a streamed answer, and marks the choice as begun."""
         shown = self._choice(choice, delta)
         choice.begun = True
         return self._body([shown])
 
     def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Returns the last chunk of a streamed answer, which holds the token counts of all choices."""
         return self._body([]) | {"usage": usage(choices, self.request.by_model)}
 
     def _body(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -112,7 +155,7 @@ class CompletionView:
         } | _routed(self.request, choice, delta, whole)
         if self.request.return_token_ids:
             shown["token_ids"] = delta.token_ids
-            if not choice.begun:  # the prompt's once, as it may be long
+            if not choice.begun:  # the prompt may be long, so only the first chunk has its ids
                 shown["prompt_token_ids"] = choice.prompt.ids
         if self.request.prompt_logprobs is not None:
             shown["prompt_logprobs"] = prompt_logprobs(choice, delta, self.request.prompt_logprobs, self._vocabulary)
@@ -126,13 +169,13 @@ class CompletionView:
             "top_logprobs": [None if entry.logprob is None else self._top(entry.logprob) for entry in scored],
             "text_offset": [entry.offset for entry in scored],
         }
-        if self.request.reference_logprobs:  # None for a prompt's tokens, which are echoed
+        if self.request.reference_logprobs:  # an echoed prompt's tokens have none
             references = [entry.reference for entry in scored]
             shown["reference_logprobs"] = [None if value is None else finite(value) for value in references]
         return shown
 
     def _top(self, logprob: TokenLogprob) -> dict[str, float]:
-        """The best tokens, best first, and the token itself. Of two tokens of one text the better is shown."""
+        """Returns the best tokens, best first, and the token itself. If two have the same text, the better is shown."""
         top: dict[str, float] = {}
         ranked = logprob.top[: self.request.logprobs or 0]
         for token_id, value in (*ranked, (logprob.token_id, logprob.logprob)):
@@ -141,20 +184,31 @@ class CompletionView:
 
 
 class ChatView:
-    """How /v1/chat/completions shows choices."""
+    """Writes choices in the format of /v1/chat/completions.
+
+    Attributes:
+        request: the request that is answered.
+    """
 
     def __init__(self, request: ChatRequest, vocabulary: Vocabulary):
+        """Gives the answer its id and its time.
+
+        Args:
+            request: the request that is answered.
+            vocabulary: names the tokens in log-probabilities.
+        """
         self.request = request
         self._vocabulary = vocabulary
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.label}
 
     def whole(self, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
+        """Returns the body of an answer that is not streamed, given each choice with its joined deltas."""
         choices = []
         for choice, delta in answers:
             message = {"role": "assistant", "content": delta.text}
             choices.append(self._choice(choice, delta, whole=True) | {"message": message})
         body = self._head | {"object": "chat.completion", "choices": choices}
-        first, delta = answers[0]  # a chat has one prompt, whatever n is
+        first, delta = answers[0]  # all choices of a chat have the same prompt
         if self.request.prompt_logprobs is not None:
             shown = prompt_logprobs(first, delta, self.request.prompt_logprobs, self._vocabulary)
             body["prompt_logprobs"] = shown
@@ -163,12 +217,14 @@ class ChatView:
         return body | {"usage": usage([choice for choice, _ in answers], self.request.by_model)}
 
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
+        """Returns one chunk of a streamed answer, and marks the choice as begun."""
         message = {"content": delta.text} if choice.begun else {"role": "assistant", "content": delta.text}
         shown = self._choice(choice, delta) | {"delta": message}
         choice.begun = True
         return self._chunk([shown])
 
     def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
+        """Returns the last chunk of a streamed answer, which holds the token counts of all choices."""
         return self._chunk([]) | {"usage": usage(choices, self.request.by_model)}
 
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -186,10 +242,10 @@ class ChatView:
         return shown
 
     def _token(self, scored: Scored) -> dict[str, Any]:
-        assert scored.logprob is not None  # a chat is not echoed
+        assert scored.logprob is not None  # only the first token of an echoed prompt has none
         top = scored.logprob.top[: self.request.top_logprobs or 0]
         shown = self._named(scored.token_id, scored.logprob.logprob)
-        shown["top_logprobs"] = [self._named(*t) for t in top]
+        shown["top_logprobs"] = [self._named(token_id, logprob) for token_id, logprob in top]
         if scored.reference is not None:
             shown["reference_logprob"] = finite(scored.reference)
         return shown
@@ -199,10 +255,21 @@ class ChatView:
         return {"token": self._vocabulary.token_text(token_id), "logprob": finite(logprob), "bytes": list(raw)}
 
 
-def prompt_logprobs(choice: Choice, delta: Delta, count: int, vocabulary: Vocabulary) -> list[dict[str, Any] | None]:
-    """vLLM's form: None for the first token, then {token id: {logprob, rank, decoded_token}} a token.
+View = CompletionView | ChatView
 
-    The rank of a token beyond the best `count` is not known, and is null.
+
+def prompt_logprobs(choice: Choice, delta: Delta, count: int, vocabulary: Vocabulary) -> list[dict[str, Any] | None]:
+    """Writes the log-probabilities of a prompt in vLLM's format.
+
+    Args:
+        choice: a choice that continues the prompt.
+        delta: the delta that holds the log-probabilities.
+        count: how many alternatives to report for each token.
+        vocabulary: names the tokens.
+
+    Returns:
+        One entry for each token of the prompt: None for the first one, else {token id: {"logprob", "rank",
+        "decoded_token"}}. The rank of a token that is not among the best `count` is not known: it is None.
     """
 
     def one(logprob: TokenLogprob | None) -> dict[str, Any] | None:

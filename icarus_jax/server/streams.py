@@ -1,40 +1,31 @@
-"""From the engine's thread to the event loop: the streams of one HTTP request."""
+"""The text of one choice: the engine's outputs go in, and what the client gains from each comes out."""
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
-import logging
-import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import Iterable
 
-from starlette.requests import Request as HttpRequest
-
-from icarus_jax.engine.engine import Engine
-from icarus_jax.scheduling.request import Request, SamplingParams, TokenLogprob, TokenOutput
-from icarus_jax.server.body import ApiError
+from icarus_jax.scheduling.request import SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.server.detokenizer import Detokenizer, Vocabulary
-from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.prompts import Prompt
 
-log = logging.getLogger(__name__)
-
-LOWEST_LOGPROB = -9999.0  # JSON has no -inf
+LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot write
 
 
 def finite(value: float) -> float:
-    return max(LOWEST_LOGPROB, value)  # in this order: a NaN gives the lowest too
-
-
-class ClientGone(Exception):
-    """The client has closed the connection: nobody waits for an answer."""
+    """Makes a log-probability that JSON can write: minus infinity and NaN become LOWEST_LOGPROB."""
+    return max(LOWEST_LOGPROB, value)  # with the arguments in this order, max of a NaN is LOWEST_LOGPROB
 
 
 @dataclasses.dataclass
 class Scored:
-    """A token, its log-probability (None for a prompt's first), and where it starts in the text, in characters.
+    """A token with its log-probability.
 
-    reference: the trunk's log-probability of a generated token, if it was asked for.
+    Attributes:
+        token_id: the token.
+        logprob: its log-probability with the best alternatives; None for the first token of a prompt.
+        offset: where the token starts in the text, in characters.
+        reference: the trunk's log-probability of a generated token, if the request asks for it.
     """
 
     token_id: int
@@ -45,10 +36,19 @@ class Scored:
 
 @dataclasses.dataclass
 class Delta:
-    """What one stream gained: text, tokens, their scores if wanted, and at the end the reason.
+    """What one choice gained by an output of the engine.
 
-    model: that wrote the tokens (of joined deltas, the first). Text that was held back, as it could have become a stop
-    string or was no whole character yet, comes with the token that decides it.
+    The detokenizer holds text back while it could still become a stop string, or is not a whole character yet. Such
+    text comes with the token that decides it.
+
+    Attributes:
+        model: the model that wrote the tokens; of joined deltas, the first one.
+        text: the new text.
+        token_ids: the new tokens.
+        scored: the new tokens' log-probabilities; None if the request does not ask for them.
+        prompt_logprobs: the log-probability of each prompt token, in the delta that brings them; its first is None.
+        finish_reason: why the choice ended: 'stop', 'length', 'abort' or 'error'; None while it goes on.
+        stop_reason: the stop string or the stop token's id that ended the choice. None for an EOS token.
     """
 
     model: str = ""
@@ -57,10 +57,18 @@ class Delta:
     scored: list[Scored] | None = None
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: str | None = None
-    stop_reason: str | int | None = None  # the stop string or stop token that ended it
+    stop_reason: str | int | None = None
 
     @staticmethod
     def join(deltas: Iterable[Delta]) -> Delta:
+        """Joins the deltas of one choice, in their order, into a single one.
+
+        Args:
+            deltas: the deltas from the choice's first to its last.
+
+        Returns:
+            A delta with all text and tokens, and the last delta's reasons.
+        """
         whole = Delta()
         for delta in deltas:
             whole.model = whole.model or delta.model
@@ -75,13 +83,23 @@ class Delta:
 
     @property
     def is_empty(self) -> bool:
+        """True if the delta has neither text nor log-probabilities, and does not end the choice."""
         return not (self.text or self.scored or self.finish_reason)
 
 
 class Choice:
-    """One stream of an answer: engine outputs in, text out.
+    """One choice of an answer: it takes the engine's outputs in and makes text of them.
 
-    model: that writes now. handoffs: (index of a generated token, the model that writes from there on).
+    Attributes:
+        index: the choice's number in the answer.
+        model: the model that writes now; a handoff changes it.
+        prompt: the prompt that the choice continues.
+        tokens_by_model: model -> how many tokens it has generated.
+        handoffs: (index of a generated token, the model that writes from there on).
+        kl_to_base: the sum of logprob - reference over the generated tokens, in nats.
+        cached_tokens: how many of the prompt's tokens were in the cache.
+        finish_reason: why the choice ended; None while it runs.
+        begun: whether a chunk of it has been sent; the view that sends chunks sets it.
     """
 
     def __init__(
@@ -95,15 +113,27 @@ class Choice:
         skip_special_tokens: bool,
         echo: bool = False,
     ):
+        """Begins a choice.
+
+        Args:
+            index: the choice's number in the answer.
+            model: the model that begins to write.
+            prompt: the prompt to continue.
+            params: the sampling parameters that the engine was given.
+            vocabulary: gives the bytes of each token.
+            eos_ids: the ids of the tokens that end a text.
+            skip_special_tokens: whether special tokens are left out of the text.
+            echo: whether the text begins with the prompt.
+        """
         self.index = index
         self.model = model
         self.prompt = prompt
         self.tokens_by_model = {model: 0}
         self.handoffs: list[tuple[int, str]] = []
-        self.kl_to_base = 0.0  # sum over its tokens of logprob - reference
+        self.kl_to_base = 0.0
         self.cached_tokens = 0
         self.finish_reason: str | None = None
-        self.begun = False  # a chunk of it was sent
+        self.begun = False
         self._params = params
         self._eos_ids = eos_ids
         self._detokenizer = Detokenizer(vocabulary, params, skip_special_tokens, prompt.ids)
@@ -115,10 +145,20 @@ class Choice:
 
     @property
     def num_tokens(self) -> int:
+        """How many tokens the choice has generated."""
         return sum(self.tokens_by_model.values())
 
     def feed(self, output: TokenOutput) -> Delta:
-        """Takes an output in. A stop string may end the stream before the engine does: see `finish_reason`."""
+        """Takes an output of the engine in.
+
+        A stop string may end the choice before the engine does. The caller then has to abort the sequence.
+
+        Args:
+            output: the engine's next output for this choice.
+
+        Returns:
+            What the choice gained; its `finish_reason` is set if the choice has ended.
+        """
         if output.token_ids and output.model != self.model:
             self.model = output.model
             self.handoffs.append((self.num_tokens, self.model))
@@ -152,7 +192,7 @@ class Choice:
             delta.scored.append(Scored(token_id, logprob, self._base + self._detokenizer.length, reference))
         delta.token_ids.append(token_id)
         is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
-        if not is_stop or self._params.include_stop_str_in_output:  # the token that stopped it is no text
+        if not is_stop or self._params.include_stop_str_in_output:  # else the stop token is not part of the text
             delta.text += self._detokenizer.push([token_id])
 
     def _add_echo(self, delta: Delta, output: TokenOutput) -> None:
@@ -163,93 +203,3 @@ class Choice:
         if delta.scored is not None and output.prompt_logprobs is not None:
             rows = zip(self.prompt.ids, output.prompt_logprobs, offsets, strict=True)
             delta.scored += [Scored(token_id, logprob, min(at, len(text))) for token_id, logprob, at in rows]
-
-
-@dataclasses.dataclass
-class _Arrival:
-    choice: Choice
-    output: TokenOutput
-    time: float  # when the engine gave it
-
-
-class Generation:
-    """The choices of one HTTP request while the engine works on them.
-
-    Iterate for (choice, delta) until every choice has ended; raises ApiError if the engine fails, ClientGone if the
-    client leaves. `close` (also called when the client leaves) aborts what still runs.
-    """
-
-    def __init__(self, engine: Engine, metrics: Metrics, http: HttpRequest):
-        self.choices: list[Choice] = []
-        self._engine = engine
-        self._metrics = metrics
-        self._loop = asyncio.get_running_loop()
-        self._arrival = time.monotonic()
-        self._last: dict[int, float] = {}  # choice index -> time of its last token
-        self._running: dict[int, tuple[Choice, int]] = {}  # by index, while it runs: the choice and its sequence
-        self._gone = False
-        self._queue: asyncio.Queue[_Arrival | None] = asyncio.Queue()  # None: the client has gone
-        self._watcher = asyncio.create_task(self._watch(http))
-
-    def submit(self, request: Request, choices: list[Choice]) -> None:
-        """Asks the engine for one prompt's choices. Raises RequestError."""
-
-        def on_output(i: int, output: TokenOutput) -> None:  # on the engine's thread
-            try:
-                self._loop.call_soon_threadsafe(self._queue.put_nowait, _Arrival(choices[i], output, time.monotonic()))
-            except RuntimeError:  # the loop is closed: a server that was stopped at once
-                log.debug("an output came after the server's end")
-
-        seq_ids = self._engine.submit(request, on_output)
-        self.choices += choices
-        self._running |= {choice.index: (choice, seq_id) for choice, seq_id in zip(choices, seq_ids, strict=True)}
-        for model in request.models:
-            self._metrics.prompt(model, len(request.prompt_ids))
-
-    async def __aiter__(self) -> AsyncIterator[tuple[Choice, Delta]]:
-        while self._running:
-            arrival = await self._queue.get()
-            if arrival is None:
-                raise ClientGone
-            if arrival.choice.index in self._running:  # not one that a stop string has ended
-                yield arrival.choice, self._take(arrival)
-        if self._gone:  # it left between two deltas
-            raise ClientGone
-
-    def _take(self, arrival: _Arrival) -> Delta:
-        choice, output = arrival.choice, arrival.output
-        delta = choice.feed(output)
-        if delta.token_ids:
-            last = self._last.get(choice.index)
-            since = arrival.time - (self._arrival if last is None else last)
-            self._metrics.tokens(choice.model, len(delta.token_ids), since, first=last is None)
-            self._last[choice.index] = arrival.time
-        if delta.finish_reason:
-            _, seq_id = self._running.pop(choice.index)
-            self._metrics.finished(choice.model, delta.finish_reason, arrival.time - self._arrival)
-            if delta.finish_reason == "error":
-                raise ApiError(500, "the engine failed while it worked on this request", code="engine_error")
-            if delta.finish_reason == "abort":
-                raise ApiError(503, "the server stopped before this request was finished", code="server_stopping")
-            if output.finish_reason is None:  # a stop string, which the engine does not know of
-                self._engine.abort([seq_id])
-        return delta
-
-    def close(self) -> None:
-        """Ends the work: aborts the streams still running. May be called more than once."""
-        self._watcher.cancel()
-        self._abort()
-
-    def _abort(self) -> None:
-        if self._running:
-            self._engine.abort([seq_id for _, seq_id in self._running.values()])
-            for choice, _ in self._running.values():
-                self._metrics.finished(choice.model, "abort", time.monotonic() - self._arrival)
-            self._running.clear()
-
-    async def _watch(self, http: HttpRequest) -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-        self._gone = True
-        self._abort()
-        self._queue.put_nowait(None)

@@ -1,4 +1,4 @@
-"""Public figures of accelerator chips: peak rates of one chip. Nothing here was measured by us."""
+"""Published figures of accelerator chips. None of them was measured by us."""
 
 from __future__ import annotations
 
@@ -9,9 +9,15 @@ GB, GIB = 10**9, 2**30
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """One chip: FLOP/s in bfloat16 (dense), bytes of memory, bytes/s of memory, bytes/s to its neighbours.
+    """The peak rates of one chip.
 
-    link: all its links together, both directions. overlaps: whether reading memory and computing go on at once.
+    Attributes:
+        name: The name in CHIPS.
+        flops: FLOP/s in bfloat16, dense.
+        memory: The size of the main memory, in bytes.
+        bandwidth: Of the main memory, in bytes/s.
+        link: Bytes/s to other chips, all links together, the sum of both directions.
+        overlaps: Whether the chip computes while it reads memory.
     """
 
     name: str

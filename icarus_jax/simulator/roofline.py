@@ -1,7 +1,9 @@
-"""How long a step takes on a chip: the bytes it moves and the FLOPs it does, over the chip's rates. Host only.
+"""How long a step takes on a chip, by the roofline model (Williams, Waterman and Patterson, CACM 2009). Host only.
 
-Counted: weights once a step, K/V of each sequence once a step, activations, LoRA, logits, all-reduces, and a fixed
-overhead. Peak rates are scaled by assumed efficiencies: a simulation, not a measurement.
+Work takes its FLOPs or its bytes, each divided by the chip's rate, whichever is longer (or their sum, on a chip that
+does not overlap them). Counted are the weights once a step, the K/V of each sequence once a step, activations, LoRA,
+logits, all-reduces, and a fixed overhead. Peak rates are scaled by assumed efficiencies. It is a simulation, not a
+measurement.
 """
 
 from __future__ import annotations
@@ -13,40 +15,69 @@ from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import Chip
 
-# Vectors of D, of F and of heads * H that a layer's row reads or writes outside its matrix products' weights.
+# How many vectors of size D, F and N * H a row reads or writes in a layer, as activations.
 _ROW_VECTORS = (10, 4, 4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
-    """What no data sheet says."""
+    """What no data sheet says. A share is the fraction of the peak rate that is reached.
 
-    flops_share: float = 0.6  # of the peak, in large products
-    bandwidth_share: float = 0.8  # when weights and activations are read
-    kv_share: float = 0.8  # when pages are read
+    Attributes:
+        flops_share: In matrix products.
+        bandwidth_share: When weights and activations are read.
+        kv_share: When pages of K/V are read.
+        link_share: In all-reduces.
+        overhead_s: Seconds of a step for launches and for host work that is not hidden.
+        collective_s: The latency of one all-reduce, in seconds.
+        memory_share: The fraction of a chip's memory that can be used; the rest is the runtime's.
+        weight_bytes: Bytes of one weight or activation.
+        kv_bytes: Bytes of one value of K or V.
+    """
+
+    flops_share: float = 0.6
+    bandwidth_share: float = 0.8
+    kv_share: float = 0.8
     link_share: float = 0.6
-    overhead_s: float = 2e-3  # of a step: launches, host work that is not hidden
-    collective_s: float = 5e-6  # latency of one all-reduce
-    memory_share: float = 0.9  # of a chip's memory; the rest is the runtime's
-    weight_bytes: int = 2  # of a weight, an activation
+    overhead_s: float = 2e-3
+    collective_s: float = 5e-6
+    memory_share: float = 0.9
+    weight_bytes: int = 2
     kv_bytes: int = 2
 
 
 @dataclasses.dataclass
 class Load:
-    """What one step has to do."""
+    """The work of one step.
+
+    Attributes:
+        writers: T, writer rows.
+        readers: R, reader rows.
+        logits: Rows whose logits are computed.
+        adapted: Rows with an adapter.
+        adapters: Different adapters among them.
+        kv_tokens: Stored tokens whose K/V is read, summed over the sequences.
+        pairs: Pairs of a row and a stored token that it attends to.
+    """
 
     writers: int = 0
     readers: int = 0
     logits: int = 0
-    adapted: int = 0  # rows with an adapter
-    adapters: int = 0  # different ones
-    kv_tokens: int = 0  # stored tokens that some sequence attends to
-    pairs: int = 0  # (row, stored token) pairs
+    adapted: int = 0
+    adapters: int = 0
+    kv_tokens: int = 0
+    pairs: int = 0
 
 
 def load_of(plan: StepPlan) -> Load:
-    """Counts a plan. A sequence's writer and reader rows read its K/V together."""
+    """Counts the work of a plan. The K/V of a sequence is read once for all of its rows.
+
+    Args:
+        plan: The scheduler's plan of a step.
+
+    Returns:
+        The work of the step.
+    """
     load, slots = Load(), set()
     for work in plan.work:
         n, m = work.num_write, work.num_read
@@ -67,9 +98,25 @@ def load_of(plan: StepPlan) -> Load:
 
 
 class Roofline:
-    """One model on `shards` chips that split every weight (tensor parallel). rank: of the adapters.
+    """The roofline of one model on several chips that split every weight (tensor parallelism).
 
-    rows: the (writers, readers, logits) that are computed for those that are wanted, where shapes are padded.
+    Args:
+        model: The model's sizes.
+        chip: The kind of chip.
+        shards: The number of chips.
+        rank: r, the rank of the adapters.
+        assumptions: The efficiencies; None for the defaults.
+        rows: Maps the (writers, readers, logits) that are wanted to those that are computed, for padded shapes.
+
+    Attributes:
+        model: The model's sizes.
+        chip: The kind of chip.
+        shards: The number of chips.
+        assumed: The efficiencies.
+        kv_token_bytes: Bytes of one token's K/V in all layers.
+
+    Raises:
+        ValueError: The attention heads do not divide evenly among the chips.
     """
 
     def __init__(
@@ -87,24 +134,35 @@ class Roofline:
         self.assumed = a = assumptions or Assumptions()
         self._rows = rows
         shapes, layers = model.target_shapes, model.num_layers
-        self._matrix = layers * sum(i * o for i, o in (shapes[t] for t in TARGETS))  # weights in the layers' products
+        self._matrix = layers * sum(i * o for i, o in (shapes[t] for t in TARGETS))  # weights of the projections
         self._vocab = model.vocab_size * model.hidden_size
         self._lora = layers * rank * sum(sum(shapes[t]) for t in LORA_TARGETS)  # weights of one adapter
         d, f, q = _ROW_VECTORS
         heads = model.num_heads * model.head_dim
         self._row_bytes = layers * a.weight_bytes * (d * model.hidden_size + f * model.intermediate_size + q * heads)
         self.kv_token_bytes = 2 * layers * model.num_kv_heads * model.head_dim * a.kv_bytes
-        # K/V splits by attention head; where there are more chips than KV heads, some hold the same ones
+        # K/V is split by KV head. If there are more chips than KV heads, several chips store the same K/V.
         self._kv_shards = min(shards, model.num_kv_heads)
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of the whole model's weights."""
+        """Bytes of the whole model's weights, over all chips."""
         tables = 1 if self.model.tie_word_embeddings else 2
         return self.assumed.weight_bytes * (self._matrix + tables * self._vocab)
 
     def num_pages(self, page_size: int, adapters: int) -> int:
-        """Pages that fit beside the weights and so many adapters. Raises ValueError if the model does not fit."""
+        """Computes how many pages fit in the memory that weights and adapters leave free.
+
+        Args:
+            page_size: Tokens in a page.
+            adapters: The number of adapters.
+
+        Returns:
+            The number of pages, at least 1.
+
+        Raises:
+            ValueError: Not one page fits.
+        """
         a = self.assumed
         free = (
             self.shards * self.chip.memory * a.memory_share - self.weight_bytes - adapters * self._lora * a.weight_bytes
@@ -117,11 +175,11 @@ class Roofline:
         return pages
 
     def flops(self, load: Load) -> float:
-        """FLOPs of a step."""
+        """Returns the FLOPs of a step, over all chips."""
         return self._linear(load)[0] + self._attention(load)[0]
 
     def seconds(self, load: Load) -> float:
-        """Duration of a step."""
+        """Returns the duration of a step, in seconds."""
         a = self.assumed
         flops, moved = self._linear(load)
         busy = self._time(flops, moved / a.bandwidth_share / self.shards)
@@ -130,7 +188,7 @@ class Roofline:
         return busy + self._collectives(load) + a.overhead_s
 
     def _linear(self, load: Load) -> tuple[float, float]:
-        """(FLOPs, bytes) of the products with weights: layers, adapters, logits."""
+        """Returns the FLOPs and bytes of the products with weights: layers, adapters, logits."""
         writers, readers, logits = self._rows(load.writers, load.readers, load.logits)
         rows = writers + readers
         flops = 2 * (self._matrix * rows + self._lora * load.adapted + self._vocab * logits)
@@ -139,19 +197,25 @@ class Roofline:
         return flops, moved
 
     def _attention(self, load: Load) -> tuple[float, float]:
-        """(FLOPs, bytes) of attention: each sequence's K/V is read, each new token's written."""
+        """Returns the FLOPs and bytes of attention: it reads each sequence's K/V and writes that of new tokens."""
         model = self.model
         flops = 4 * model.num_heads * model.head_dim * model.num_layers * load.pairs
         return flops, self.kv_token_bytes * (load.kv_tokens + load.writers)
 
     def _time(self, flops: float, moved: float) -> float:
-        """moved: bytes of each chip, as if read at the full bandwidth."""
+        """Returns the seconds of some work.
+
+        flops: FLOPs of all chips. moved: bytes that each chip reads, scaled so that the full bandwidth applies to them.
+        """
         compute = flops / (self.chip.flops * self.assumed.flops_share * self.shards)
         memory = moved / self.chip.bandwidth
         return max(compute, memory) if self.chip.overlaps else compute + memory
 
     def _collectives(self, load: Load) -> float:
-        """Two all-reduces of f[rows, D] a layer, each chip sending and receiving 2 (n - 1) / n of it."""
+        """Returns the seconds of the all-reduces: two of f[rows, D] in each layer.
+
+        In a ring all-reduce, each of n chips sends and receives 2 (n - 1) / n of the array.
+        """
         if self.shards == 1:
             return 0.0
         rows = load.writers + load.readers

@@ -1,4 +1,4 @@
-"""Sessions through the real scheduler and page pool, under a virtual clock. Host only."""
+"""Simulation of sessions with the real scheduler and page pool, under a virtual clock. Host only."""
 
 from __future__ import annotations
 
@@ -15,12 +15,19 @@ from icarus_jax.scheduling.sequence import Sequence as Stream
 from icarus_jax.workloads.calls import Call, Counters
 from icarus_jax.workloads.workload import Conversation, Session, Turn, common_prefix
 
-VOCABULARY = 32768  # random prompts are drawn from it; which tokens they are changes nothing
+VOCABULARY = 32768  # size of the vocabulary of random prompts; its value does not affect the results
+SAMPLE_STEPS = 50  # steps between two records of the page pool
 
 
 @dataclasses.dataclass(frozen=True)
 class Simulated:
-    """A run. pages: (time, pages held by sequences, pages kept for reuse) every `SAMPLE_STEPS` steps."""
+    """The result of a simulation.
+
+    Attributes:
+        calls: The calls in the order in which they ended.
+        counters: What the system did.
+        pages: (seconds, pages that sequences hold, pages kept for reuse) every SAMPLE_STEPS steps.
+    """
 
     calls: list[Call]
     counters: Counters
@@ -29,16 +36,24 @@ class Simulated:
 
 @dataclasses.dataclass
 class _Asked:
+    """A call that has been made and not yet answered. Times are in seconds."""
+
     turn: Turn
     start: float
     first: float | None = None
 
 
-SAMPLE_STEPS = 50
-
-
 class Simulation:
-    """One replica serving `sessions`, session i arriving at arrivals[i] seconds."""
+    """One server and the sessions that arrive at it.
+
+    Args:
+        sessions: The sessions. Every turn names its model.
+        arrivals: When each session arrives, in seconds.
+        models: The models by name.
+        engine: The sizes of the engine.
+        step_seconds: The duration of a step, in seconds, by its plan.
+        seed: The seed of random prompts.
+    """
 
     def __init__(
         self,
@@ -60,7 +75,11 @@ class Simulation:
         self._calls: list[Call] = []
 
     def run(self) -> Simulated:
-        """Runs until every session has ended."""
+        """Runs until every session has ended.
+
+        Returns:
+            The calls, the counters and the use of pages.
+        """
         scheduler, pool = self._scheduler, self._scheduler.pool
         pages, steps, busy = [], 0, 0.0
         while self._due or scheduler.has_work:
@@ -84,6 +103,7 @@ class Simulation:
         return Simulated(self._calls, counters, pages)
 
     def _ask(self, at: float, session: int, number: int) -> None:
+        """Submits a session's turn, which was due at `at` seconds, to the scheduler."""
         turn, talk = self._sessions[session][number], self._talks[session]
         prompt = talk.prompt(turn)
         self._needed += talk.new_tokens
@@ -97,10 +117,11 @@ class Simulation:
         self._scheduler.add(seq)
 
     def _token(self, seq: Stream) -> int:
-        """No two streams say the same."""
+        """Returns the next token of a sequence. No two sequences generate the same text, which they could share."""
         return (seq.seq_id * 7919 + len(seq.tokens)) % VOCABULARY
 
     def _take(self, seq_id: int, finish_reason: str | None) -> None:
+        """Takes in the output of a sequence. At its end, the call is recorded and the session's next turn is due."""
         session, asked, seq = self._asked[seq_id]
         asked.first = self._clock if asked.first is None else asked.first
         if finish_reason is None:
@@ -117,5 +138,13 @@ class Simulation:
 
 
 def make_models(count: int, kind: str) -> dict[str, Model]:
-    """`count` heads h0, h1, ... of one kind."""
+    """Makes models of one kind.
+
+    Args:
+        count: The number of models.
+        kind: How they use the KV cache, one of config.KV_KINDS.
+
+    Returns:
+        The models h0, h1, ... by name.
+    """
     return {f"h{i}": Model(f"h{i}", kind) for i in range(count)}

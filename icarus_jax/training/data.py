@@ -1,54 +1,34 @@
-"""Training data: JSON lines made into examples, and examples packed into batches by Grain.
+"""Training data: the rows of a JSONL file as token ids, split into training and validation.
 
-Several examples lie side by side in one packed row; a segment number says which token is whose. The tokens that every
-example begins with (the template's own words) are cut off and kept once, as the prefix.
+A row has one of three forms: {"messages": [..]} with the completion as its last message, {"prompt": .., "completion":
+..}, or the format of one of the tasks in tasks.py.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import grain
-import jax
 import numpy as np
-from grain import experimental as grain_experimental
 from transformers import PreTrainedTokenizerBase
 
 from icarus_jax.tasks import Task
 
-Array = jax.Array | np.ndarray
-
-HELD_OUT = 20  # every 20th example is for validation: 5%, the same ones whatever the seed
-PACKING_BINS = 64  # rows packed at a time: more leave less padding, and mix what was shuffled farther apart
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class Batch:
-    """Packed rows. Segment 0 is padding; segments count from 1 in each row.
-
-    tokens, positions, segments, slots i32[.., B, T] (positions count from the example's own first token, the prefix
-    included; slots: the head each token belongs to, from 1); readers, targets, target_segments i32[.., B, R]: for each
-    completion token, the column of the token before it, the token itself, and its segment.
-    """
-
-    tokens: Array
-    positions: Array
-    segments: Array
-    slots: Array
-    readers: Array
-    targets: Array
-    target_segments: Array
+HELD_OUT = 20  # every 20th example (5%) is for validation; it does not depend on the seed
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Example:
-    """tokens i32[n]: a prompt of `num_prompt` tokens and its completion. slot: its head, from 1."""
+    """A prompt and its completion.
+
+    Attributes:
+        tokens: i32[n], the prompt's tokens and then the completion's.
+        num_prompt: The number of prompt tokens.
+        slot: The head that learns from it, counted from 1.
+    """
 
     tokens: np.ndarray
     num_prompt: int
@@ -56,24 +36,34 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowShape:
-    """rows: packed rows a batch (B); length: tokens in each (T); readers: completion tokens in each (R)."""
-
-    rows: int
-    length: int
-    readers: int
-
-
-@dataclasses.dataclass(frozen=True)
 class Encoder:
-    """Makes token ids of a row. max_length: the longest example allowed, in tokens."""
+    """Makes examples of the rows of a JSONL file.
+
+    Attributes:
+        tokenizer: The trunk's tokenizer. Its chat template renders messages.
+        eos_ids: The ids of all tokens that end a sequence.
+        max_length: The longest example that is allowed, in tokens.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     eos_ids: frozenset[int]
     max_length: int
 
     def encode(self, row: dict[str, Any], task: Task | None, slot: int) -> Example:
-        """Raises ValueError with what is wrong with the row."""
+        """Encodes a row.
+
+        Args:
+            row: The row: messages, or a prompt and a completion, or a row of the task.
+            task: How a row of neither of the first two forms becomes a prompt and its answer. None: it is an error.
+            slot: The head that learns from it, counted from 1.
+
+        Returns:
+            The example. Its completion ends with an end-of-sequence token.
+
+        Raises:
+            TooLong: The example has more than `max_length` tokens.
+            ValueError: The row has none of the forms, or its prompt or completion is empty.
+        """
         if "messages" in row:
             prompt, completion = self._chat(row["messages"])
         elif "prompt" in row and "completion" in row:
@@ -92,7 +82,10 @@ class Encoder:
         return Example(np.array(prompt + completion, np.int32), len(prompt), slot)
 
     def _chat(self, messages: Any) -> tuple[list[int], list[int]]:
-        """The last message is the completion, with what the template writes after it up to the end of the turn."""
+        """Returns the token ids of the prompt and of the completion, which is the last message.
+
+        The completion includes what the template writes after the message, up to the end of the turn.
+        """
         if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
             raise ValueError('"messages" is not a list of {"role": .., "content": ..}')
         if len(messages) < 2 or messages[-1]["role"] != "assistant":
@@ -122,23 +115,37 @@ class Encoder:
         return prompt_ids, self._ended(self._ids(completion, False))
 
     def _ids(self, text: str, add_special_tokens: bool) -> list[int]:
-        text.encode()  # fails, with ValueError, on half a surrogate pair: JSON can hold one, no tokenizer takes it
+        text.encode()  # raises ValueError for half a surrogate pair: JSON allows it, tokenizers do not
         return self.tokenizer(text, add_special_tokens=add_special_tokens)["input_ids"]
 
     def _ended(self, ids: list[int]) -> list[int]:
-        """Cut after the first end-of-sequence token, or given one: a head must learn where to stop."""
+        """Cuts the ids after the first end-of-sequence token, or appends one: a head must learn where to stop."""
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         return ids[: end + 1] if end is not None else [*ids, int(self.tokenizer.eos_token_id)]
 
 
 class TooLong(ValueError):
-    """An example longer than the context."""
+    """An example has more tokens than `Encoder.max_length`."""
 
 
 def read_examples(
     path: Path, encoder: Encoder, task: Task | None, slot: int = 1, skip_long: bool = False
 ) -> tuple[list[Example], int]:
-    """Reads a JSONL file: the examples, and how many were skipped as too long. Raises ValueError naming the line."""
+    """Reads a JSONL file of training data.
+
+    Args:
+        path: The file. Empty lines are ignored.
+        encoder: Makes the examples.
+        task: The task whose format the rows may have; None for no task.
+        slot: The head that learns from the file, counted from 1.
+        skip_long: Whether examples that are too long are left out. Otherwise they are an error.
+
+    Returns:
+        The examples, and how many were left out as too long.
+
+    Raises:
+        ValueError: The file does not exist, has no examples, or has a wrong line. The message names the line.
+    """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --config.data.path=FILE names the training data")
     examples, skipped = [], 0
@@ -168,8 +175,18 @@ def read_examples(
 
 
 def split(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
-    """(training, validation): every HELD_OUT-th example is held out, and at most `count` of those are validated on,
-    from the whole of the file: its rows may be sorted by class."""
+    """Splits examples into training and validation.
+
+    Every HELD_OUT-th example is held out from training. If there are more of these than `count`, the validation
+    examples are taken from them at even distances, because the rows of a file may be sorted by class.
+
+    Args:
+        examples: The examples of a file, in its order.
+        count: The largest number of validation examples.
+
+    Returns:
+        The training examples, and the validation examples.
+    """
     held = [e for i, e in enumerate(examples) if i % HELD_OUT == HELD_OUT - 1]
     count = min(count, len(held))
     validation = [held[i * len(held) // count] for i in range(count)]
@@ -177,89 +194,17 @@ def split(examples: Sequence[Example], count: int) -> tuple[list[Example], list[
 
 
 def common_prefix(examples: Iterable[Example]) -> np.ndarray:
-    """The tokens that all prompts begin with, i32[P]; always less than a whole prompt."""
+    """Returns the tokens that all prompts begin with, for example those of the chat template.
+
+    Args:
+        examples: The examples, at least one.
+
+    Returns:
+        i32[P], shorter than every prompt.
+    """
     prompts = [e.tokens[: e.num_prompt - 1] for e in examples]
     prefix = min(prompts, key=len)
     for prompt in prompts:
         differ = np.flatnonzero(prompt[: len(prefix)] != prefix)
         prefix = prefix[: differ[0]] if len(differ) else prefix
     return prefix
-
-
-def row_shape(examples: Sequence[Example], prefix: np.ndarray, rows: int, length: int) -> RowShape:
-    """How many completion tokens a packed row should have room for, given its length in tokens."""
-    tokens = sum(len(e.tokens) - 1 - len(prefix) for e in examples)
-    completion = sum(len(e.tokens) - e.num_prompt for e in examples)
-    longest = max(len(e.tokens) - e.num_prompt for e in examples)
-    # A tenth more than the average row holds: a row of short prompts should not be cut off by its completions.
-    readers = max(longest, math.ceil(1.1 * length * completion / tokens))
-    return RowShape(rows, length, min(length, -(-readers // 8) * 8))
-
-
-def train_batches(
-    examples: Sequence[Example], prefix: np.ndarray, shape: RowShape, seed: int, accumulate: int
-) -> grain.DatasetIterator:
-    """Batches without end, arrays [accumulate, B, ..]; get_state/set_state return to any of them exactly."""
-    source = grain.MapDataset.source(examples).seed(seed).shuffle().repeat()
-    packed = _pack(source.map(lambda e: _features(e, prefix)), shape, shuffle_bins=True, seed=seed)
-    packed = packed.map(lambda row: _locate(row, len(prefix)))
-    batches = packed.batch(shape.rows).batch(accumulate)
-    return iter(batches.map(lambda fields: Batch(**fields)))
-
-
-def validation_batches(examples: Sequence[Example], prefix: np.ndarray, shape: RowShape) -> list[Batch]:
-    """The examples once, in batches [B, ..]; the last one is filled up with padding."""
-    source = grain.MapDataset.source(examples).map(lambda e: _features(e, prefix))
-    rows = [_locate(row, len(prefix)) for row in _pack(source, shape, shuffle_bins=False, seed=0)]
-    rows += [{name: np.zeros_like(values) for name, values in rows[0].items()}] * (-len(rows) % shape.rows)
-    groups = (rows[i : i + shape.rows] for i in range(0, len(rows), shape.rows))
-    return [Batch(**{name: np.stack([row[name] for row in group]) for name in group[0]}) for group in groups]
-
-
-def _pack(source: grain.MapDataset, shape: RowShape, *, shuffle_bins: bool, seed: int) -> grain.IterDataset:
-    lengths = {"tokens": shape.length, "slots": shape.length, "readers": shape.readers, "targets": shape.readers}
-    return grain_experimental.FirstFitPackIterDataset(
-        source.to_iter_dataset(grain.ReadOptions(num_threads=0)),
-        length_struct=lengths,
-        num_packing_bins=PACKING_BINS,
-        shuffle_bins=shuffle_bins,
-        seed=seed,
-        meta_features=("slots", "readers"),
-    )
-
-
-def _features(example: Example, prefix: np.ndarray) -> dict[str, np.ndarray]:
-    """One example without the prefix. Its last token is predicted only, so that it is no input."""
-    inputs = example.tokens[len(prefix) : -1]
-    first = example.num_prompt - 1 - len(prefix)
-    return {
-        "tokens": inputs,
-        "slots": np.full(len(inputs), example.slot, np.int32),
-        "readers": np.arange(first, len(inputs), dtype=np.int32),
-        "targets": example.tokens[example.num_prompt :],
-    }
-
-
-def _locate(row: dict[str, np.ndarray], prefix_len: int) -> dict[str, np.ndarray]:
-    """A packed row's fields of Batch: the readers' columns in the row, and positions that count the prefix."""
-    segments, target_segments = row["tokens_segment_ids"], row["targets_segment_ids"]
-    starts = np.flatnonzero((row["tokens_positions"] == 0) & (segments > 0)).astype(np.int32)
-    real = target_segments > 0
-    return {
-        "tokens": row["tokens"],
-        "positions": row["tokens_positions"] + np.int32(prefix_len),
-        "segments": segments,
-        "slots": row["slots"],
-        "readers": np.where(real, row["readers"] + starts[target_segments - 1], 0).astype(np.int32),
-        "targets": row["targets"],
-        "target_segments": target_segments,
-    }
-
-
-def num_examples(batch: Batch) -> int:
-    """How many examples lie in a batch."""
-    return int(batch.target_segments.max(-1).sum())
-
-
-def take(iterator: Iterator[Batch], count: int) -> list[Batch]:
-    return [next(iterator) for _ in range(count)]

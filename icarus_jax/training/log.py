@@ -1,4 +1,4 @@
-"""What a training run tells: a progress bar or log lines, metrics.jsonl, TensorBoard scalars and plots."""
+"""The output of a training run: a progress bar or log lines, metrics.jsonl, TensorBoard scalars and plots."""
 
 from __future__ import annotations
 
@@ -11,16 +11,22 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-METRICS = "metrics.jsonl"
-RECORD = "config.json"  # in a run's folder: what its checkpoints were made with
+METRICS = "metrics.jsonl"  # in a run's folder: one line of scalars for each logged step
+RECORD = "config.json"  # in a run's folder: the settings, trunk and data that its checkpoints were made with
 
 log = logging.getLogger(__name__)
 
 
 class TrainLog:
-    """Writes to `folder`. What an earlier run wrote beyond `step`, from where this one goes on, is dropped.
+    """Logs a run's scalars to metrics.jsonl and TensorBoard, and its progress to stderr.
 
-    every: steps between log lines, where stderr is no terminal and so has no progress bar.
+    A run that goes on from a checkpoint drops the lines that were written after that checkpoint.
+
+    Args:
+        folder: The run's folder.
+        step: The number of steps done before this run.
+        steps: The number of steps in all.
+        every: Steps between log lines. They are written only if stderr is not a terminal, and so has no progress bar.
     """
 
     def __init__(self, folder: Path, step: int, steps: int, every: int):
@@ -35,14 +41,24 @@ class TrainLog:
         self._started, self._first, self._steps, self._every = time.monotonic(), step, steps, every
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Writes scalars of one step to both files."""
+        """Writes scalars to metrics.jsonl and TensorBoard.
+
+        Args:
+            step: The step that they belong to.
+            values: The scalars by name.
+        """
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
 
     def progress(self, step: int, values: dict[str, float]) -> None:
-        """Moves the bar on to `step`, or writes a line when it is time."""
+        """Advances the progress bar by one step, or writes a log line every `every` steps.
+
+        Args:
+            step: The step that was done.
+            values: The scalars to show, by name.
+        """
         shown = "  ".join(f"{name} {value:.4g}" for name, value in values.items())
         self._bar.set_postfix_str(shown, refresh=False)
         self._bar.update()
@@ -51,20 +67,28 @@ class TrainLog:
             log.info("step %d/%d  %s  %.1f min left", step, self._steps, shown, seconds / 60)
 
     def say(self, text: str) -> None:
-        """A line that does not break the bar."""
+        """Writes a line of text, above the progress bar if there is one."""
         if self._bar.disable:
             log.info("%s", text)
         else:
             self._bar.write(text, file=sys.stderr)
 
     def close(self) -> None:
+        """Closes the progress bar and the files."""
         self._bar.close()
         self._board.close()
         self._file.close()
 
 
 def read_metrics(folder: Path) -> list[dict[str, float]]:
-    """The lines of metrics.jsonl; a last line cut short by a kill is left out."""
+    """Reads the metrics.jsonl of a run.
+
+    Args:
+        folder: The run's folder.
+
+    Returns:
+        The scalars of each line, and its `step`. A last line that is cut short, as by a kill, is left out.
+    """
     file = folder / METRICS
     rows = []
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -76,7 +100,17 @@ def read_metrics(folder: Path) -> list[dict[str, float]]:
 
 
 def plot_losses(folder: Path, names: Sequence[str]) -> Path:
-    """Draws training (smoothed) and validation losses of a run; returns the picture's path."""
+    """Draws the losses of a run over its steps, as loss.png in its folder.
+
+    Training losses are smoothed by an exponential moving average with the factor 0.9.
+
+    Args:
+        folder: The run's folder.
+        names: The heads' names.
+
+    Returns:
+        The path of the picture.
+    """
     from matplotlib.figure import Figure
 
     rows = read_metrics(folder)
@@ -90,9 +124,8 @@ def plot_losses(folder: Path, names: Sequence[str]) -> Path:
             curve.append(smooth)
         (line,) = axes.plot([step for step, _ in points], curve, alpha=0.5, label=f"{name}, training")
         checks = [(row["step"], row[f"{name}/val_loss"]) for row in rows if f"{name}/val_loss" in row]
-        axes.plot(
-            *zip(*checks, strict=True), "o-", color=line.get_color(), label=f"{name}, validation"
-        ) if checks else None
+        if checks:
+            axes.plot(*zip(*checks, strict=True), "o-", color=line.get_color(), label=f"{name}, validation")
     axes.legend()
     axes.grid(alpha=0.3)
     path = folder / "loss.png"
@@ -101,9 +134,16 @@ def plot_losses(folder: Path, names: Sequence[str]) -> Path:
 
 
 def compare_runs(folders: Sequence[Path], picture: Path) -> None:
-    """Draws the validation losses of runs as train_loop.py leaves them, one panel a head. Raises ValueError.
+    """Draws the validation losses of several runs, one panel for each head.
 
-    A run's label is its kv and its seed; seeds of one kv have one colour.
+    A curve's label is its run's kv and seed. Runs of the same kv have the same colour.
+
+    Args:
+        folders: The folders of the runs.
+        picture: The file to write.
+
+    Raises:
+        ValueError: A folder is not a training run, or no run has a validation loss.
     """
     from matplotlib.figure import Figure
 

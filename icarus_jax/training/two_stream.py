@@ -1,105 +1,42 @@
-"""The forward pass of training: two streams over packed rows, and the loss.
+"""The forward pass of training (ICaRus, arXiv 2603.13281): two streams over packed rows, and the log-probabilities.
 
-The trunk runs over all tokens and yields K/V; no gradient enters it. The head makes no K/V, so that its stream runs at
-the completion's positions alone (the readers), where its predictions count: a head's rows elsewhere influence nothing.
-A conventional LoRA model (kv='isolated') is one stream over all tokens that makes K/V of its own, with gradients.
+The first stream is the trunk, over all tokens. It makes the K/V and has no gradient. The second stream is the head. It
+attends to the trunk's K/V and makes none, so that its rows do not influence each other. It runs only at the positions
+that predict a completion token (the readers). A conventional LoRA model (kv='isolated') is one stream over all tokens,
+which makes K/V of its own, with gradients.
 
-Both are built of what serves (model.Block, the lora op): what is trained is what is served. Letters:
-config.py; here B packed rows, T tokens in each, R readers in each, P tokens of the common prefix, A heads.
+Both streams are built of the same parts as serving (models.trunk.Block and the op `lora`), so that what is trained is
+what is served. Letters: config.py, and here B packed rows, T tokens in each, R readers in each, P tokens of the common
+prefix, Q rows of a stream in each packed row, A heads.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
-from icarus_jax.config import TARGETS, ModelConfig
-from icarus_jax.models.full_heads import OWN_PARAMS
+from icarus_jax.config import ModelConfig
+from icarus_jax.models.block import Block
 from icarus_jax.models.layers import rope_tables
-from icarus_jax.models.trunk import Block, Trunk
-from icarus_jax.training.data import Array, Batch
-from pallas_kernels.lora import lora
+from icarus_jax.models.trunk import Trunk
+from icarus_jax.training.heads import Bank, HeadParams, Method, Params, TrainingBank, stacked
+from icarus_jax.training.packing import Array, Batch
 
-Params = Mapping[str, jax.Array]  # a trunk's, by checkpoint.py's names
-HeadParams = dict[str, Any]  # LoRA: target -> (A, B); full: name -> weight. Every leaf has a leading A axis
-Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # stacked's; empty: no adapters
-KeyValues = tuple[jax.Array, jax.Array]  # K and V of every layer, [L, B, T, K, H]
-
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    """How a head is trained. full: all weights of its decoder, else LoRA of `rank` on `targets`."""
-
-    kv: str = "shared"  # 'shared' | 'isolated'
-    full: bool = False
-    targets: tuple[str, ...] = ()
-    rank: int = 8
-    scale: float = 2.0  # what A @ B is multiplied by
-    dropout: float = 0.0
-    remat: bool = False  # recompute a layer's activations in the backward pass
-
-
-def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Sequence[int]) -> HeadParams:
-    """Untrained heads, one a seed, in float32: A random and B zero as in PEFT, or copies of the trunk's weights."""
-    if method.full:
-        copies = {name: np.asarray(params[name], np.float32)[None] for name in OWN_PARAMS if name in params}
-        return {name: jnp.asarray(np.repeat(copy, len(seeds), 0)) for name, copy in copies.items()}
-    heads: HeadParams = {}
-    rngs = [np.random.default_rng(seed) for seed in seeds]
-    for target in method.targets:
-        din, dout = config.target_shapes[target]
-        bound = 1 / math.sqrt(din)
-        shape = (config.num_layers, din, method.rank)
-        a = np.stack([rng.uniform(-bound, bound, shape).astype(np.float32) for rng in rngs])
-        heads[target] = (jnp.asarray(a), jnp.zeros((len(seeds), config.num_layers, method.rank, dout)))
-    return heads
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainingBank:
-    """One layer's adapters while they are trained, with dropout on what enters A: heads.LayerBank's counterpart.
-
-    factors: target -> (a [A, r, din], b [A, r, dout]).
-    """
-
-    factors: Bank
-    rate: float
-    key: jax.Array | None
-
-    def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
-        """`out` [B, dout] plus the adapters' share of x [B, din]; all rows have adapters (first is 0)."""
-        assert first == 0
-        if target not in self.factors:
-            return out
-        if self.key is not None:
-            key = jax.random.fold_in(self.key, TARGETS.index(target))
-            x = jnp.where(jax.random.bernoulli(key, 1 - self.rate, x.shape), x / (1 - self.rate), 0).astype(x.dtype)
-        a, b = self.factors[target]
-        return out + lora(x, a[None], b[None], 0, slots, jnp.arange(1, len(a) + 1), implementation="xla")
-
-
-def stacked(heads: HeadParams, method: Method, dtype: Any) -> Bank:
-    """The heads' factors as the lora op has them: a [L, A, r, din], b [L, A, r, dout], the scale in b."""
-
-    def by_layer(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        a, b = pair
-        return a.transpose(1, 0, 3, 2).astype(dtype), (b.swapaxes(0, 1) * method.scale).astype(dtype)
-
-    return {target: by_layer(pair) for target, pair in heads.items()}
+KeyValues = tuple[jax.Array, jax.Array]  # K and V of every layer, each [L, B, T, K, H]
 
 
 class Stream(NamedTuple):
-    """Rows of the packed batch that run through the layers together, Q of each packed row.
+    """Rows that run through the layers together, Q of each packed row.
 
-    x [B, Q, D]; positions, slots i32[B, Q]; mask bool[B, Q, P + T]: what each attends to, the common prefix first.
+    Attributes:
+        x: [B, Q, D], the residual stream at the first layer.
+        positions: i32[B, Q], the positions for rope.
+        slots: i32[B, Q], the head of each row, counted from 1.
+        mask: bool[B, Q, P + T], which columns a row attends to, those of the common prefix first.
     """
 
     x: jax.Array
@@ -118,9 +55,20 @@ def run_layers(
     given: KeyValues | None = None,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, KeyValues | None]:
-    """Runs a stream: (x [B, Q, D], the K/V that it made). With `given` K/V it attends to those and makes none.
+    """Runs a stream through all layers.
 
-    prefix: K/V [L, P, K, H] that come before each row's own; key: for dropout.
+    Args:
+        config: The trunk's configuration.
+        method: How the heads are trained.
+        model: The weights of the layers.
+        bank: The adapters; empty for none.
+        stream: The rows.
+        prefix: K and V [L, P, K, H] of the common prefix.
+        given: K and V [L, B, T, K, H] that the rows attend to. None: those that the stream makes itself.
+        key: The random key of dropout. None: no dropout.
+
+    Returns:
+        The residual stream [B, Q, D] after the last layer, and the K/V that the stream has made, or None if `given`.
     """
     b, q_len, d = stream.x.shape
     n, h = config.num_heads, config.head_dim
@@ -152,7 +100,19 @@ def run_layers(
 def prefix_kv(
     config: ModelConfig, method: Method, model: Trunk, bank: Bank, tokens: jax.Array, key: jax.Array | None = None
 ) -> KeyValues:
-    """K/V [L, P, K, H] of the tokens i32[P] that all examples begin with: run once, not once an example."""
+    """Computes the K/V of the tokens that all examples begin with, once for all of them.
+
+    Args:
+        config: The trunk's configuration.
+        method: How the heads are trained.
+        model: The weights of the layers.
+        bank: The adapters of a single head; empty for none.
+        tokens: i32[P], the common prefix.
+        key: The random key of dropout. None: no dropout.
+
+    Returns:
+        K and V, each [L, P, K, H].
+    """
     length = tokens.shape[0]
     x = model.embedded(tokens)[None]
     empty = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), x.dtype)
@@ -173,19 +133,24 @@ def token_logprobs(
     batch: Batch,
     key: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Log-probability f32[B, R] of every target, and whether it was the likeliest bool[B, R].
+    """Computes the log-probability of every target.
 
-    prefix i32[P]; key: for dropout, None for none.
+    Args:
+        config: The trunk's configuration.
+        method: How the heads are trained.
+        heads: The heads' weights. Gradients flow to them alone.
+        params: The trunk's weights.
+        prefix: i32[P], the tokens that all examples begin with.
+        batch: The packed rows, arrays [B, ..].
+        key: The random key of dropout. None: no dropout.
+
+    Returns:
+        The log-probabilities f32[B, R], in nats, and whether the target is the most likely token, bool[B, R]. What they
+        say of padding means nothing.
     """
     frozen: dict[str, jax.Array] = lax.stop_gradient(dict(params))
     trunk = Trunk(config, frozen)
-    decoder = trunk
-    bank: Bank = {}
-    if method.full:
-        own = {name: jnp.squeeze(leaf, 0).astype(frozen[name].dtype) for name, leaf in heads.items()}
-        decoder = Trunk(config, frozen | own)
-    else:
-        bank = stacked(heads, method, frozen["embed"].dtype)
+    decoder, bank = _decoder(config, method, heads, trunk, frozen)
     key = None if method.dropout == 0 else key
     readers = batch.readers
     at = lambda rows: jnp.take_along_axis(rows, readers, axis=1)  # noqa: E731  [B, T] -> [B, R]
@@ -209,7 +174,20 @@ def token_logprobs(
     return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == batch.targets
 
 
+def _decoder(
+    config: ModelConfig, method: Method, heads: HeadParams, trunk: Trunk, frozen: dict[str, jax.Array]
+) -> tuple[Trunk, Bank]:
+    """Returns the layers that the heads run through, and their adapters: the trunk's layers, or a full head's own."""
+    if not method.full:
+        return trunk, stacked(heads, method, frozen["embed"].dtype)
+    own = {name: jnp.squeeze(leaf, 0).astype(frozen[name].dtype) for name, leaf in heads.items()}
+    return Trunk(config, frozen | own), {}
+
+
 def _mask(batch: Batch, segments: Array, columns: Array, prefix_len: int) -> jax.Array:
-    """bool[B, Q, P + T]: a row sees the prefix, and of its own segment the columns up to its own."""
+    """Returns the attention mask bool[B, Q, P + T] of rows with these segments and columns i32[B, Q].
+
+    A row attends to the whole prefix, and to the columns of its own segment up to its own column.
+    """
     own = (segments[:, :, None] == batch.segments[:, None]) & (jnp.arange(batch.tokens.shape[1]) <= columns[:, :, None])
     return jnp.concatenate([jnp.ones((*own.shape[:2], prefix_len), bool), own], axis=-1)

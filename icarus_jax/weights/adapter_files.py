@@ -1,7 +1,10 @@
-"""An adapter's two forms: a local PEFT folder, and an Orbax checkpoint, which can be written to a bucket.
+"""The two forms of an adapter on disk: a local PEFT folder, or an Orbax checkpoint (local or in a bucket).
 
-Both hold the same: PEFT's adapter_config.json as it is, with our mark in it, and the tensors by PEFT's names and in
-their own number formats. So nothing is lost either way.
+Both forms hold the same content: PEFT's adapter_config.json, with our key `icarus` in it, and the tensors under PEFT's
+names and in their stored dtypes. Conversion in either direction loses nothing.
+
+PEFT's form is described at huggingface.co/docs/peft/developer_guides/checkpoint, safetensors files at
+github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
@@ -21,7 +24,17 @@ Tensors = dict[str, np.ndarray]
 
 
 def read(folder: epath.PathLike) -> tuple[dict[str, Any], Tensors]:
-    """(The config, the tensors) of either form. Raises ValueError, in one line, if the folder is neither."""
+    """Reads an adapter in either form.
+
+    Args:
+        folder: A PEFT folder or an Orbax checkpoint of an adapter.
+
+    Returns:
+        The content of adapter_config.json, and the tensors by PEFT's names, in their stored dtypes.
+
+    Raises:
+        ValueError: The folder is neither form, or a file in it is broken. The message has one line.
+    """
     path = epath.Path(folder).expanduser()
     if not (path / CONFIG_FILE).exists() or not ((path / WEIGHTS_FILE).exists() or is_orbax(path)):
         missing = CONFIG_FILE if not (path / CONFIG_FILE).exists() else WEIGHTS_FILE
@@ -36,13 +49,24 @@ def read(folder: epath.PathLike) -> tuple[dict[str, Any], Tensors]:
 
 
 def is_orbax(folder: epath.PathLike) -> bool:
+    """Returns whether the folder is an Orbax checkpoint of an adapter."""
     return (epath.Path(folder).expanduser() / ARRAYS).exists()
 
 
 def convert(source: epath.PathLike, target: epath.PathLike) -> str:
-    """Writes a PEFT folder as an Orbax checkpoint, or the other way; returns the form written. `target` must be new.
+    """Converts a PEFT folder to an Orbax checkpoint, or an Orbax checkpoint to a PEFT folder.
 
-    Raises ValueError.
+    The config file is written last: a target folder without it is incomplete.
+
+    Args:
+        source: The adapter to convert, in either form.
+        target: The folder to write. It must not exist.
+
+    Returns:
+        The form that was written: 'PEFT folder' or 'Orbax checkpoint'.
+
+    Raises:
+        ValueError: `target` exists, or `source` cannot be read.
     """
     path = epath.Path(target).expanduser()
     if path.exists():
@@ -52,11 +76,11 @@ def convert(source: epath.PathLike, target: epath.PathLike) -> str:
         path.mkdir(parents=True)
         safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     else:
-        import orbax.checkpoint as ocp  # a second of imports, which only this form needs
+        import orbax.checkpoint as ocp  # imported here because the import takes a second
 
         with ocp.StandardCheckpointer() as checkpointer:
             checkpointer.save(path.resolve() / ARRAYS, tensors)
-    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")  # last: a folder without it is not complete
+    (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return "PEFT folder" if is_orbax(source) else "Orbax checkpoint"
 
 

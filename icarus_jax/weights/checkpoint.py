@@ -1,12 +1,14 @@
-"""Trunk checkpoints: any supported source becomes one flat dict of parameters, stacked over layers.
+"""Trunk checkpoints: every supported source is read as one flat dict of parameters, stacked over layers.
 
-The canonical parameters (letters: config.py; every weight is input-major, `x @ W`):
+The canonical parameters, with the axis letters of config.py. A weight W has its inputs first, so that a layer computes
+`x @ W`:
 
     embed [V, D]   final_norm [D]   lm_head [V, D] (absent if tied)
     attn_norm [L, D]   qkv [L, D, K, G + 2, H]   qkv_bias [L, K, G + 2, H] (Qwen2)   q_norm, k_norm [L, H] (Qwen3)
     o [L, N * H, D]   mlp_norm [L, D]   gate_up [L, D, 2, F]   down [L, F, D]
 
-Of `qkv`, KV head k holds its G query heads (query head n = k * G + g), then its key, then its value.
+The axis of size G + 2 in `qkv` holds, for KV head k, its G query heads (query head n = k * G + g), then its key, then
+its value.
 """
 
 from __future__ import annotations
@@ -23,38 +25,56 @@ import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16)
 import numpy as np
 from etils import epath
 
-from icarus_jax.config import ModelConfig, RopeScaling
+from icarus_jax.config import DTYPES, ModelConfig, RopeScaling
 from icarus_jax.weights import tokenizer as tokenizers
 from icarus_jax.weights.gguf import GgufTrunk
 from icarus_jax.weights.huggingface import HfTrunk
 from icarus_jax.weights.params import TensorSource, identify, param_shapes, stored_params
 from icarus_jax.weights.sources import resolve
 
-DTYPES = ("float32", "bfloat16")
-METADATA = "icarus_trunk.json"  # what marks a folder as an Orbax checkpoint of ours: config and identity
-ARRAYS = "params"
-CHUNK_BYTES = 1 << 26  # of an array in an Orbax checkpoint: what is read at once, however little of it is wanted
+METADATA = "icarus_trunk.json"  # marks a folder as an Orbax checkpoint of ours; holds config and identity
+ARRAYS = "params"  # the folder of the arrays in an Orbax checkpoint
+CHUNK_BYTES = 1 << 26  # size of an array's chunks in an Orbax checkpoint: the smallest unit that can be read
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class TrunkCheckpoint:
-    """A trunk's weights: NumPy arrays, or on disk still (open_trunk)."""
+    """A trunk's configuration and weights.
+
+    Attributes:
+        config: The model's sizes and options.
+        params: The canonical parameters by name. They are NumPy arrays after `load_trunk`. After `open_trunk` they are
+            `StoredParam` or `OrbaxParam`: indexing reads that part from disk.
+        identify: Computes the identity. Call `identity` instead.
+        path: The GGUF file or the model folder. The tokenizer lies there too.
+    """
 
     config: ModelConfig
     params: Mapping[str, Any]
     identify: Callable[[], str]
-    path: epath.Path  # the GGUF file or the folder: the tokenizer lies there too
+    path: epath.Path
 
     @property
     def identity(self) -> str:
-        """Names the weights (a hash of the stored numbers): adapters record which they belong to."""
+        """The name of the weights: a SHA-256 hash, in hexadecimal, of the stored numbers.
+
+        An adapter records the identity of the trunk that it was trained on.
+        """
         return self.identify()
 
 
 def open_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
-    """Opens a trunk from any source that sources.resolve knows; its params are read when they are indexed.
+    """Opens a trunk without reading its weights.
 
-    Raises ValueError, in one line, if it cannot.
+    Args:
+        source: Any source that `sources.resolve` knows. It is downloaded if necessary.
+        dtype: The dtype of the parameters when they are read: 'float32' or 'bfloat16'.
+
+    Returns:
+        The trunk. A parameter is read from disk when it is indexed.
+
+    Raises:
+        ValueError: There is no such source, or its model or file is not supported. The message has one line.
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: weights are kept as {' or '.join(DTYPES)}")
@@ -72,15 +92,36 @@ def open_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
 
 
 def load_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
-    """The same, with all of its params in memory."""
+    """Loads a trunk with all of its parameters in memory, as NumPy arrays.
+
+    Args:
+        source: Any source that `sources.resolve` knows. It is downloaded if necessary.
+        dtype: The dtype of the parameters: 'float32' or 'bfloat16'.
+
+    Returns:
+        The trunk.
+
+    Raises:
+        ValueError: There is no such source, or its model or file is not supported. The message has one line.
+    """
     trunk = open_trunk(source, dtype)
     whole = {name: values[(slice(None),) * len(values.shape)] for name, values in trunk.params.items()}
     return dataclasses.replace(trunk, params=whole)
 
 
 def save_orbax(checkpoint: TrunkCheckpoint, folder: str) -> None:
-    """Writes a trunk as an Orbax checkpoint, its tokenizer beside it. `folder` (local or a bucket) must not exist."""
-    import orbax.checkpoint as ocp  # a second of imports, which only Orbax sources need
+    """Writes a trunk as an Orbax checkpoint, with its tokenizer.
+
+    The metadata file is written last: a folder without it is incomplete.
+
+    Args:
+        checkpoint: The trunk to write.
+        folder: The folder to write, local or in a bucket. It must not exist.
+
+    Raises:
+        ValueError: `folder` exists.
+    """
+    import orbax.checkpoint as ocp  # imported here because the import takes a second
 
     path = epath.Path(folder).expanduser()
     if path.exists():
@@ -91,7 +132,7 @@ def save_orbax(checkpoint: TrunkCheckpoint, folder: str) -> None:
         checkpointer.save(path.resolve() / ARRAYS, args=ocp.args.PyTreeSave(params, save_args=chunks))
     _copy_tokenizer(checkpoint.path, path)
     metadata = {"config": dataclasses.asdict(checkpoint.config), "identity": checkpoint.identity}
-    (path / METADATA).write_text(json.dumps(metadata, indent=1))  # last: a folder without it is not complete
+    (path / METADATA).write_text(json.dumps(metadata, indent=1))
 
 
 def _copy_tokenizer(source: epath.Path, folder: epath.Path) -> None:
@@ -105,7 +146,14 @@ def _copy_tokenizer(source: epath.Path, folder: epath.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class OrbaxParam:
-    """A parameter in an Orbax checkpoint."""
+    """A parameter in an Orbax checkpoint. Indexing reads the whole parameter and returns the part as a NumPy array.
+
+    Attributes:
+        name: The canonical name.
+        shape: The shape of the whole parameter.
+        dtype: The dtype that indexing casts to.
+        folder: The folder of the checkpoint's arrays.
+    """
 
     name: str
     shape: tuple[int, ...]
@@ -113,7 +161,16 @@ class OrbaxParam:
     folder: epath.Path
 
     def restore(self, sharding: Any, dtype: Any) -> Any:
-        """Reads it as a jax.Array, each device's part to where it belongs; without a sharding as a NumPy array."""
+        """Reads the parameter, cast to `dtype`.
+
+        Args:
+            sharding: Where the parts of the array belong. Each process reads its own devices' parts only.
+                None: read the whole parameter to the host.
+            dtype: The dtype of the result.
+
+        Returns:
+            A jax.Array with this sharding, or a NumPy array if `sharding` is None.
+        """
         import orbax.checkpoint as ocp
 
         kind = np.ndarray if sharding is None else jax.Array

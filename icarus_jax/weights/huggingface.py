@@ -1,4 +1,8 @@
-"""Reading Hugging Face model folders: config.json and safetensors (one file, or shards under an index)."""
+"""Reading Hugging Face model folders: config.json and safetensors (one file, or shards with an index).
+
+The keys of config.json are those of transformers' LlamaConfig, Qwen2Config and Qwen3Config. The files of weights are
+described at github.com/huggingface/safetensors.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +19,23 @@ from etils import epath
 from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
 
 INDEX = "model.safetensors.index.json"
-PIECE = 1 << 23  # values read at once for the identity
-FLOATS = ("float32", "float16", "bfloat16")
+PIECE = 1 << 23  # number of values that `HfTrunk.stored` reads at once
+FLOATS = ("float32", "float16", "bfloat16")  # the dtypes of weights that can be read
 
 
 class HfTrunk:
-    """A folder's weights. See weights.TensorSource."""
+    """The weights of a model folder. It implements params.TensorSource.
+
+    Args:
+        folder: A folder with config.json and safetensors files.
+
+    Attributes:
+        config: The model's sizes and options.
+        names: The names of the tensors.
+
+    Raises:
+        ValueError: A file is missing or broken, or the model is not supported.
+    """
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
@@ -41,15 +56,29 @@ class HfTrunk:
         return files
 
     def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor: [out, in], or [out] of a vector."""
         return tuple(self._where[name].get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads a part of a tensor.
+
+        Args:
+            name: The name of the tensor.
+            index: A slice for each axis, with a start and a stop.
+
+        Returns:
+            The values, in one of the dtypes FLOATS.
+
+        Raises:
+            ValueError: The tensor has another dtype.
+        """
         values = self._where[name].get_slice(name)[index]
         if values.dtype.name not in FLOATS:
             raise ValueError(f"{self._folder}: {name} is {values.dtype}; weights are {', '.join(FLOATS)}")
         return values
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
+        """Yields a tensor in pieces along its first axis, of about PIECE values each, in the stored dtype."""
         rows, *rest = self.shape(name)
         step = max(1, PIECE // math.prod(rest))
         for first in range(0, rows, step):
@@ -64,7 +93,18 @@ def _open(file: epath.Path) -> Any:
 
 
 def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
-    """Reads config.json's content. Raises ValueError naming what the model has and we do not support."""
+    """Makes a ModelConfig of the content of config.json.
+
+    Args:
+        config: The content of config.json, of transformers 4 or 5.
+        where: The name of the folder, for error messages.
+
+    Returns:
+        The model's sizes and options.
+
+    Raises:
+        ValueError: A key is missing, or the model has a feature that is not supported. The message names it.
+    """
     family = config.get("model_type", "")
     if family not in FAMILIES:
         raise ValueError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
@@ -94,6 +134,7 @@ def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+    """Raises ValueError if the config asks for something that the forward pass does not do."""
     sliding = config.get("use_sliding_window", True) and config.get("sliding_window")
     layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
     for name, value, unsupported in (
@@ -114,7 +155,11 @@ def _partial_rotary(config: dict[str, Any]) -> bool:
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
-    """Rope's settings in one dict: rope_parameters (transformers 5), or rope_theta and rope_scaling (older)."""
+    """Returns rope's settings in one dict.
+
+    transformers 5 writes them as rope_parameters. Older versions write rope_theta, partial_rotary_factor and
+    rope_scaling.
+    """
     older = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
     return {**older, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 

@@ -1,6 +1,6 @@
-"""A trunk's canonical parameters, read from the tensors of a file: whole, or the part that one device holds.
+"""A trunk's canonical parameters, read from a file's tensors: whole, or only the part that one device holds.
 
-Nothing is read before it is asked for. Names and shapes: checkpoint.py.
+A parameter is read when it is indexed. Names and shapes of the parameters are described in checkpoint.py.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ import numpy as np
 
 from icarus_jax.config import ModelConfig
 
-# The tensors that a layer of each parameter is made of (Hugging Face's names), and the part of it that each fills.
+# Parameter -> the tensors that one layer of it consists of (Hugging Face's names) -> the part of the layer that the
+# tensor fills.
 LAYER_TENSORS: dict[str, dict[str, Any]] = {
     "attn_norm": {"input_layernorm.weight": np.s_[:]},
     "qkv": {
@@ -38,29 +39,46 @@ LAYER_TENSORS: dict[str, dict[str, Any]] = {
     "gate_up": {"mlp.gate_proj.weight": np.s_[:, 0], "mlp.up_proj.weight": np.s_[:, 1]},
     "down": {"mlp.down_proj.weight": np.s_[:]},
 }
-ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1}  # the axis of a layer whose entries are a tensor's rows; else 0
+# Parameter -> the axis of one layer that corresponds to the rows of its tensors [out, in]; of vectors it is axis 0.
+ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1}
+# Parameter outside of the layers -> its tensor.
 TENSORS = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
 
 
 class TensorSource(Protocol):
-    """A file format's weights, under Hugging Face's names and in its layout ([out, in])."""
+    """The weights of a file, under Hugging Face's names and in its layout: matrices are [out, in].
+
+    Attributes:
+        config: The model's sizes and options.
+        names: The names of the tensors.
+    """
 
     config: ModelConfig
     names: frozenset[str]
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Returns the shape of a tensor."""
+        ...
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
-        """That part of the values (float32, float16 or bfloat16); each slice has a start and a stop."""
+        """Reads a part of a tensor.
+
+        Args:
+            name: The name of the tensor.
+            index: A slice for each axis, with a start and a stop.
+
+        Returns:
+            The values, in float32, float16 or bfloat16.
+        """
         ...
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
-        """The tensor as stored, in pieces along its first axis: what the identity is made of."""
+        """Yields the tensor as it is stored, in pieces along its first axis. `identify` hashes these pieces."""
         ...
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The canonical parameters' names and shapes."""
+    """Returns the shapes of a model's canonical parameters, by name (see checkpoint.py)."""
     c, layers, group = config, config.num_layers, config.group_size + 2
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (c.vocab_size, c.hidden_size),
@@ -85,7 +103,14 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class StoredParam:
     """A parameter on disk: `param[index]` reads that part of it into memory, cast to `dtype`.
 
-    What is cut of a layer is D, and the axis ROWS or all of it: that is how rows and columns of tensors lie.
+    Within a layer, `index` may cut the first axis, which is the tensors' columns, and the axis in ROWS. It must take
+    every other axis whole: only then is the part a rectangle of rows and columns of a tensor.
+
+    Attributes:
+        name: The canonical name.
+        shape: The shape of the whole parameter.
+        dtype: The dtype that values are cast to.
+        tensors: Where the values are read from.
     """
 
     name: str
@@ -100,18 +125,19 @@ class StoredParam:
         values = np.empty([part.stop - part.start for part in parts], self.dtype)
 
         def fill(layer: int, tensor: str, place: Any) -> None:
-            slot = values[layer - parts[0].start][place]  # [in, *out]; a vector's is [*out]
+            slot = values[layer - parts[0].start][place]  # [in, *out], or [*out] of a vector
             stored = self.tensors.read(_tensor(layer, tensor), self._region(slot.shape, parts[1:]))
             slot[...] = stored.T.reshape(slot.shape)
 
-        # NumPy lets go of the interpreter's lock, so that threads help; few, as each holds a part of a tensor
+        # Threads help because NumPy releases the interpreter's lock. Each one holds a part of a tensor in memory, so
+        # there are few of them.
         with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             layers, tensors = range(parts[0].start, parts[0].stop), LAYER_TENSORS[self.name].items()
             list(pool.map(lambda job: fill(*job), [(i, *tensor) for i in layers for tensor in tensors]))
         return values
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
-        """The tensors that it is made of, and their shapes."""
+        """Returns the shapes of the tensors that the parameter consists of, by name."""
         if self.name in TENSORS:
             return {TENSORS[self.name]: self.shape}
         layer = np.broadcast_to(np.int8(0), self.shape[1:])
@@ -123,7 +149,10 @@ class StoredParam:
         return {_tensor(i, tensor): shape for i in range(self.shape[0]) for tensor, shape in shapes.items()}
 
     def _region(self, slot: tuple[int, ...], parts: Sequence[slice]) -> tuple[slice, ...]:
-        """The rows and columns of a tensor [out, in] (or [out]) that fill a slot [in, *out] (or [*out])."""
+        """Returns which part of a tensor [out, in] (or [out]) fills a slot of this shape [in, *out] (or [*out]).
+
+        parts: the slices of a layer's axes that are read.
+        """
         axis = ROWS.get(self.name, 0)  # 0: a vector
         inner = math.prod(slot[2:] if axis else slot[1:])
         rows = slice(parts[axis].start * inner, parts[axis].stop * inner)
@@ -135,7 +164,19 @@ def _tensor(layer: int, name: str) -> str:
 
 
 def stored_params(tensors: TensorSource, dtype: str, where: str) -> dict[str, StoredParam]:
-    """A file's canonical parameters, none of them read yet. Raises ValueError if its tensors are not the config's."""
+    """Describes a file's canonical parameters, without reading them.
+
+    Args:
+        tensors: The file's tensors.
+        dtype: The dtype that the parameters are read as.
+        where: The name of the file, for error messages.
+
+    Returns:
+        The parameters by name.
+
+    Raises:
+        ValueError: A tensor is missing, is unknown, or has a shape that does not agree with the config.
+    """
     config = tensors.config
     params = {name: StoredParam(name, shape, dtype, tensors) for name, shape in param_shapes(config).items()}
     expected = {tensor: shape for param in params.values() for tensor, shape in param.tensor_shapes().items()}
@@ -150,7 +191,14 @@ def stored_params(tensors: TensorSource, dtype: str, where: str) -> dict[str, St
 
 
 def identify(params: Iterable[StoredParam]) -> str:
-    """The name of the weights: a hash of all their tensors as stored, read piece by piece."""
+    """Computes the identity of a trunk's weights. It reads every tensor once, piece by piece.
+
+    Args:
+        params: All parameters of one trunk.
+
+    Returns:
+        A SHA-256 hash in hexadecimal, over the names, shapes, dtypes and bytes of all tensors as they are stored.
+    """
 
     def digest(name: str) -> bytes:
         whole, kind = hashlib.sha256(), ""

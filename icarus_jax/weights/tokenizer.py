@@ -1,7 +1,8 @@
-"""Tokenizers: a transformers fast tokenizer from a model folder, or rebuilt from a GGUF file's metadata.
+"""Tokenizers: a transformers fast tokenizer, loaded from a model folder or built from a GGUF file's metadata.
 
-transformers reads GGUF tokenizers itself, but only where torch is installed, and it ignores the vocabulary's own rule
-for splitting text where it does not know the rule's name (SmolLM's, whose digits stand alone, is one).
+We build the tokenizer of a GGUF file ourselves for two reasons. transformers can read it only if torch is installed.
+And transformers ignores tokenizer.ggml.pre, which says how text is split before the merges, where it does not know the
+value. SmolLM's, which splits numbers into single digits, is one of these.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from etils import epath
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from icarus_jax.weights.gguf import read_gguf
+from icarus_jax.weights.gguf_file import read_gguf
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 GENERATION_CONFIG = "generation_config.json"
 
-_CONTROL, _USER_DEFINED = 3, 4  # llama.cpp's token types
+_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type (llama.cpp's llama_token_type)
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -38,7 +39,7 @@ def _gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-# How text is cut before merging, by the GGUF key tokenizer.ggml.pre.
+# Value of tokenizer.ggml.pre -> what splits text before the merges. See llama.cpp's llama-vocab.cpp.
 PRE_TOKENIZERS = {
     "gpt-2": _gpt2,
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
@@ -50,7 +51,17 @@ PRE_TOKENIZERS = {
 
 
 def load_tokenizer(path: epath.PathLike) -> PreTrainedTokenizerFast:
-    """The tokenizer of a trunk (TrunkCheckpoint.path): a GGUF file or a folder. Raises ValueError if there is none."""
+    """Loads the tokenizer of a trunk.
+
+    Args:
+        path: A GGUF file or a model folder, local or in a bucket (TrunkCheckpoint.path).
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        ValueError: There is no tokenizer, it is of an unsupported kind, or it has no fast version.
+    """
     path = epath.Path(path)
     if path.suffix == ".gguf":
         return _from_gguf(path)
@@ -64,13 +75,23 @@ def load_tokenizer(path: epath.PathLike) -> PreTrainedTokenizerFast:
 
 
 def has_tokenizer(path: epath.PathLike) -> bool:
-    """True if load_tokenizer would find something to load."""
+    """Returns whether a path has a tokenizer: a GGUF file, or a folder with one of TOKENIZER_FILES."""
     path = epath.Path(path)
     return path.suffix == ".gguf" or any((path / name).exists() for name in TOKENIZER_FILES)
 
 
 def save_tokenizer(source: epath.PathLike, folder: str) -> None:
-    """Writes a trunk's tokenizer and end-of-sequence ids to a local folder, from which they load the same."""
+    """Writes a trunk's tokenizer and end-of-sequence ids as Hugging Face files.
+
+    `load_tokenizer` and `eos_token_ids` of the folder then return the same as those of `source`.
+
+    Args:
+        source: The trunk's GGUF file or model folder.
+        folder: A local folder to write to.
+
+    Raises:
+        ValueError: `source` has no tokenizer that can be loaded.
+    """
     tokenizer = load_tokenizer(source)
     tokenizer.save_pretrained(folder)
     ids = sorted(eos_token_ids(tokenizer, source))
@@ -78,7 +99,16 @@ def save_tokenizer(source: epath.PathLike, folder: str) -> None:
 
 
 def eos_token_ids(tokenizer: PreTrainedTokenizerFast, path: epath.PathLike) -> set[int]:
-    """Every token id that ends a sequence: the tokenizer's, and those that the model's files name beside it."""
+    """Returns the ids of all tokens that end a sequence.
+
+    Args:
+        tokenizer: The trunk's tokenizer. Its end-of-sequence token is one of them.
+        path: The trunk's GGUF file or model folder. Its end-of-turn token (GGUF) or the tokens of
+            generation_config.json are the others.
+
+    Returns:
+        The token ids.
+    """
     path = epath.Path(path)
     named: Any = None
     if path.suffix == ".gguf":
@@ -90,7 +120,10 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerFast, path: epath.PathLike) -> s
 
 
 def _local(path: epath.Path, temp: str) -> str:
-    """The folder itself, or a local copy of a bucket's tokenizer files (transformers reads local files only)."""
+    """Returns a local folder with the tokenizer's files, as transformers reads no others.
+
+    It is the folder itself, or `temp` with copies of the files in a bucket.
+    """
     if "://" not in str(path):
         return str(path)
     for file in path.iterdir():
@@ -128,13 +161,13 @@ def _from_gguf(path: epath.Path) -> PreTrainedTokenizerFast:
 
 
 def _byte_level(fields: dict[str, Any], path: epath.Path) -> Tokenizer:
-    """GPT-2's kind: merges over bytes."""
+    """Builds a tokenizer of GPT-2's kind: byte-pair merges over bytes."""
     rule = fields.get("pre", "missing")
     if rule not in PRE_TOKENIZERS:
         raise ValueError(f"{path}: the tokenizer's rule {rule!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
     vocab = {token: index for index, token in enumerate(fields["tokens"])}
     merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
-    # Llama 3's vocabulary has words that its merges do not reach.
+    # Llama 3's vocabulary has words that no sequence of merges makes; they are matched whole.
     backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule in ("llama-bpe", "llama3")))
     backend.pre_tokenizer = PRE_TOKENIZERS[rule]()
     backend.decoder = decoders.ByteLevel()
@@ -144,7 +177,11 @@ def _byte_level(fields: dict[str, Any], path: epath.Path) -> Tokenizer:
 
 
 def _sentencepiece(fields: dict[str, Any]) -> Tokenizer:
-    """Llama 2's kind: merges over characters, unknown ones as bytes. The merges follow from the file's scores."""
+    """Builds a tokenizer of Llama 2's kind (SentencePiece): merges over characters, with bytes for unknown ones.
+
+    The file has no list of merges. Every split of a token into two tokens is one, and the score of the result gives
+    their order.
+    """
     vocab = {token: index for index, token in enumerate(fields["tokens"])}
     merges = [
         (-fields["scores"][index], token[:cut], token[cut:])

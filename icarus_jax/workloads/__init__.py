@@ -1,4 +1,4 @@
-"""Agent sessions as data: what is asked when, by which model. Knows no JAX.
+"""Agent sessions as data: which calls are made when, and of which model. No JAX.
 
 Owns: generators and the file form of sessions, arrivals, and the record of a call.
 Takes: a workload's name and numbers. Gives: sessions of calls, each with token ids.

@@ -1,4 +1,4 @@
-"""What happened to the calls of a run, measured or simulated, and what it comes to. Host only."""
+"""The record of a run's calls, measured or simulated, and its summary. Host only."""
 
 from __future__ import annotations
 
@@ -12,13 +12,24 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One turn that was answered. Times are in seconds since the run's start."""
+    """A turn that was answered. Times are in seconds since the start of the run.
+
+    Attributes:
+        session: The number of the session.
+        turn: The number of the turn in its session.
+        model: The name of the model.
+        start: When the call was made.
+        first: When its first token came.
+        end: When its last token came.
+        prompt_len: Tokens of the prompt.
+        output_len: Tokens of the reply.
+    """
 
     session: int
     turn: int
     model: str
     start: float
-    first: float  # its first token
+    first: float
     end: float
     prompt_len: int
     output_len: int
@@ -26,36 +37,59 @@ class Call:
 
 @dataclasses.dataclass(frozen=True)
 class Counters:
-    """What the system did in a run, in tokens unless named otherwise; None: it does not say.
+    """What the system did in a run. None: the system does not report it.
 
-    needed: prompt tokens that are new: not the beginning of what the same session has said so far, nor of the first
-    session's first prompt. A system that shares one cache may compute less: other sessions begin alike, too.
+    Attributes:
+        needed: Prompt tokens that are new. A token is not new if the same session has already had it at the same place,
+            or if it belongs to the common start of the session's first prompt and the first session's first prompt. A
+            system that shares one cache may compute fewer, as other sessions begin alike, too.
+        prefill: Prompt tokens that the system computed.
+        evictions: Pages that were evicted.
+        preemptions: Sequences that were preempted.
+        steps: Steps of the engine.
+        busy_s: Seconds spent in steps.
     """
 
     needed: int
     prefill: int | None = None
-    evictions: int | None = None  # pages
-    preemptions: int | None = None  # sequences
+    evictions: int | None = None
+    preemptions: int | None = None
     steps: int | None = None
-    busy_s: float | None = None  # seconds spent in steps
+    busy_s: float | None = None
 
 
 def percentiles(values: Sequence[float]) -> dict[str, float]:
+    """Returns the percentiles p50, p95, p99 and the mean of some values, at least one."""
     p50, p95, p99 = np.percentile(values, (50, 95, 99))
     return {"p50": float(p50), "p95": float(p95), "p99": float(p99), "mean": float(np.mean(values))}
 
 
 def jain(values: Sequence[float]) -> float:
-    """Jain's index: 1 if all are equal, 1/n if one has everything."""
+    """Computes Jain's fairness index (Jain, Chiu and Hawe, DEC-TR-301, 1984).
+
+    Args:
+        values: The shares of n parties.
+
+    Returns:
+        1 if all are equal, 1 / n if one party has everything.
+    """
     x = np.asarray(values)
     return float(x.sum() ** 2 / (len(x) * (x**2).sum()))
 
 
 def summarise(calls: Sequence[Call], arrivals: Sequence[float], counters: Counters) -> dict[str, Any]:
-    """Latencies in seconds, rates per second, over a whole run: from its start to the last token.
+    """Summarises a whole run, from its start to the last token.
 
-    arrivals[i]: when session i was due. A session's latency is from there to its last token, tool waits included.
-    fairness: Jain's index of the models' mean seconds per output token of a call, queueing included.
+    Args:
+        calls: The calls that were answered, at least one.
+        arrivals: When each session was due, in seconds since the start.
+        counters: What the system did.
+
+    Returns:
+        Counts, latencies in seconds (`*_s`, with percentiles) and rates per second (`*_per_s`). `session_s` is from a
+        session's arrival to its last token, tool waits included. `ttft_s` is the time to first token. `token_s` is the
+        time per output token after the first. `fairness` is Jain's index of the models' mean seconds per output token
+        of a call, queueing included. `recomputed_tokens` are prompt tokens computed beyond the `needed` ones.
     """
     ends, by_model = dict[int, float](), defaultdict[str, list[Call]](list)
     for call in calls:

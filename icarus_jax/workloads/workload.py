@@ -1,15 +1,16 @@
-"""Agent workloads: sessions of turns, each turn one call of one model. Host only.
+"""Agent workloads: sessions of turns. A turn is one call of one model. Host only.
 
-A file of them is JSON lines, one turn a line:
+A workload file has JSON lines, one for each turn:
 
     {"session": 0, "turn": 0, "model": "h3", "prompt_len": 667, "output_len": 25, "wait_s": 0.0, "common_len": 640}
 
-A session's turns count from 0 and run one after the other: a turn is asked `wait_s` seconds after the reply to the turn
-before it. Without a model, `assign` gives it one.
-With `prompt_ids` the prompt is exactly those tokens. With `prompt_len` it is what the session has said so far, its own
-replies included, and new random tokens up to that length (see `Conversation`).
+The turns of a session are counted from 0 and run one after the other: a call is made `wait_s` seconds after the reply
+to the turn before it. A turn without a model gets one from `assign`.
 
-agents.py makes such sessions.
+With `prompt_ids`, the prompt is exactly these tokens. With `prompt_len`, it is the session so far, replies included,
+and then random tokens up to that length (see `Conversation`).
+
+agents.py generates such sessions.
 """
 
 from __future__ import annotations
@@ -23,16 +24,28 @@ import numpy as np
 
 ASSIGNMENTS = ("round_robin", "role", "zipf")
 ARRIVALS = ("poisson", "gamma")
-ZIPF_EXPONENT = 1.5
-GAMMA_CV = 4.0
+ZIPF_EXPONENT = 1.5  # of 'zipf': the k-th model has a weight of k ** -1.5
+GAMMA_CV = 4.0  # of 'gamma': the coefficient of variation of the intervals
 
 
 @dataclasses.dataclass(frozen=True)
 class Turn:
-    """One call. Either `prompt_ids` or `prompt_len` says what is asked; output_len tokens are generated.
+    """One call. The prompt is given by `prompt_ids` or by `prompt_len`.
 
-    common_len: the prompt's first tokens that are the same in every session (prompt_len only). keep_len: tokens of
-    the session so far that the prompt starts with (all, if None). role: which of the agent's parts speaks.
+    Attributes:
+        session: The number of the session.
+        turn: The number of the turn in its session, from 0.
+        output_len: Tokens that are generated.
+        model: The name of the model; empty if `assign` is to choose it.
+        prompt_len: Tokens of the prompt.
+        prompt_ids: The token ids of the prompt.
+        wait_s: Seconds between the reply to the turn before and this call.
+        common_len: Tokens at the start of a first prompt that are the same in every session (with prompt_len only).
+        keep_len: Tokens of the session so far that the prompt starts with (with prompt_len only). None: all of them.
+        role: Which part of the agent makes the call, from 0.
+
+    Raises:
+        ValueError: The prompt or the output is empty, or `wait_s` is negative.
     """
 
     session: int
@@ -57,9 +70,15 @@ Session = list[Turn]
 
 
 class Conversation:
-    """What one session says: each turn's prompt, given the replies so far. The same for the same seed and replies.
+    """Makes the prompts of one session from the replies so far. The same seed and replies give the same prompts.
 
-    new_tokens: those of the last prompt that a perfect cache of this session would have to compute.
+    Args:
+        session: The number of the session.
+        seed: The seed of random tokens.
+        vocab_size: Random tokens are below this number.
+
+    Attributes:
+        new_tokens: Tokens of the last prompt that must be computed even if all K/V of this session is cached.
     """
 
     def __init__(self, session: int, seed: int, vocab_size: int):
@@ -70,7 +89,17 @@ class Conversation:
         self._computed = 0  # tokens of `_said` whose K/V has been computed: all but a reply's last one
 
     def prompt(self, turn: Turn) -> list[int]:
-        """The token ids of a turn's prompt. Raises ValueError if the turn is shorter than what it must hold."""
+        """Makes the prompt of a turn.
+
+        Args:
+            turn: The turn. Turns are taken in order.
+
+        Returns:
+            The token ids of the prompt.
+
+        Raises:
+            ValueError: `prompt_len` is smaller than the number of tokens that the prompt has to start with.
+        """
         if turn.prompt_ids is not None:
             prompt = list(turn.prompt_ids)
             kept = common_prefix(self._said, prompt)
@@ -86,7 +115,13 @@ class Conversation:
         return list(prompt)
 
     def reply(self, token_ids: Sequence[int]) -> None:
-        """Takes in the reply to the last prompt; without it the next prompt has random tokens in its place."""
+        """Appends the reply to the last prompt to the session.
+
+        Without a call of this method, the next prompt has random tokens in the place of the reply.
+
+        Args:
+            token_ids: The tokens of the reply.
+        """
         self._said = self._said + list(token_ids)
         self._computed += max(0, len(token_ids) - 1)
 
@@ -95,16 +130,26 @@ class Conversation:
 
 
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common start."""
+    """Returns the length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def assign(sessions: list[Session], models: Sequence[str], how: str, seed: int = 0) -> list[Session]:
-    """Gives each turn that names no model its model.
+    """Assigns a model to each turn that has none.
 
-    round_robin: another model each turn, each session starting with another one. role: each role has models of its
-    own, one of which a session keeps (roles share when models are few). zipf: drawn anew each turn, the k-th model
-    with probability in proportion to k ** -1.5. Raises ValueError, also if a turn names a model that is not there.
+    Args:
+        sessions: The sessions.
+        models: The names of the models.
+        how: 'round_robin': a session takes the models in turn, and each session starts with another one. 'role': each
+            role has models of its own, of which a session always uses the same one; roles share models if there are too
+            few. 'zipf': each turn draws a model at random, the k-th with a probability in proportion to k ** -1.5.
+        seed: The seed of 'zipf'.
+
+    Returns:
+        The sessions, with a model in every turn.
+
+    Raises:
+        ValueError: There is no such assignment, or a turn already names a model that is not among `models`.
     """
     if how not in ASSIGNMENTS:
         raise ValueError(f"no assignment {how!r}; there is {', '.join(ASSIGNMENTS)}")
@@ -132,10 +177,23 @@ def assign(sessions: list[Session], models: Sequence[str], how: str, seed: int =
 
 
 def arrivals(count: int, rate: float, kind: str, seed: int) -> list[float]:
-    """Seconds at which sessions arrive: `count` in count / rate seconds, all at 0 for an infinite rate.
+    """Draws the times at which sessions arrive.
 
-    poisson, or gamma: bursts, intervals with a coefficient of variation of 4. The intervals drawn are stretched so
-    that their mean is exactly 1 / rate: few draws alone may be far from it.
+    The drawn intervals are scaled so that their mean is exactly 1 / rate, because the mean of a few draws may be far
+    from it.
+
+    Args:
+        count: The number of sessions.
+        rate: Sessions per second. If it is infinite, all sessions arrive at 0.
+        kind: 'poisson' for exponential intervals; 'gamma' for bursts, with intervals of a gamma distribution whose
+            coefficient of variation is 4.
+        seed: The seed.
+
+    Returns:
+        `count` times in seconds, in ascending order. The last one is count / rate.
+
+    Raises:
+        ValueError: There is no such kind, or the rate is not positive.
     """
     if kind not in ARRIVALS or not rate > 0:
         raise ValueError(f"arrivals {kind!r} at {rate} a second: kinds are {', '.join(ARRIVALS)}, rates above 0")
@@ -146,7 +204,12 @@ def arrivals(count: int, rate: float, kind: str, seed: int) -> list[float]:
 
 
 def save(sessions: list[Session], path: str | Path) -> None:
-    """Writes JSON lines; what has its default is left out."""
+    """Writes sessions to a workload file. Fields with their default values are left out.
+
+    Args:
+        sessions: The sessions.
+        path: The file to write.
+    """
     defaults = {f.name: f.default for f in dataclasses.fields(Turn)}
     with Path(path).open("w") as file:
         for turn in (turn for session in sessions for turn in session):
@@ -157,7 +220,18 @@ def save(sessions: list[Session], path: str | Path) -> None:
 
 
 def load(path: str | Path) -> list[Session]:
-    """Reads what `save` writes, in any order of lines. Raises OSError; ValueError that says where the file is wrong."""
+    """Reads a workload file. Its lines may be in any order.
+
+    Args:
+        path: The file.
+
+    Returns:
+        The sessions in the order of their numbers, each with its turns in order.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: A line is wrong, or a session lacks a turn or has one twice. The message says where.
+    """
     sessions: dict[int, Session] = {}
     for number, line in enumerate(Path(path).read_text().splitlines(), 1):
         try:

@@ -1,4 +1,4 @@
-"""In-place writes of K/V into the pages."""
+"""Writes of new K/V into the pages of the cache, in place."""
 
 from pallas_kernels.kv_append.api import IMPLEMENTATIONS, kv_append
 

@@ -1,14 +1,20 @@
-"""Stores K/V rows in the pages: the public op and the choice of implementation."""
+"""Writes of new K/V into the pages: the public op and the choice of implementation.
+
+Letters: those of docs/design.md. The last axis of a page holds K and then V, so its width is 2H.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any
 
+from jaxtyping import Float, Int, Real
+
+from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.kv_append import reference, tpu, xla
 
-# On GPUs, unlike TPUs, XLA's scatter leaves the rest of the pages where it is.
+# CPUs and GPUs need no kernel of their own: XLA's scatter updates the pages in place there, which it does not on TPUs.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.kv_append,
     "xla": xla.kv_append,
@@ -19,28 +25,46 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 
 def kv_append(
-    kv_pages: Any,
-    layer: Any,
-    k: Any,
-    v: Any,
-    kv_cells: Any,
+    kv_pages: Real[Array, "L num_pages K page_size width"],
+    layer: Int[Array, ""] | int,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cells: Int[Array, " T"],
     *,
-    kv_scales: Any = None,
+    kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,
-    page_offset: Any = 0,
+    page_offset: Int[Array, ""] | int = 0,
     implementation: str = "auto",
-) -> Any:
-    """Writes row t of k, v [T, K, H] to cell `kv_cells[t]` (page * page_stride + offset; -1: nowhere) of `layer`.
+) -> Real[Array, "L num_pages K page_size width"]:
+    """Writes the K and V of each writer row into its cell of the pages.
 
-    kv_pages [L, num_pages, K, page_size, 2H] (K in lanes 0:H, V in H:2H; float32, bfloat16, int8 or float8_e4m3fn) is
-    returned updated, in place when it is donated. layer i32[]; kv_cells i32[T], of which no two rows share a cell.
-    kv_scales f32[L, K, 2]: what the stored K and V will be multiplied by (None: 1). int8 rounds to even; int8 and
-    float8 clip to what they can hold.
-    page_stride (positions that a whole page spans; page_size), page_offset i32[]: with the tokens of every page
-    sharded, kv_pages holds those from page_offset on, and rows of the others are skipped.
+    A cell is the place of one token in a page: cell number `page * page_stride + offset` is place `offset` of page
+    `page`. The layout of pages is that of PagedAttention (Kwon et al., 2023, arXiv 2309.06180, section 4.1), with K and
+    V of a token side by side.
 
-    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable). Raises ValueError
-    on mismatched shapes or an unknown name.
+    Args:
+        kv_pages: [L, num_pages, K, page_size, 2H] in float32, bfloat16, int8 or float8_e4m3fn. The pages of all
+            layers, with K in 0:H of the last axis and V in H:2H.
+        layer: i32[]. The index of the layer to write.
+        k: [T, K, H], floating-point. The new keys.
+        v: [T, K, H] in k's dtype. The new values.
+        kv_cells: i32[T]. The cell of each row, or -1 for a row that is not stored (padding). No two rows may have the
+            same cell.
+        kv_scales: f32[L, K, 2]. The factors by which readers multiply the stored K ([..., 0]) and V ([..., 1]); the
+            new values are divided by them before they are stored. None stands for 1.
+        page_stride: The number of positions that a page spans over all shards. None stands for `page_size`: the tokens
+            of a page are not sharded.
+        page_offset: i32[]. The place in a page, counted over all shards, of the first token that `kv_pages` holds. Rows
+            whose token lies on another shard are skipped.
+        implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
+            and cannot be traced.
+
+    Returns:
+        The updated pages, with the shape and dtype of `kv_pages`. The update is in place if `kv_pages` is donated. int8
+        rounds to the nearest integer, and halves to the even one. int8 and float8 clip to the range of their dtype.
+
+    Raises:
+        ValueError: The shapes do not fit each other, or `implementation` is unknown.
     """
     layers, _, kv_heads, page_size, width = kv_pages.shape
     if k.shape != v.shape or k.shape[1:] != (kv_heads, width // 2) or kv_cells.shape != k.shape[:1]:

@@ -1,24 +1,25 @@
-"""The oracle: one row at a time, with NumPy."""
+"""The reference implementation: one row at a time, with NumPy. The tests compare the others with it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import ml_dtypes
 import numpy as np
+from jaxtyping import Float, Int, Real
+
+from pallas_kernels.arrays import Array
 
 
 def kv_append(
-    kv_pages: Any,
-    layer: Any,
-    k: Any,
-    v: Any,
-    kv_cells: Any,
-    kv_scales: Any,
+    kv_pages: Real[Array, "L num_pages K page_size width"],
+    layer: Int[Array, ""] | int,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cells: Int[Array, " T"],
+    kv_scales: Float[Array, "L K 2"] | None,
     page_stride: int,
-    page_offset: Any,
-) -> np.ndarray:
-    """Arguments and result of the public op (api.py)."""
+    page_offset: Int[Array, ""] | int,
+) -> Real[np.ndarray, "L num_pages K page_size width"]:
+    """Computes the public op (api.py)."""
     out, layer = np.array(kv_pages), int(layer)
     page_size, h = out.shape[3], k.shape[-1]
     for row, cell in enumerate(np.asarray(kv_cells).tolist()):
@@ -35,6 +36,7 @@ def kv_append(
 
 
 def _stored(values: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """Returns f32 values in the pages' dtype; 8-bit dtypes clip, and integers round halves to even."""
     if np.issubdtype(dtype, np.integer):
         info = np.iinfo(dtype)
         return np.rint(values).clip(info.min, info.max).astype(dtype)

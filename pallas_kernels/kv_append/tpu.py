@@ -1,29 +1,32 @@
-"""In-place page writes on TPU (Pallas Mosaic): read, change and write back *slabs*.
+"""In-place page writes on TPU (Pallas Mosaic): slabs of a page are read, changed and written back.
 
-A DMA moves whole tiles, so that a row cannot be written by itself: the slab of page rows around it (one packed tile of
-every KV head) is read into VMEM, changed there and written back. Consecutive rows of one slab, as a prefill brings
-them, are one *job* and share the round trip. Many jobs are under way at a time, in a ring of buffers; one whose slab an
-earlier job is still at waits for that, or it would undo its work.
+A DMA moves whole tiles, so a row cannot be written by itself. Instead the kernel reads the *slab* around it into VMEM,
+changes it there and writes it back. A slab is as many tokens of a page as one packed tile holds, of every KV head.
+
+Consecutive rows of one slab are one *job* and share the round trip; a prefill brings many of these. Many jobs are under
+way at a time, in a ring of buffers. A job whose slab is also that of an earlier job waits until the earlier one has
+been written back. Otherwise it would read the old slab, and its write would undo the earlier one.
 """
 
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int, Real
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
 from pallas_kernels.kv_append.xla import local_cells, packed
 
-TILE_BYTES = 32  # of one lane in a packed tile: 8 rows of float32, 16 of bfloat16, 32 of 8-bit numbers
-RING = 16
-RING_BYTES = 4 << 20
-ROWS_BYTES = 2 << 20  # of the new rows of one grid step; twice that lies in VMEM
+TILE_BYTES = 32  # bytes of one lane of a packed tile: 8 rows of float32, 16 of bfloat16, 32 of 8-bit numbers
+RING = 16  # the most buffers of the ring
+RING_BYTES = 4 << 20  # limit for all buffers of the ring; there are at least two
+ROWS_BYTES = 2 << 20  # limit for the new rows of one grid step; double buffering takes twice that of VMEM
 
 
 def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
@@ -91,16 +94,16 @@ def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, 
 
 
 def kv_append(
-    kv_pages: Any,
-    layer: Any,
-    k: Any,
-    v: Any,
-    kv_cells: Any,
-    kv_scales: Any,
+    kv_pages: Real[Array, "L num_pages K page_size width"],
+    layer: Int[Array, ""] | int,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cells: Int[Array, " T"],
+    kv_scales: Float[Array, "L K 2"] | None,
     page_stride: int,
-    page_offset: Any,
-) -> Any:
-    """Arguments and result of the public op (api.py)."""
+    page_offset: Int[Array, ""] | int,
+) -> Real[jax.Array, "L num_pages K page_size width"]:
+    """Computes the public op (api.py)."""
     kv_heads, page_size, width = kv_pages.shape[2:]
     rows, dtype = kv_cells.shape[0], kv_pages.dtype
     if not rows:

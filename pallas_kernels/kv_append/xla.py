@@ -1,15 +1,40 @@
-"""An XLA scatter. In place on CPU and GPU; on TPU a scatter beside a Pallas reader would copy the pool (tpu.py)."""
+"""Page writes as an XLA scatter.
+
+The scatter is in place on CPUs and GPUs. On TPUs, a scatter into pages that a Pallas kernel also reads makes XLA copy
+all pages, so TPUs have a kernel of their own (tpu.py).
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Real
+
+from pallas_kernels.arrays import Array
 
 
-def packed(k: Any, v: Any, layer: Any, kv_scales: Any, dtype: Any) -> Any:
-    """k, v [T, K, H] as they are stored, [T, K, 2H], but for the conversion to `dtype` if that is of 8 bits: then
-    scaled, rounded for int8, clipped, float32."""
+def packed(
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    layer: Int[Array, ""] | int,
+    kv_scales: Float[Array, "L K 2"] | None,
+    dtype: Any,
+) -> Float[jax.Array, "T K width"]:
+    """Joins and scales new K and V as they are to be stored.
+
+    Args:
+        k: [T, K, H]. The new keys.
+        v: [T, K, H]. The new values.
+        layer: i32[]. The index of the layer, for `kv_scales`.
+        kv_scales: f32[L, K, 2], or None for 1. K and V are divided by these.
+        dtype: The dtype of the pages, as a `np.dtype`.
+
+    Returns:
+        [T, K, 2H] in `dtype`, if that has 16 or 32 bits. For an 8-bit dtype, f32[T, K, 2H] that is already clipped to
+        the dtype's range, and for int8 rounded, so that the caller has only to convert it.
+    """
     if dtype.itemsize > 1 and kv_scales is None:
         return jnp.concatenate([k, v], axis=-1).astype(dtype)
     new = jnp.stack([k, v], axis=2).astype(jnp.float32)  # [T, K, 2, H]
@@ -24,8 +49,21 @@ def packed(k: Any, v: Any, layer: Any, kv_scales: Any, dtype: Any) -> Any:
     return new.reshape(*k.shape[:2], -1)
 
 
-def local_cells(kv_cells: Any, page_size: int, page_stride: int, page_offset: Any) -> Any:
-    """Cells among the tokens that this shard's pages hold, page * page_size + offset; -1: nowhere here."""
+def local_cells(
+    kv_cells: Int[Array, " T"], page_size: int, page_stride: int, page_offset: Int[Array, ""] | int
+) -> Int[Array, " T"]:
+    """Translates cells of whole pages to cells of the part of every page that this shard holds.
+
+    Args:
+        kv_cells: i32[T]. Cells `page * page_stride + offset`, or -1.
+        page_size: The number of tokens of a page that this shard holds.
+        page_stride: The number of positions that a page spans over all shards.
+        page_offset: i32[]. The place in a page of the first token that this shard holds.
+
+    Returns:
+        i32[T]. Cells `page * page_size + (offset - page_offset)`, or -1 for a row without a cell and for a cell on
+        another shard.
+    """
     if page_stride == page_size:
         return kv_cells
     page, offset = kv_cells // page_stride, kv_cells % page_stride - page_offset
@@ -34,19 +72,19 @@ def local_cells(kv_cells: Any, page_size: int, page_stride: int, page_offset: An
 
 
 def kv_append(
-    kv_pages: Any,
-    layer: Any,
-    k: Any,
-    v: Any,
-    kv_cells: Any,
-    kv_scales: Any,
+    kv_pages: Real[Array, "L num_pages K page_size width"],
+    layer: Int[Array, ""] | int,
+    k: Float[Array, "T K H"],
+    v: Float[Array, "T K H"],
+    kv_cells: Int[Array, " T"],
+    kv_scales: Float[Array, "L K 2"] | None,
     page_stride: int,
-    page_offset: Any,
-) -> Any:
-    """Arguments and result of the public op (api.py)."""
+    page_offset: Int[Array, ""] | int,
+) -> Real[jax.Array, "L num_pages K page_size width"]:
+    """Computes the public op (api.py)."""
     num_pages, page_size = kv_pages.shape[1], kv_pages.shape[3]
     cells = local_cells(kv_cells, page_size, page_stride, page_offset)
-    nowhere = num_pages + jnp.arange(cells.shape[0])  # out of range: dropped
+    nowhere = num_pages + jnp.arange(cells.shape[0])  # an index out of range, one for each row, is dropped
     page = jnp.where(cells < 0, nowhere, cells // page_size)
     new = packed(k, v, layer, kv_scales, kv_pages.dtype).astype(kv_pages.dtype)
     return kv_pages.at[layer, page, :, cells % page_size].set(new, mode="drop", unique_indices=True)

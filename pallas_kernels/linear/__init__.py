@@ -1,4 +1,4 @@
-"""Rows times one layer of stacked weights."""
+"""The product of rows and one layer of stacked weights."""
 
 from pallas_kernels.linear.api import IMPLEMENTATIONS, linear
 from pallas_kernels.linear.panels import Panels, pack, pack_transposed

@@ -1,6 +1,6 @@
-"""Rows times one layer of stacked weights: the public op and the choice of implementation.
+"""The product of rows and one layer of stacked weights: the public op and the choice of implementation.
 
-Letters: B rows, L layers.
+Letters, besides those of docs/design.md: B rows, din inputs, dout outputs (which may be several axes).
 """
 
 from __future__ import annotations
@@ -9,14 +9,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.linear import cpu, reference, xla
 from pallas_kernels.linear.panels import Panels
 
-# On TPUs and GPUs XLA's own product serves.
+# TPUs and GPUs have no kernel of their own: XLA's product is used there.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.linear,
     "xla": xla.linear,
@@ -26,13 +27,29 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def linear(x: Any, w: Any, layer: Any, *, implementation: str = "auto") -> jax.Array:
-    """x [B, din] @ w[layer]: [B, dout, ..] of x's dtype. w is passed whole, [L, din, dout, ..] or Panels (then the
-    result is [B, dout]), with the layer i32[].
+def linear(
+    x: Float[Array, "B din"],
+    w: Float[Array, "L din *dout"] | Panels,
+    layer: Int[Array, ""] | int,
+    *,
+    implementation: str = "auto",
+) -> Float[Array, " B *dout"]:
+    """Multiplies rows by one layer's weights: `x @ w[layer]`.
 
-    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': for x of
-    float32 and Panels, no gradients, one device; 'xla' for what it does not take). Raises ValueError on mismatched
-    shapes or an unknown name.
+    Args:
+        x: [B, din], floating-point. The rows.
+        w: The weights of all layers, passed whole, so that the CPU kernel can read a layer where it lies. Either an
+            array [L, din, dout, ..] or `Panels`, which hold [L, din, dout] (see `pack`).
+        layer: i32[]. The index of the layer.
+        implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
+            and cannot be traced. 'cpu' runs its kernel if x is float32 and w is `Panels`, and 'xla' otherwise. The
+            kernel has no gradients and runs on one device.
+
+    Returns:
+        [B, dout, ..], with `Panels` [B, dout]: the products, in x's dtype if w has the same dtype.
+
+    Raises:
+        ValueError: The shapes do not fit each other, or `implementation` is unknown.
     """
     name = choose(implementation, IMPLEMENTATIONS)
     din = w.panels.shape[2] if isinstance(w, Panels) else w.shape[1] if w.ndim > 2 else None

@@ -1,13 +1,18 @@
-"""The oracle, with NumPy."""
+"""The reference implementation, in float64, with NumPy. The tests compare the others with it."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+from jaxtyping import Float, Int
+
+from pallas_kernels.arrays import Array
 
 
-def linear(x: Any, w: Any, layer: Any) -> np.ndarray:
-    """Same signature as the public op (api.py), w [L, din, dout]."""
+def linear(
+    x: Float[Array, "B din"],
+    w: Float[Array, "L din dout"],
+    layer: Int[Array, ""] | int,
+) -> Float[np.ndarray, "B dout"]:
+    """Computes the public op (api.py) for weights [L, din, dout]."""
     x, w = np.asarray(x), np.asarray(w)
     return (x.astype(np.float64) @ w[int(layer)].astype(np.float64)).astype(x.dtype)

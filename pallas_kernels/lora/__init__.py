@@ -1,4 +1,4 @@
-"""Low-rank adapters, a different one for every row."""
+"""Low-rank adapters (LoRA), chosen row by row."""
 
 from pallas_kernels.lora.api import IMPLEMENTATIONS, lora
 

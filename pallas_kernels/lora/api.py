@@ -1,6 +1,7 @@
-"""Each row through the adapter of its slot: the public op and the choice of implementation.
+"""Low-rank adapters chosen row by row: the public op and the choice of implementation.
 
-Letters: R rows, L layers, A adapter slots, r rank, U slots in use in one step (at most).
+Letters, besides those of docs/design.md: B rows, din inputs and dout outputs of the adapted layer, U entries of the
+list of slots in use.
 """
 
 from __future__ import annotations
@@ -8,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxtyping import Float, Int
+
+from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.lora import cpu, reference, tpu, xla
 
-# On GPUs XLA's own program serves: two matrix products, and a gather of the adapters in use.
+# GPUs have no kernel of their own: XLA's program there is two matrix products and a gather of the adapters in use.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.lora,
     "xla": xla.lora,
@@ -21,22 +25,50 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 }
 
 
-def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any, *, implementation: str = "auto") -> Any:
-    """x [R, din] -> [R, dout] of x's dtype: row i is x[i] @ A.T @ B of the adapter in slot slots[i]; slot 0: zeros.
+def lora(
+    x: Float[Array, "B din"],
+    a: Float[Array, "L A r din"],
+    b: Float[Array, "L A r dout"],
+    layer: Int[Array, ""] | int,
+    slots: Int[Array, " B"],
+    active: Int[Array, " U"],
+    *,
+    implementation: str = "auto",
+) -> Float[Array, "B dout"]:
+    """Applies to each row the low-rank adapter in the row's slot.
 
-    a [L, A, r, din] and b [L, A, r, dout] of x's dtype hold every adapter (slot s at index s - 1) and are passed whole
-    with the layer i32[]. slots i32[R]. active i32[U]: the distinct slots among the rows, in any order, padded with 0:
-    the cost follows U and these, not A. A row whose slot is not among them gets zeros. Sums are float32; what comes out
-    of A is rounded to x's dtype.
+    Row i of the result is `x[i] @ A.T @ B`, where A and B are the factors of layer `layer` in slot `slots[i]`. Rows of
+    slot 0, which stands for "no adapter", are zeros. The caller adds the result to the layer's own output, and has
+    folded LoRA's factor alpha / r into A or B.
 
-    implementation: 'auto' (by backend) or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'tpu', 'cpu': no
-    gradients; 'cpu': 'xla' for what it does not take). Raises ValueError on mismatched shapes or an unknown name.
+    The method is LoRA (Hu et al., 2021, arXiv 2106.09685, section 4.1). To serve rows of several adapters in one call
+    follows Punica (Chen et al., 2023, arXiv 2310.18547).
+
+    Args:
+        x: [B, din] in float32 or bfloat16. The inputs.
+        a: [L, A, r, din] in x's dtype. The factors A of every layer and adapter; slot s is at index s - 1. The array is
+            passed whole, so that no copy of one layer is made.
+        b: [L, A, r, dout] in x's dtype. The factors B, stored like `a`.
+        layer: i32[]. The index of the layer.
+        slots: i32[B]. The adapter slot of each row, 0 to A.
+        active: i32[U]. The distinct slots among the rows, in any order, padded with zeros. The cost follows the number
+            of these slots and U, not A. A row whose slot is not listed gets zeros.
+        implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
+            and cannot be traced. 'tpu' and 'cpu' have no gradients. 'cpu' runs 'xla' for arguments that its kernel
+            does not support (see `cpu.supports`).
+
+    Returns:
+        [B, dout] in x's dtype: the adapters' outputs. Sums are computed in float32, and `x @ A.T` is rounded to x's
+        dtype before it is multiplied by B; 'reference' computes in float64 and rounds only the result.
+
+    Raises:
+        ValueError: The shapes do not fit each other, or `implementation` is unknown.
     """
     rank, din = a.shape[2:]
     if x.shape[1:] != (din,) or b.shape[:3] != (*a.shape[:2], rank) or slots.shape != x.shape[:1] or active.ndim != 1:
         raise ValueError(
             f"x {x.shape}, slots {slots.shape} and active {active.shape} do not fit a {a.shape}, b {b.shape}: "
-            f"[R, din], [R], [U], [L, A, r, din] and [L, A, r, dout] are needed"
+            f"[B, din], [B], [U], [L, A, r, din] and [L, A, r, dout] are needed"
         )
     name = choose(implementation, IMPLEMENTATIONS)
     if name == "cpu" and not cpu.supports(x, a, b):

@@ -1,6 +1,7 @@
-// Each row through the adapter of its slot, on CPUs: the whole op (api.py), for float32.
+// Low-rank adapters chosen row by row, on CPUs: the whole op (api.py), for float32.
 //
-// A unit of work is some rows of one slot, which are brought together: only the factors that they need are read, once.
+// A unit of work is some rows of one slot. They are copied next to each other, so that a unit reads the factors of its
+// own adapter once, and no other factors.
 
 #include <cstring>
 #include <vector>
@@ -9,8 +10,8 @@
 
 namespace {
 
-constexpr int kTogether = 24;  // rows of a unit, at most
-constexpr int kRanks = 4;      // lanes of an adapter that are made at once
+constexpr int kTogether = 24;  // the most rows of a unit
+constexpr int kRanks = 4;      // hidden values of a row that are computed at once
 
 struct Buffers {
   std::vector<float> x, hidden, out;
@@ -20,7 +21,7 @@ struct Buffers {
 template <int R>
 void Down(int rank, int din, const float* x, const float* a, float* hidden) {
   for (int first = 0; first < rank; first += kRanks) {
-    const float* lanes[kRanks];  // beyond the last one: that one again
+    const float* lanes[kRanks];  // rows of a; the last one again beyond the last
     for (int j = 0; j < kRanks; ++j) lanes[j] = a + (size_t)std::min(first + j, rank - 1) * din;
     Vec sums[R][kRanks];
     for (auto& of_row : sums)
@@ -51,7 +52,7 @@ ffi::Error Lora(ffi::ThreadPool threads, Floats x, Floats a, Floats b, Integers 
   float* to = out->typed_data();
   std::fill(to, to + (size_t)rows * dout, 0.0f);
 
-  std::vector<std::vector<int>> units;  // rows of one slot each
+  std::vector<std::vector<int>> units;  // each holds the indices of rows of one slot
   const int* of = slots.typed_data();
   for (size_t u = 0; u < active.element_count(); ++u) {
     const int slot = active.typed_data()[u];

@@ -1,9 +1,11 @@
-"""Adapters by row on TPU (Pallas Mosaic): the adapters in use stream through VMEM, one after the other.
+"""Low-rank adapters on TPU (Pallas Mosaic): the adapters in use stream through VMEM, one after the other.
 
-The grid is (tiles of rows, slots in use, tiles of dout). All rows of a tile meet an adapter as one matmul, and the rows
-of its slot keep the result; a row has one slot, so that nothing is summed over adapters and the output, which stays in
-VMEM over the two inner axes, has x's dtype. Which slots a tile of rows needs is worked out beforehand in plain JAX: the
-steps beyond them repeat the last block, which is not copied again, and compute nothing.
+The grid is (tiles of rows, slots in use, tiles of dout). One matmul multiplies all rows of a tile by an adapter, and
+only the rows of that adapter's slot keep the result. A row has one slot, so nothing is summed over adapters: the output
+block needs no float32 accumulator, has x's dtype and stays in VMEM over the two inner axes of the grid.
+
+Plain JAX works out beforehand which slots each tile of rows needs. The grid steps beyond those slots compute nothing.
+Their index maps name the last block again, so that the pipeline does not copy another one.
 """
 
 from __future__ import annotations
@@ -16,18 +18,23 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
 
 LANES = 128
-ROWS_BYTES = 3 << 20  # of x and the output for one tile of rows; twice that lies in VMEM
-UP_BYTES = 1 << 20  # of one block of B; twice that lies in VMEM
-DOWN_LANES = 2048
-ROW_TILE = 256
+ROWS_BYTES = 3 << 20  # limit for x and the output of one tile of rows; double buffering takes twice that of VMEM
+UP_BYTES = 1 << 20  # limit for one block of B; double buffering takes twice that of VMEM
+DOWN_LANES = 2048  # the most inputs that one matmul by A contracts over
+ROW_TILE = 256  # the most rows of a tile
 
 
 def _row_tile(rows: int, row_bytes: int) -> int:
-    """Rows of a tile: all of them, or a power of two that keeps x and the output within ROWS_BYTES."""
+    """Returns the rows of a tile: all `rows`, or a power of two that keeps x and the output within ROWS_BYTES.
+
+    A tile has at least 16 rows (or all of them), even if these exceed ROWS_BYTES.
+    """
     tile = ROW_TILE
     while tile > 16 and tile * row_bytes > ROWS_BYTES:
         tile //= 2
@@ -35,7 +42,11 @@ def _row_tile(rows: int, row_bytes: int) -> int:
 
 
 def _lane_tile(lanes: int, most: int) -> int:
-    """`lanes` if not above `most`; else whole 128-lane tiles that divide them, at most `most` if that can be."""
+    """Returns the width of a block that divides `lanes`, and is at most `most` where that is possible.
+
+    That is `lanes` itself if it is not above `most`. Otherwise it is the largest multiple of 128 that divides `lanes`
+    and is not above `most`; failing that, the smallest that divides `lanes`; failing that, `lanes`.
+    """
     if lanes <= most:
         return lanes
     tiles = [n for n in range(LANES, lanes, LANES) if lanes % n == 0]
@@ -49,7 +60,10 @@ def _dot(x: jax.Array, w: jax.Array, w_axis: int) -> jax.Array:
 
 
 def _down(x_ref: Any, down_ref: Any) -> jax.Array:
-    """x [R, din] @ A.T [din, r], in pieces: the parts into which float32 is split for the matrix unit need room."""
+    """Returns x [B, din] @ A.T [din, r] in float32, summed over pieces of din.
+
+    The matrix unit multiplies float32 as several bfloat16 parts. These take VMEM, so the product is cut into pieces.
+    """
     din = x_ref.shape[1]
     lanes = _lane_tile(din, DOWN_LANES)
     if lanes == din:
@@ -82,15 +96,22 @@ def _kernel(layer, table, count, slots_ref, x_ref, down_ref, up_ref, out_ref, hi
         out_ref[:, columns] = jnp.where(own, new, out_ref[:, columns])
 
 
-def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any) -> Any:
-    """Same signature as the public op (api.py)."""
+def lora(
+    x: Float[Array, "B din"],
+    a: Float[Array, "L A r din"],
+    b: Float[Array, "L A r dout"],
+    layer: Int[Array, ""] | int,
+    slots: Int[Array, " B"],
+    active: Int[Array, " U"],
+) -> Float[jax.Array, "B dout"]:
+    """Computes the public op (api.py)."""
     (rows, din), (rank, dout), u = x.shape, b.shape[2:], active.shape[0]
     if not rows or not u:
         return jnp.zeros((rows, dout), x.dtype)
     size = x.dtype.itemsize
     tile, width = _row_tile(rows, (din + dout) * size), _lane_tile(dout, UP_BYTES // (rank * size))
     tiles, steps = pl.cdiv(rows, tile), dout // width
-    # The slots of each tile of rows, those in use first.
+    # table [tiles, U]: the slots that each tile of rows uses, then the rest; count [tiles]: how many it uses.
     by_tile = jnp.pad(slots, (0, tiles * tile - rows)).reshape(tiles, 1, tile)
     present = (by_tile == active[:, None]).any(-1) & (active > 0)
     table = active[jnp.argsort(~present, axis=1)]
@@ -103,7 +124,7 @@ def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any) -> Any:
         return *adapter(i, k, layer, table, count), 0, jnp.where(k < count[i], j, steps - 1)
 
     interpret = interpret_params("tpu")
-    if not interpret:  # else XLA may bring all adapters of all layers into VMEM for every call
+    if not interpret:  # without this, XLA may copy all adapters of all layers into VMEM for every call
         a, b = (pltpu.with_memory_space_constraint(factors, pltpu.HBM) for factors in (a, b))
     scalars = (jnp.asarray(layer).reshape(1), table, count)
     return pl.pallas_call(

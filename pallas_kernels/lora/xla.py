@@ -1,19 +1,29 @@
-"""The adapters in use side by side: two plain matrix products serve rows of any mixture of slots.
+"""Low-rank adapters in plain XLA: two matrix products for rows of any mixture of slots.
 
-A row meets the lanes of every adapter in use, and keeps those of its own. That beats a product per slot or per row at
-the sizes of serving where there is a matrix unit, about as wide as U * r; CPUs have a kernel of their own (cpu.py).
+The factors of the U adapters in use are laid side by side as one adapter of rank U * r. Each row is multiplied by all
+of them, and then keeps only the r hidden values of its own adapter. With a matrix unit about as wide as U * r this is
+faster, at the sizes of serving, than one product per slot or per row. CPUs have a kernel of their own (cpu.py).
 """
 
 from __future__ import annotations
 
-from typing import Any
-
+import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int
+
+from pallas_kernels.arrays import Array
 
 
-def lora(x: Any, a: Any, b: Any, layer: Any, slots: Any, active: Any) -> Any:
-    """Same signature as the public op (api.py)."""
+def lora(
+    x: Float[Array, "B din"],
+    a: Float[Array, "L A r din"],
+    b: Float[Array, "L A r dout"],
+    layer: Int[Array, ""] | int,
+    slots: Int[Array, " B"],
+    active: Int[Array, " U"],
+) -> Float[jax.Array, "B dout"]:
+    """Computes the public op (api.py)."""
     rank, din = a.shape[2:]
     index = jnp.maximum(active - 1, 0)
     down, up = a[layer, index].reshape(-1, din), b[layer, index].reshape(-1, b.shape[-1])

@@ -4,50 +4,81 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Float, Int, Real
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
 from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, by_row, merge
-from pallas_kernels.paged_attention.work import Array, Runs, WorkList
+from pallas_kernels.paged_attention.work import Runs, WorkList
 
 for _node in (Runs, WorkList):
     jax.tree_util.register_dataclass(_node, data_fields=[f.name for f in dataclasses.fields(_node)], meta_fields=[])
 
-# name -> attend(q [B, K, G, H], kv_pages, layer, runs, kv_scales, page_offset, spec) -> Partial
+# Implementations that compute partial results: attend(q, kv_pages, layer, runs, kv_scales, page_offset, spec). They all
+# have the signature and contract of xla.attend.
 ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
-IMPLEMENTATIONS = ("reference", "cpu", *ATTEND)  # the first two make the whole, the others partial results
+IMPLEMENTATIONS = ("reference", "cpu", *ATTEND)  # the first two compute whole results
 
 
 def paged_attention(
-    q: Array,
-    kv_pages: Array,
-    layer: Array,
+    q: Float[Array, "B N H"],
+    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
+    layer: Int[Array, ""] | int,
     work: WorkList,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    kv_scales: Array | None = None,
+    kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,
-    page_offset: Array = 0,
+    page_offset: Int[Array, ""] | int = 0,
     return_lse: bool = False,
     implementation: str = "auto",
-) -> Any:
-    """Each row attends to its sequence's K/V at positions <= its own.
+) -> Float[Array, "B N H"] | tuple[Float[Array, "B N H"], Float[Array, "B N"]]:
+    """Computes causal attention of each row over its own sequence's K/V in the pages.
 
-    q [B, N, H]; kv_pages [L, num_pages, K, page_size, 2H] (K in lanes 0:H, V in H:2H), passed whole; layer i32[];
-    work: see work.py. window: only the last `window` positions. soft_cap: scores become cap * tanh(scores / cap).
-    kv_scales f32[L, K, 2]: what stored K and V are multiplied by. page_stride, page_offset: with the tokens of every
-    page sharded, the positions that a whole page spans and where this shard's begin.
+    A row attends to all positions of its sequence up to and including its own; the work list says in which pages these
+    lie. Query head n uses KV head n // G (grouped-query attention).
 
-    Returns [B, N, H] of q's dtype, rows outside the work list zeros; with return_lse also f32[B, N], the log of the sum
-    of exponentials (about -1e30 where nothing is seen), by which the results of shards merge.
-    implementation: 'auto' (by backend), or one of IMPLEMENTATIONS ('reference': NumPy, not traceable; 'cpu': 'xla'
-    where it cannot be had). Raises ValueError on mismatched shapes or an unknown name.
+    The sources are PagedAttention (Kwon et al., 2023, arXiv 2309.06180, section 4.1) for K/V in pages; the online
+    softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867, section 3), as FlashAttention uses it (Dao et al., 2022,
+    arXiv 2205.14135); Flash-Decoding (Dao et al., 2023) for cutting one row's pages into several runs; and Hydragen
+    (Juravsky et al., 2024, arXiv 2402.05099) for reading a shared prefix once for many sequences.
+
+    Args:
+        q: [B, N, H], floating-point. The queries, after rotary embedding.
+        kv_pages: [L, num_pages, K, page_size, 2H] in float32, bfloat16, int8 or float8_e4m3fn. The pages of all
+            layers, with K in 0:H of the last axis and V in H:2H. The array is passed whole, so that no copy of one
+            layer is made.
+        layer: i32[]. The index of the layer to read.
+        work: The work list for these B rows, from `build_work`.
+        scale: The factor of the scores, usually H ** -0.5.
+        window: A row sees only the last `window` positions up to its own (sliding-window attention). None: all.
+        soft_cap: Scores become `soft_cap * tanh(scores / soft_cap)` (Gemma 2, arXiv 2408.00118, section 2). None:
+            scores are not capped.
+        kv_scales: f32[L, K, 2]. The factors by which stored K ([..., 0]) and V ([..., 1]) are multiplied. None: 1.
+        page_stride: The number of positions that a page spans over all shards. None stands for `page_size`: the tokens
+            of a page are not sharded.
+        page_offset: i32[]. The place in a page, counted over all shards, of the first token that `kv_pages` holds.
+            Rows attend only to the tokens that it holds.
+        return_lse: Whether to return the log-sum-exp, too. The results of several shards are merged by it.
+        implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
+            and cannot be traced. 'cpu' runs 'xla' for arguments that its kernel does not support (see `cpu.supports`).
+            'gpu' needs H to be a power of two.
+
+    Returns:
+        [B, N, H] in q's dtype: the attention output. Rows that see no token, such as padding rows, are zeros. With
+        `return_lse`, also f32[B, N]: the logarithm of the sum of the exponentials of each row's scores, about -1e30
+        where a row sees no token. ('reference' returns both as float64, and -inf where a row sees no token.)
+
+    Raises:
+        ValueError: The shapes do not fit each other, `implementation` is unknown, or the GPU kernel cannot address
+            `kv_pages` (see `gpu.attend`).
+        NotImplementedError: 'tpu', and 2H is not a multiple of 128.
     """
     b, n, h = q.shape
     if kv_pages.ndim != 5 or kv_pages.shape[-1] != 2 * h or n % kv_pages.shape[2]:

@@ -1,8 +1,8 @@
-// Paged attention on CPUs, behind XLA's foreign function interface: the whole op (api.py), for float32 pages.
+// Paged attention on CPUs, called through XLA's foreign function interface: the whole op (api.py), for float32 pages.
 //
-// A unit of work is one run and KV head. Its pages are walked in blocks of tokens: K is copied transposed and V as it
-// is, then scores and weighted sums are two small matrix products, with an online softmax between them. Units are
-// handed out over XLA's own threads. Then each row's partial results are merged by their log-sum-exp.
+// A unit of work is one run and one KV head; XLA's own threads share the units. A unit walks the run's pages in blocks
+// of tokens. For each block it copies K transposed and V as it is, and computes scores and weighted sums as two small
+// matrix products with an online softmax between them. Then each row's partial results are merged by their log-sum-exp.
 
 #include <algorithm>
 #include <climits>
@@ -15,8 +15,8 @@
 
 namespace {
 
-constexpr int kBlock = 128;         // tokens of a block, a multiple of kPanel
-constexpr float kNone = -1e30f;     // partial.py's NEG
+constexpr int kBlock = 128;         // tokens of a block; a multiple of kPanel
+constexpr float kNone = -1e30f;     // NEG in partial.py
 
 struct Spec {
   float scale, soft_cap;    // soft_cap 0: none
@@ -25,7 +25,7 @@ struct Spec {
 
 struct Runs {
   const int *rows, *positions, *pages, *start, *length;
-  int num, num_rows, num_pages;  // in use; rows and pages of one
+  int num, num_rows, num_pages;  // runs in use; rows and pages of a run
 };
 
 struct Pool {
@@ -33,9 +33,10 @@ struct Pool {
   int kv_heads, page_size, h, offset;
 };
 
-// exp(x) for x <= 0, to 2 units in the last place; 0 below -87.
+// exp(x) for x <= 0, to 2 units in the last place; 0 below -87. The method and the coefficients are those of expf in
+// the Cephes library: x = n * log(2) + r, and a polynomial for exp(r).
 Vec Exp(Vec x) {
-  const Vec magic = Splat(12582912.0f);  // 1.5 * 2**23: what is added to it is rounded to an integer
+  const Vec magic = Splat(12582912.0f);  // 1.5 * 2**23; adding it rounds to an integer
   const Vec low = Splat(-87.0f);
   Vec bounded = x < low ? low : x;
   Vec n = (bounded * Splat(1.44269504f) + magic) - magic;
@@ -48,12 +49,13 @@ Vec Exp(Vec x) {
   return x < low ? Splat(0.0f) : p * reinterpret_cast<Vec&>(power);
 }
 
-// Memory of one thread, kept from unit to unit.
+// Memory that a thread keeps from one unit to the next.
 struct Scratch {
   std::vector<float> queries, keys, values, scores;
 };
 
-// One run and KV head. acc [lanes, width], m and l [lanes], lanes = rows * group; width: H in whole panels.
+// Computes the partial results of one run and KV head: acc [lanes, width], m [lanes] and l [lanes]. There are
+// rows * group lanes, and width is H rounded up to whole panels.
 void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int head, const float* q, int num_rows,
             int group, int width, float* acc, float* m, float* l) {
   static thread_local Scratch scratch;
@@ -62,7 +64,7 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
   std::fill(acc, acc + lanes * width, 0.0f);
   std::fill(m, m + lanes, kNone);
   std::fill(l, l + lanes, 0.0f);
-  int used = 0, first = INT_MAX, last = -1;  // rows up to the last one that is one; the lowest and highest position
+  int used = 0, first = INT_MAX, last = -1;  // places up to the last row; lowest and highest position
   for (int r = 0; r < runs.num_rows; ++r) {
     if (positions[r] < 0) continue;
     used = r + 1, first = std::min(first, positions[r]), last = std::max(last, positions[r]);
@@ -76,12 +78,12 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
     for (int i = 0; i < group * h; ++i) scratch.queries[r * group * h + i] = from[i] * spec.scale;
   }
 
-  // Of these rows, none sees any token of the run from `length` on, or of its pages before the window's.
+  // None of these rows sees a token of the run from `length` on, or in its first `unseen` pages.
   const int start = runs.start[run], length = std::min(runs.length[run], last + 1 - start);
   const int stored = std::min(runs.num_pages, (length + spec.page_stride - 1) / spec.page_stride) * pool.page_size;
   const int unseen = spec.window && used ? std::max(0, first - spec.window + 1 - start) / spec.page_stride : 0;
-  int places[kBlock];  // KV positions of a block's tokens; INT_MAX: none
-  bool seen[kBlock];   // by any row
+  int places[kBlock];  // KV positions of the block's tokens; INT_MAX where no row sees it
+  bool seen[kBlock];   // whether any row sees the token
   for (int begin = unseen * pool.page_size; begin < stored; begin += kBlock) {
     const int tokens = std::min(kBlock, stored - begin), padded = (tokens + kPanel - 1) / kPanel * kPanel;
     int live = 0;
@@ -98,7 +100,7 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
       live += seen[t];
     }
     if (!live) continue;
-    for (int t = 0; t < padded; ++t) {  // what nobody sees may be NaN: zeros instead
+    for (int t = 0; t < padded; ++t) {  // a token that no row sees may be NaN, so it becomes zeros
       float *key = &scratch.keys[(t / kPanel) * kPanel * h + t % kPanel], *value = &scratch.values[t * width];
       if (!seen[t]) {
         for (int d = 0; d < h; ++d) key[d * kPanel] = 0.0f;
@@ -170,11 +172,11 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, 
   const Spec spec{scale, soft_cap, window, page_stride};
   const Pool pool{kv_pages.typed_data() + layer.typed_data()[0] * layer_size, kv_heads, (int)shape[3], h,
                   page_offset.typed_data()[0]};
-  // tiles first: they are longest
+  // Tiles come first because they take longest.
   const Runs both[] = {MakeRuns(tile_rows, tile_positions, tile_pages, tile_start, tile_length, num_tiles),
                        MakeRuns(item_rows, item_positions, item_pages, item_start, item_length, num_items)};
 
-  // Partial results: of each kind of run, acc [X, K, lanes, width], then m and l [X, K, lanes].
+  // Partial results: for each kind of run acc [X, K, lanes, width], then m [X, K, lanes], then l [X, K, lanes].
   size_t lanes[2], begin[2], size = 0;
   for (int kind = 0; kind < 2; ++kind) {
     begin[kind] = size, lanes[kind] = (size_t)both[kind].num_rows * group;

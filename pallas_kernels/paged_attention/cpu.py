@@ -1,6 +1,6 @@
 """Paged attention on CPUs: the whole op in C++ (cpu.cc), for float32 pages.
 
-XLA's own program for it (xla.py) is a loop of many small steps that takes three to four times as long.
+The plain XLA implementation (xla.py) is a loop of many small steps. On a CPU it takes three to four times as long.
 """
 
 from __future__ import annotations
@@ -8,26 +8,48 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Float, Int
 
 from pallas_kernels import cpu_library
+from pallas_kernels.arrays import Array
 from pallas_kernels.paged_attention.partial import AttentionSpec
-from pallas_kernels.paged_attention.work import Array, WorkList
+from pallas_kernels.paged_attention.work import WorkList
 
 
 def supports(kv_pages: Array, kv_scales: Array | None) -> bool:
-    """Whether the kernel takes such pages, and this machine has it."""
+    """Returns whether the kernel can be called with these arrays on this machine.
+
+    Args:
+        kv_pages: The pages [L, num_pages, K, page_size, 2H].
+        kv_scales: The scales [L, K, 2], or None.
+
+    Returns:
+        True if the pages are float32 without scales and the kernels could be compiled.
+    """
     return kv_pages.dtype == jnp.float32 and kv_scales is None and cpu_library.available()
 
 
 def paged_attention(
-    q: Array,
-    kv_pages: Array,
-    layer: Array,
+    q: Float[Array, "B N H"],
+    kv_pages: Float[Array, "L num_pages K page_size 2*H"],
+    layer: Int[Array, ""] | int,
     work: WorkList,
-    page_offset: Array,
+    page_offset: Int[Array, ""] | int,
     spec: AttentionSpec,
-) -> tuple[jax.Array, jax.Array]:
-    """The public op (api.py) for what `supports` says: (f32[B, N, H], log-sum-exp f32[B, N])."""
+) -> tuple[Float[jax.Array, "B N H"], Float[jax.Array, "B N"]]:
+    """Computes the public op (api.py) for pages that `supports` accepts.
+
+    Args:
+        q: [B, N, H]. The queries; they are converted to float32.
+        kv_pages: f32[L, num_pages, K, page_size, 2H]. The pages.
+        layer: i32[]. The index of the layer.
+        work: The work list.
+        page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        spec: The options of the attention.
+
+    Returns:
+        (out f32[B, N, H], log-sum-exp f32[B, N]).
+    """
     shapes = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in (q.shape, q.shape[:2])]
     scalar = lambda x: jnp.reshape(x, 1).astype(jnp.int32)  # noqa: E731
     runs = [(r.rows, r.positions, r.pages, r.start, r.length, scalar(r.num)) for r in (work.items, work.tiles)]

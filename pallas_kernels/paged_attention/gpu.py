@@ -1,8 +1,9 @@
 """Paged attention on NVIDIA GPUs: a Pallas Triton kernel.
 
-One program computes a block of query lanes (a run's rows times G) of one run and KV head. It walks the run's pages in
-blocks of tokens, each token fetched through the page table, with an online softmax. Runs are short, or have many rows,
-so there are programs enough to fill a chip; their partial results are merged anyway, so no run is cut again here.
+One program computes a block of query lanes of one run and KV head; a lane is one of the run's rows and one of the G
+query heads. It walks the run's pages in blocks of tokens, with an online softmax, and fetches each token through the
+run's list of pages. A run is not cut further between programs: runs are short or have many rows, so a step has enough
+programs to fill the chip.
 """
 
 from __future__ import annotations
@@ -16,20 +17,33 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
+from jaxtyping import Float, Int, Real
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
 from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial
-from pallas_kernels.paged_attention.work import Array, Runs
+from pallas_kernels.paged_attention.work import Runs
 
 LOG2E = math.log2(math.e)
-FEWEST_LANES = 16  # of a program: what a matrix product takes at least
-MOST_LANES = 64  # what registers hold beside K and V; of float32, which has no tensor cores, FEWEST_LANES
-BLOCK_BYTES = 16 * 1024  # of K in a block of tokens, at most; V has as many, and the pipeline holds two blocks
-SIGNED_32 = 2**31
+FEWEST_LANES = 16  # the fewest query lanes of a program: the least that a matrix product takes
+MOST_LANES = 64  # the most: registers hold these beside K and V. In float32, without tensor cores: FEWEST_LANES
+BLOCK_BYTES = 16 * 1024  # limit for K of a block of tokens; V takes as much, and the pipeline holds two blocks
+SIGNED_32 = 2**31  # offsets below this fit a signed 32-bit integer
 
 
 def block_sizes(lanes: int, h: int, itemsize: int, compute: Any) -> tuple[int, int]:
-    """Query lanes of a program and tokens of a block: powers of two, as Triton needs them."""
+    """Chooses the sizes of the blocks that one program works on.
+
+    Args:
+        lanes: The number of query lanes of a run, Q * G.
+        h: H, the head dim.
+        itemsize: Bytes of one stored number in the pages.
+        compute: The dtype in which matrices are multiplied.
+
+    Returns:
+        (query lanes of a program, tokens of a block). The first is always a power of two and the second is one if `h`
+        is; Triton needs both to be.
+    """
     most = FEWEST_LANES if compute == jnp.float32 else MOST_LANES
     block_m = min(max(pl.next_power_of_2(lanes), FEWEST_LANES), most)
     return block_m, min(max(BLOCK_BYTES // (h * itemsize), 16), 64)
@@ -41,7 +55,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> jax.Array:
 
 
 def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t: int) -> None:
-    """One program. Scores are kept in units of log 2: the chip has an instruction for exp2."""
+    """One program of the grid. Scores are multiplied by log2(e): the GPU has an instruction for exp2, not for exp."""
     layer_ref, num_ref, offset_ref, q_ref, kv_ref, rows_ref, positions_ref, pages_ref, start_ref, length_ref = refs[:10]
     *scales_ref, acc_ref, m_ref, l_ref = refs[10:]
     run, head, lane_block = (pl.program_id(axis) for axis in range(3))  # out here: `when` has none when interpreted
@@ -107,24 +121,41 @@ def _kernel(*refs: Any, spec: AttentionSpec, compute: Any, block_m: int, block_t
 
 
 def attend(
-    q: Array,
-    kv_pages: Array,
-    layer: Array,
+    q: Float[Array, "B K G H"],
+    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
+    layer: Int[Array, ""] | int,
     runs: Runs,
-    kv_scales: Array | None,
-    page_offset: Array,
+    kv_scales: Float[Array, "L K 2"] | None,
+    page_offset: Int[Array, ""] | int,
     spec: AttentionSpec,
 ) -> Partial:
-    """Partial results of every run; see api.py. q [B, K, G, H], H a power of two; bfloat16 is computed on tensor cores.
+    """Computes the partial results of all runs.
 
-    Raises ValueError for a pool that Pallas cannot address: one-byte K/V of more than 2 and at most 4 GiB.
+    bfloat16 is multiplied on tensor cores.
+
+    Args:
+        q: [B, K, G, H], floating-point. The queries, grouped by KV head. H must be a power of two.
+        kv_pages: [L, num_pages, K, page_size, 2H]. The pages of all layers.
+        layer: i32[]. The index of the layer.
+        runs: The runs: the items or the tiles of a work list.
+        kv_scales: f32[L, K, 2], or None for 1. The factors of the stored K and V.
+        page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        spec: The options of the attention.
+
+    Returns:
+        Partial results by run. Those of runs at index `runs.num` and above may be anything.
+
+    Raises:
+        ValueError: Pallas cannot address `kv_pages`: its numbers have one byte each, and there are more than 2 and at
+            most 4 GiB of them.
     """
     _, kv_heads, group, h = q.shape
     num_runs, r = runs.rows.shape
     lanes = r * group
     size, itemsize = kv_pages.size, kv_pages.dtype.itemsize
     if itemsize == 1 and SIGNED_32 < size <= 2 * SIGNED_32:
-        # Arrays of up to 2**32 bytes get 32-bit offsets, which count elements and are signed.
+        # Pallas addresses an array of up to 2**32 bytes with signed 32-bit offsets, which count elements. With one
+        # byte an element, offsets from 2**31 on overflow. Larger arrays get 64-bit offsets.
         raise ValueError(
             f"kv_pages {kv_pages.shape} {kv_pages.dtype} has {size} bytes: on a GPU, one-byte K/V must have at most "
             f"{SIGNED_32} or more than {2 * SIGNED_32}; change the number of pages, or use implementation 'xla'"

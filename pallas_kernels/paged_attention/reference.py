@@ -1,14 +1,16 @@
-"""The oracle: every row on its own, in float64, with NumPy."""
+"""The reference implementation: one row at a time, in float64, with NumPy. The tests compare the others with it."""
 
 from __future__ import annotations
 
 import numpy as np
+from jaxtyping import Float, Int, Real
 
-from pallas_kernels.paged_attention.work import Array, Runs, WorkList
+from pallas_kernels.arrays import Array
+from pallas_kernels.paged_attention.work import Runs, WorkList
 
 
 def _runs_of_rows(runs: Runs) -> dict[int, list[tuple[int, int, np.ndarray]]]:
-    """row -> [(start, length, pages)]."""
+    """Returns the runs of each row: row -> [(start, length, pages)]."""
     found: dict[int, list[tuple[int, int, np.ndarray]]] = {}
     for i in range(int(runs.num)):
         for row, position in zip(runs.rows[i], runs.positions[i], strict=True):
@@ -18,24 +20,25 @@ def _runs_of_rows(runs: Runs) -> dict[int, list[tuple[int, int, np.ndarray]]]:
 
 
 def paged_attention(
-    q: Array,
-    kv_pages: Array,
-    layer: Array,
+    q: Float[Array, "B N H"],
+    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
+    layer: Int[Array, ""] | int,
     work: WorkList,
     *,
     scale: float,
     window: int | None = None,
     soft_cap: float | None = None,
-    kv_scales: Array | None = None,
+    kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,
-    page_offset: Array = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Same signature as the public op (api.py). Returns (out f64[B, N, H], log-sum-exp f64[B, N]).
+    page_offset: Int[Array, ""] | int = 0,
+) -> tuple[Float[np.ndarray, "B N H"], Float[np.ndarray, "B N"]]:
+    """Computes the public op (api.py), whose arguments these are.
 
-    Rows that see nothing come out as zeros, with a log-sum-exp of -inf.
+    Returns:
+        (out f64[B, N, H], log-sum-exp f64[B, N]). A row that sees no token is zeros, with a log-sum-exp of -inf.
     """
     q = np.asarray(q).astype(np.float64)
-    kv = np.asarray(kv_pages[int(layer)]).astype(np.float64)  # [P, K, page_size, 2H]
+    kv = np.asarray(kv_pages[int(layer)]).astype(np.float64)  # [num_pages, K, page_size, 2H]
     rows, heads, dim = q.shape
     kv_heads, page_size = kv.shape[1:3]
     stride = page_stride or page_size

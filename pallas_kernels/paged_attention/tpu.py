@@ -1,11 +1,14 @@
-"""Paged attention on TPU (Pallas Mosaic): runs of pages streamed through VMEM.
+"""Paged attention on TPU (Pallas Mosaic): the pages of the runs stream through VMEM.
 
-The grid walks over the runs. A run's pages come in *blocks*, each copied page by page from HBM into one of two halves
-of a VMEM buffer; while a block is attended to, the next one is on its way, also across the border to the next run. All
-rows of a run meet a block as one matmul per KV head, so a page that many sequences share is read once for all of them.
+The grid walks over the runs. A run's pages are read in *blocks*. A block is copied page by page from HBM into one of
+the two halves of a VMEM buffer; meanwhile the kernel attends to the block in the other half. The first block of a run
+is copied during the last block of the run before. For each KV head one matmul multiplies all rows of a run by a chunk
+of the block, so a page that many sequences share is read once for all of them.
 
-Everything that is scalar is worked out beforehand in plain JAX (`_plan`): which pages of a run any row sees at all, and
-which of them every row sees completely. Only the pages between the two need masks.
+Plain JAX works out all scalars beforehand (`_plan`): which pages of a run any row sees, and which pages every row sees
+completely. Only pages that are in the first set and not in the second need masks.
+
+Letters, besides those of docs/design.md: X runs, Q rows of a run, p pages of a run.
 """
 
 from __future__ import annotations
@@ -20,27 +23,38 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jaxtyping import Float, Int, Real
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
 from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial, gather_queries
-from pallas_kernels.paged_attention.work import Array, Runs
+from pallas_kernels.paged_attention.work import Runs
 
 LANES = 128
 SUBLANES = 8
 LOG2E = math.log2(math.e)
-BLOCK_BYTES = 2 << 20  # of K/V in one of the two halves: long enough to hide a DMA's latency
+BLOCK_BYTES = 2 << 20  # K/V of a block, about; enough to hide the latency of a DMA
 UNROLL = 8  # copies started in one turn of a loop
-CHUNK_TOKENS, FEW_ROWS_CHUNK_TOKENS = 512, 256  # few rows wait for the DMA anyway, and a short last chunk costs less
-FEW_ROWS = 16
-SCORE_BYTES = 512 << 10  # of one KV head's float32 scores, which lie in VMEM between the two matmuls
+# The most tokens of a chunk, for many rows and for few. With few rows the kernel waits for the DMA anyway, so short
+# chunks cost no time, and a last chunk that is not full wastes less.
+CHUNK_TOKENS, FEW_ROWS_CHUNK_TOKENS = 512, 256
+FEW_ROWS = 16  # the most query rows of a KV head that count as few
+SCORE_BYTES = 512 << 10  # limit for one KV head's float32 scores, which are in VMEM between the two matmuls
 
 
 class Plan(NamedTuple):
-    """One number a run, each i32[X]; pages are counted from the run's first one.
+    """The scalars of each run, each i32[X]. Pages are counted from the run's first one.
 
-    source: the run whose blocks the pipeline is to hold (itself; the last one in use beyond that). first, end: the
-    pages that some row sees. full, full_end: the pages that every row sees completely. base: KV position of the first
-    token held here. earlier: blocks of all the runs before. next: the next run that has blocks (X: none).
+    Attributes:
+        source: The run whose blocks of the inputs and outputs the pipeline holds: the run itself, or the last run in
+            use for the runs beyond that one, so that nothing is copied for these.
+        first: The first page that some row sees.
+        end: The page after the last one that some row sees.
+        full: The first page that every row sees completely.
+        full_end: The page after the last one that every row sees completely.
+        base: The KV position of the first token that this shard holds.
+        earlier: The number of blocks of K/V of all runs before.
+        next: The next run that has blocks of K/V; X if there is none.
     """
 
     source: Any
@@ -54,17 +68,31 @@ class Plan(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """pages: of a block, copied together. chunk_pages: of a chunk, attended to together."""
+    """How the pages of a run are grouped.
+
+    Attributes:
+        pages: The number of pages of a block; these are copied together.
+        chunk_pages: The number of pages of a chunk; these are attended to together. A block is whole chunks.
+    """
 
     pages: int
     chunk_pages: int
 
 
 def choose_tiling(rows: int, run_pages: int, page_size: int, page_bytes: int) -> Tiling:
-    """Block and chunk for `rows` query rows a KV head and pages of `page_bytes` (all KV heads).
+    """Chooses the sizes of a block and of a chunk.
 
-    A chunk is whole 128-lane tiles of scores, at most CHUNK_TOKENS and SCORE_BYTES; a block is whole chunks, about
-    BLOCK_BYTES unless the runs are shorter.
+    A chunk is whole 128-lane tiles of scores, limited by CHUNK_TOKENS (FEW_ROWS_CHUNK_TOKENS for few rows) and
+    SCORE_BYTES. A block is whole chunks, about BLOCK_BYTES, or less if the runs are shorter.
+
+    Args:
+        rows: The number of query rows of a run and KV head, Q * G.
+        run_pages: p, the number of pages of a run.
+        page_size: The number of tokens of a page.
+        page_bytes: Bytes of a page, for all KV heads.
+
+    Returns:
+        The sizes.
     """
     most = FEW_ROWS_CHUNK_TOKENS if rows <= FEW_ROWS else CHUNK_TOKENS
     unit = math.lcm(page_size, LANES)
@@ -78,7 +106,7 @@ def choose_tiling(rows: int, run_pages: int, page_size: int, page_bytes: int) ->
 def _plan(
     runs: Runs, block_pages: int, page_size: int, page_offset: Array, spec: AttentionSpec
 ) -> tuple[Plan, jax.Array, jax.Array]:
-    """The plan, and what each row sees: KV positions > after and <= upto, each i32[X, R]."""
+    """Returns (plan, after, upto); a row sees the run's KV positions above `after` and up to `upto`, each i32[X, Q]."""
     x = runs.positions.shape[0]
     live = runs.positions >= 0
     everything, stride = jnp.iinfo(jnp.int32).max, spec.page_stride
@@ -115,7 +143,10 @@ def _dot(a: jax.Array, b: jax.Array, a_axis: int, b_axis: int) -> jax.Array:
 
 
 def _spread(x: jax.Array, width: int) -> jax.Array:
-    """[rows, 128] with equal lanes -> [rows, width]: whole tiles are reused, where a broadcast would cross lanes."""
+    """Widens [rows, 128], whose lanes are all equal, to [rows, width].
+
+    Whole tiles are repeated, which costs nothing; a broadcast from one lane would move data across lanes.
+    """
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
@@ -226,18 +257,32 @@ def _kernel(layer: Any, *refs: Any, tiling: Tiling, spec: AttentionSpec, key_lan
 
 
 def attend(
-    q: Array,
-    kv_pages: Array,
-    layer: Array,
+    q: Float[Array, "B K G H"],
+    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
+    layer: Int[Array, ""] | int,
     runs: Runs,
-    kv_scales: Array | None,
-    page_offset: Array,
+    kv_scales: Float[Array, "L K 2"] | None,
+    page_offset: Int[Array, ""] | int,
     spec: AttentionSpec,
 ) -> Partial:
-    """Partial results of every run; those of runs beyond runs.num are arbitrary. q [B, K, G, H].
+    """Computes the partial results of all runs.
 
-    K/V of float32 are multiplied in float32, all others in bfloat16. Raises NotImplementedError where 2H is no multiple
-    of 128.
+    float32 pages are multiplied in float32, all others in bfloat16.
+
+    Args:
+        q: [B, K, G, H], floating-point. The queries, grouped by KV head.
+        kv_pages: [L, num_pages, K, page_size, 2H]. The pages of all layers.
+        layer: i32[]. The index of the layer.
+        runs: The runs: the items or the tiles of a work list.
+        kv_scales: f32[L, K, 2], or None for 1. The factors of the stored K and V.
+        page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        spec: The options of the attention.
+
+    Returns:
+        Partial results by run. Those of runs at index `runs.num` and above may be anything.
+
+    Raises:
+        NotImplementedError: 2H is not a multiple of 128.
     """
     q = gather_queries(q, runs)
     rows, h = q.shape[2:]
@@ -245,7 +290,8 @@ def attend(
     kv_heads, page_size, width = kv_pages.shape[2:]
     if width % LANES:
         raise NotImplementedError(f"head dim {h}: the TPU kernel needs a multiple of {LANES // 2}")
-    # With H = 64, K and V share a tile of lanes: the query is zero where V is, and half of the output is of no use.
+    # With H = 64, K and V share a tile of 128 lanes. The query is then padded with zeros in the lanes of V, and only
+    # the lanes of V are taken from the output.
     key_lanes, value_lane = (h, h) if h % LANES == 0 else (width, 0)
     page_bytes = kv_heads * page_size * width * kv_pages.dtype.itemsize
     tiling = choose_tiling(padded, runs.pages.shape[1], page_size, page_bytes)
@@ -282,7 +328,10 @@ def _call(
     key_lanes: int,
     value_lane: int,
 ) -> Callable[..., Any]:
-    """The pallas_call: (layer, *plan, q, *sees, pages, pages, kv_pages) -> acc, and m and l in lanes 0 and 1."""
+    """Returns the `pallas_call`: (layer, *plan, q, *sees, pages, pages, kv_pages) -> (acc, ml).
+
+    acc is f32[X, K, rows, value lanes]; ml is f32[X, K, rows, 128] with m in lane 0 and l in all other lanes.
+    """
     x, kv_heads, rows, _ = q.shape
     page = kv_pages.shape[2:]
     page_bytes = math.prod(page) * kv_pages.dtype.itemsize
@@ -302,7 +351,7 @@ def _call(
     scores = kv_heads * rows * run_pages * page[1]  # of one run
     query_bytes = q[0].size * q.dtype.itemsize + 4 * len(sees) * rows * LANES
     output_bytes = 4 * kv_heads * rows * (value_lanes + LANES)
-    # two of everything that streams, m and l, and what Mosaic keeps between matmuls
+    # two buffers for everything that streams, m and l, and what Mosaic keeps between matmuls
     vmem = 2 * (tiling.pages * page_bytes + query_bytes + 2 * output_bytes) + 8 * SCORE_BYTES
     return pl.pallas_call(
         functools.partial(_kernel, tiling=tiling, spec=spec, key_lanes=key_lanes, value_lane=value_lane),

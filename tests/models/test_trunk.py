@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import pathlib
 
 import numpy as np
@@ -145,11 +144,16 @@ def test_the_default_trunk_is_transformers_reading_of_it(transformers_smollm2):
 
 
 def real_prompts(tokenizer) -> list[list[int]]:
-    """20 prompts of 5 to 600 tokens, cut from real texts of this repository and its data where that is at hand."""
+    """20 prompts of 5 to 600 tokens: questions in the chat template, and pieces of this repository's own texts."""
     root = pathlib.Path(__file__).resolve().parents[2]
-    text = (root / "LICENSE").read_text() + "".join(p.read_text() for p in sorted((root / "icarus_jax").glob("*.py")))
-    data = root.parent / "shared" / "data" / "gsm8k_dev.jsonl"
-    questions = [json.loads(line)["question"] for line in data.open()][:7] if data.exists() else []
+    text = (root / "LICENSE").read_text() + "".join(p.read_text() for p in sorted((root / "icarus_jax").rglob("*.py")))
+    questions = [
+        "A farmer has 17 sheep and buys 5 more. How many sheep does the farmer have now?",
+        "What is the capital of France, and which river runs through it?",
+        "My card has not arrived yet. What should I do?",
+        "Write a function that returns the n-th Fibonacci number.",
+        "Translate 'good morning' into German, French and Italian.",
+    ]
     prompts = [
         tokenizer.apply_chat_template(
             [{"role": "user", "content": q}], add_generation_prompt=True, tokenize=True, return_dict=False

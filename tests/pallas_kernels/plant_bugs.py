@@ -37,11 +37,11 @@ class Bug:
 
 tpu = functools.partial(Bug, file="pallas_kernels/paged_attention/tpu.py", tests=(OP, f"{ITEMS_AND_TILES} and tpu"))
 ATTENTION = [
-    tpu("attention: a missing wait", "        wait(count, slot)\n", "", tests=(OP, "dmas")),
+    tpu("attention: a missing wait", "        wait(count, half)\n", "", tests=(OP, "dmas")),
     tpu(
         "attention: a wait too many",
-        "        wait(count, slot)\n",
-        "        wait(count, slot)\n        wait(count, slot)\n",
+        "        wait(count, half)\n",
+        "        wait(count, half)\n        wait(count, half)\n",
         tests=(OP, "dmas"),
     ),
     tpu(
@@ -49,8 +49,8 @@ ATTENTION = [
     ),
     tpu(
         "attention: prefetch into the live buffer",
-        "fetch(block + 1, 1 - slot)",
-        "fetch(block + 1, slot)",
+        "fetch(block + 1, 1 - half)",
+        "fetch(block + 1, half)",
         tests=(OP, "dmas"),
     ),
     tpu(
@@ -65,7 +65,7 @@ ATTENTION = [
         "copy(jnp.where(ours, 1 + pages_ref[0, 0, at]",
     ),
     tpu("attention: the next run's pages from this run", "next_pages_ref[0, 0, at])", "pages_ref[0, 0, at])"),
-    tpu("attention: slot parity forgets earlier runs", "plan.earlier[run] + block + 2", "block + 2"),
+    tpu("attention: the parity of halves forgets earlier runs", "plan.earlier[run] + block + 2", "block + 2"),
     tpu("attention: no tail mask", "jnp.where(seen, scores, 2 * NEG)", "scores"),
     tpu("attention: stale V is not zeroed", "values = jnp.where(any_seen, values, 0)", "values = values"),
     tpu("attention: the newest token is not seen", "position <= _spread", "position < _spread"),
@@ -136,7 +136,7 @@ GPU_ATTENTION = [
     gpu("gpu: the maximum is not carried over", "old = jnp.exp2(m - high)", "old = jnp.ones_like(m)"),
     gpu("gpu: the last block is left out", "stored + (block_t - 1)", "stored"),
     gpu("gpu: the window is one too long", "position[:, None] - spec.window", "position[:, None] - spec.window - 1"),
-    gpu("gpu: the shard's offset is forgotten", "* spec.page_stride + offset + slot", "* spec.page_stride + slot"),
+    gpu("gpu: the shard's offset is forgotten", "* spec.page_stride + offset + cell", "* spec.page_stride + cell"),
     gpu("gpu: the maximum stays in units of log 2", "m / LOG2E", "m"),
 ]
 
@@ -246,12 +246,12 @@ APPEND = [
         "        read(job).wait()\n        write(job).start()\n",
         tests=IN_ORDER,
     ),
-    append("append: wrong slot", "== slots[row] - slabs[job] * slab", "== slots[row] + 1 - slabs[job] * slab"),
+    append("append: wrong cell", "== cells[row] - slabs[job] * slab", "== cells[row] + 1 - slabs[job] * slab"),
     append("append: wrong layer", "kv_hbm.at[layer[0], lax", "kv_hbm.at[0, lax"),
     append(
         "append: a padding row is written",
-        "== slots[row] - slabs[job] * slab",
-        "== jnp.maximum(slots[row] - slabs[job] * slab, 0)",
+        "== cells[row] - slabs[job] * slab",
+        "== jnp.maximum(cells[row] - slabs[job] * slab, 0)",
     ),
     append("append: rows of the first grid step again", "new_ref[row - origin]", "new_ref[row]", tests=IN_ORDER),
     append(

@@ -59,6 +59,7 @@ def test_it_is_what_serves_on_cpus():
     assert calls_the_library()
 
 
+@pytest.mark.full
 def test_it_is_compiled_once(unbuilt, monkeypatch):
     file = cpu_library.compiled(["c++"])
     assert list(unbuilt.iterdir()) == [file]  # nothing else is left lying about
@@ -107,6 +108,7 @@ def test_without_it_xla_serves(unbuilt, monkeypatch, caplog, fault):
     assert not [file for file in unbuilt.iterdir() if file.suffix == ".so"]
 
 
+@pytest.mark.full
 def test_the_benchmark_has_both_do_the_same():
     model = dataclasses.replace(MODELS["smollm2-135m"], num_layers=2)
     contests = [

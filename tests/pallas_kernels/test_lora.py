@@ -93,7 +93,7 @@ def small_tiles(monkeypatch):
 
 
 @pytest.mark.parametrize("mode", ["interpret", *DMA_MODES])
-@pytest.mark.timeout(60, method="thread")  # a wait that no copy answers never returns
+@pytest.mark.timeout(600, method="thread")  # a wait that no copy answers never returns
 def test_tpu_tiles(mode, small_tiles):
     args = make("prefill", (256, 384, 4))
     if mode == "interpret":

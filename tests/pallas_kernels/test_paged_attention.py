@@ -148,7 +148,7 @@ SIMULATED = {  # one kernel each: the simulator keeps the races of the last
 }
 
 
-@pytest.mark.timeout(150, method="thread")  # a wait that no copy answers never returns
+@pytest.mark.timeout(600, method="thread")  # a wait that no copy answers never returns
 @pytest.mark.parametrize("dma_mode", DMA_MODES)
 @pytest.mark.parametrize(("layout", "case"), SIMULATED.values(), ids=SIMULATED)
 def test_dmas_are_waited_for_and_race_with_nothing(layout, case, dma_mode):

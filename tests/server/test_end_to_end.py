@@ -99,6 +99,7 @@ def test_echo_scores_a_prompt_for_another_head(served):
     assert not np.allclose(lists[0].token_logprobs[1:], lists[1].token_logprobs[1:])
 
 
+@pytest.mark.full
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_a_conversation_of_eight_heads_on_smollm2():

@@ -159,7 +159,7 @@ def test_reloads_under_load(served):
     for i in range(12):
         load(served, "cd"[i % 2])
         seen = len(answers)
-        wait_for(lambda seen=seen: len(answers) >= seen + 2, 60)
+        wait_for(lambda seen=seen: len(answers) >= seen + 2)
     stop.set()
     for thread in threads:
         thread.join(60)

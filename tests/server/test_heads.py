@@ -14,7 +14,8 @@ import pytest
 
 from icarus_jax.server.head_loader import HeadLoader
 from icarus_jax.server.head_watch import HeadWatcher
-from icarus_jax.weights.peft import INVOCATION, random_adapter, save_adapter
+from icarus_jax.weights.peft import random_adapter, save_adapter
+from icarus_jax.weights.peft_format import INVOCATION
 from tests import doubles
 from tests.server.served import GOOD, Served, V, check_error, serving, wait_for
 

@@ -20,9 +20,10 @@ import pytest
 
 from icarus_jax.scheduling.request import Request, SamplingParams
 from icarus_jax.server.detokenizer import Vocabulary
+from icarus_jax.server.generation import ClientGone, Generation
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.prompts import Prompt
-from icarus_jax.server.streams import Choice, ClientGone, Generation
+from icarus_jax.server.streams import Choice
 from tests import doubles
 from tests.server.served import GOOD, TOKENIZER, Served, V, check_error, serving, wait_for
 
@@ -58,10 +59,10 @@ def test_a_dead_engine_is_a_503():
 
 
 def test_one_bad_stream_ends_its_mates():
-    with serving(step_seconds=0.02) as served:
+    with serving(step_seconds=0.5) as served:
         request = {"model": "broken", "prompt": [[1], [90]], "max_tokens": 90}
         assert served.http.post("/v1/completions", json=request).status_code == 500
-        wait_for(lambda: served.engine.running == 0, seconds=1)  # it would run for 1.8 s
+        wait_for(lambda: served.engine.running == 0)  # its mate would run for 45 s and end by itself
         assert served.engine.aborted == [1]
 
 
@@ -78,13 +79,14 @@ def test_a_client_that_left_before_the_answer_began():
         prompt, params = Prompt((5,), None, "prompt"), SamplingParams(max_tokens=100)
         choices = [Choice(0, "trunk", prompt, params, Vocabulary(TOKENIZER), frozenset(), True)]
         generation.submit(Request(("trunk",), prompt.ids, params), choices)
-        await asyncio.sleep(0.2)
+        while not engine.aborted:  # it would run for 50 s
+            await asyncio.sleep(0.05)
         assert engine.aborted == [0]
         with pytest.raises(ClientGone):
             async for _ in generation:
                 pass
 
-    engine = doubles.FakeEngine(V, step_seconds=0.02)
+    engine = doubles.FakeEngine(V, step_seconds=0.5)
     engine.start()
     asyncio.run(leave(engine))
     engine.shutdown()
@@ -92,7 +94,7 @@ def test_a_client_that_left_before_the_answer_began():
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_client_that_leaves_frees_its_sequences(stream):
-    with serving(step_seconds=0.02) as served:
+    with serving(step_seconds=0.5) as served:
         body = json.dumps({"model": "trunk", "prompt": [5], "max_tokens": 120, "n": 2, "stream": stream}).encode()
         host, port = served.url.removeprefix("http://").split(":")
         with socket.create_connection((host, int(port))) as client:
@@ -101,7 +103,7 @@ def test_a_client_that_leaves_frees_its_sequences(stream):
             wait_for(lambda: served.engine.running == 2)
             if stream:
                 assert client.recv(100)
-        wait_for(lambda: sorted(served.engine.aborted) == [0, 1], seconds=1.5)  # they would run for 2.4 s
+        wait_for(lambda: sorted(served.engine.aborted) == [0, 1])  # else they end by themselves, after 60 s
         assert served.engine.running == 0
         assert served.metric('icarus_requests_total{finished_reason="abort",model_name="trunk"}') == 2
 
@@ -125,7 +127,7 @@ def test_metrics():
         assert one.metric(f"icarus_generation_tokens_total{{{model}}}") == 10
         assert one.metric(f"icarus_time_to_first_token_seconds_count{{{model}}}") == 2
         assert one.metric(f"icarus_inter_token_latency_seconds_count{{{model}}}") == 8
-        assert 8 * 0.02 <= one.metric(f"icarus_inter_token_latency_seconds_sum{{{model}}}") < 8 * 0.2
+        assert one.metric(f"icarus_inter_token_latency_seconds_sum{{{model}}}") >= 8 * 0.02
         assert one.metric(f"icarus_e2e_request_latency_seconds_sum{{{model}}}") >= 10 * 0.02
         assert one.metric('icarus_prefix_cache_hit_tokens_total{source="cross_model"}') == 2
         assert one.metric("icarus_sequences_total") == 2
@@ -159,7 +161,7 @@ def start_process(step_seconds: float) -> tuple[subprocess.Popen, str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "tests.doubles", f"--port={port}", f"--step_seconds={step_seconds}"]
-    process = subprocess.Popen(command, cwd=pathlib.Path(__file__).parent.parent, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
 
     def ready() -> bool:
@@ -167,35 +169,35 @@ def start_process(step_seconds: float) -> tuple[subprocess.Popen, str]:
             return httpx.get(f"{url}/health").status_code == 200
         return False
 
-    wait_for(ready, 60)
+    wait_for(ready)
     return process, url
 
 
 def test_sigterm_drains():
-    process, url = start_process(step_seconds=0.03)
+    process, url = start_process(step_seconds=0.1)
     try:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         parts = iter(client.completions.create(model="trunk", prompt=[5], max_tokens=50, stream=True))
         next(parts)
         process.send_signal(signal.SIGTERM)
-        wait_for(lambda: httpx.get(f"{url}/health").status_code == 503, 1)
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 503)
         check_error(httpx.post(f"{url}/v1/completions", json=GOOD), 503, None, "server_stopping")
         reasons = [part.choices[0].finish_reason for part in parts]
         assert reasons[-1] == "length"
-        assert process.wait(10) == 0
+        assert process.wait(120) == 0
     finally:
         process.kill()
 
 
 def test_a_second_signal_stops_at_once():
-    process, url = start_process(step_seconds=0.5)
+    process, url = start_process(step_seconds=2.0)
     try:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
         parts = iter(client.completions.create(model="trunk", prompt=[5], max_tokens=100, stream=True))
         next(parts)
         process.send_signal(signal.SIGTERM)
-        wait_for(lambda: httpx.get(f"{url}/health").status_code == 503, 2)
+        wait_for(lambda: httpx.get(f"{url}/health").status_code == 503)
         process.send_signal(signal.SIGTERM)
-        assert process.wait(2) == 128 + signal.SIGTERM
+        assert process.wait(120) == 128 + signal.SIGTERM  # its stream would run for 200 s
     finally:
         process.kill()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from icarus_jax.tasks import TASKS
-from icarus_jax.training import data
+from icarus_jax.training import data, packing
 from tests import tiny
 from tests.training.test_step import PREFIX, make_examples, packed
 
@@ -33,22 +33,22 @@ def test_packing_keeps_every_example_whole():
     examples = make_examples(50)
     want = sorted((tuple(e.tokens[3:-1].tolist()), tuple(e.tokens[e.num_prompt :].tolist())) for e in examples)
     assert sorted(found for batch in packed(examples, 4, 40) for found in contents(batch)) == want
-    shape = data.row_shape(examples, PREFIX, 4, 40)
-    batches = data.take(data.train_batches(examples, PREFIX, shape, seed=0, accumulate=2), 4)
+    shape = packing.row_shape(examples, PREFIX, 4, 40)
+    batches = packing.take(packing.train_batches(examples, PREFIX, shape, seed=0, accumulate=2), 4)
     seen = [e for batch in batches for i in (0, 1) for e in contents(jax.tree.map(lambda a, i=i: a[i], batch))]
     assert set(seen) == set(want)
 
 
 def test_data_position_is_exact():
     examples = make_examples(40)
-    shape = data.row_shape(examples, PREFIX, 2, 40)
-    fresh = lambda: data.train_batches(examples, PREFIX, shape, seed=5, accumulate=1)  # noqa: E731
+    shape = packing.row_shape(examples, PREFIX, 2, 40)
+    fresh = lambda: packing.train_batches(examples, PREFIX, shape, seed=5, accumulate=1)  # noqa: E731
     iterator = fresh()
-    data.take(iterator, 17)
+    packing.take(iterator, 17)
     state = json.loads(json.dumps(iterator.get_state()))
-    want, resumed = data.take(iterator, 5), fresh()
+    want, resumed = packing.take(iterator, 5), fresh()
     resumed.set_state(state)
-    for a, b in zip(want, data.take(resumed, 5), strict=True):
+    for a, b in zip(want, packing.take(resumed, 5), strict=True):
         jax.tree.map(np.testing.assert_array_equal, a, b)
 
 

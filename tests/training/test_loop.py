@@ -19,8 +19,7 @@ from configs import train as train_config
 from icarus_jax.config import HeadConfig
 from icarus_jax.engine.engine import Engine
 from icarus_jax.models import full_heads
-from icarus_jax.training import data as train_data
-from icarus_jax.training import loop
+from icarus_jax.training import loop, packing
 from icarus_jax.training.log import compare_runs, read_metrics
 from icarus_jax.training.two_stream import token_logprobs
 from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
@@ -84,7 +83,7 @@ def start(trunk, data, output, **more):
 
 
 def wait_for(process, condition):
-    end = time.monotonic() + 120
+    end = time.monotonic() + 600
     while not condition():
         assert process.poll() is None and time.monotonic() < end, process.communicate()
         time.sleep(0.01)
@@ -94,10 +93,11 @@ def losses(output):
     return [row["words/loss"] for row in read_metrics(output) if "words/loss" in row]
 
 
+@pytest.mark.full
 def test_killed_and_resumed_is_as_uninterrupted(trunk, data, tmp_path):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     process = start(trunk, data, whole)
-    out, err = process.communicate(timeout=200)
+    out, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert out.split() == [str(whole / "heads" / "words")]
     assert f"step {STEPS}/{STEPS}" in err and "min left" in err
@@ -111,11 +111,11 @@ def test_killed_and_resumed_is_as_uninterrupted(trunk, data, tmp_path):
     process = start(trunk, data, broken)
     wait_for(process, lambda: len(losses(broken)) > killed_at + 1)
     process.terminate()
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 128 + signal.SIGTERM, err
     assert "going on from step" in err and "stopped at step" in err
     process = start(trunk, data, broken)
-    _, err = process.communicate(timeout=100)
+    _, err = process.communicate(timeout=600)
     assert process.returncode == 0, err
     assert "going on from step" in err
 
@@ -158,7 +158,7 @@ def test_what_is_trained_is_what_is_served(kv, rslora, trunk, data, tmp_path):
     assert served_loss(engine, examples) == pytest.approx(last_validation(tmp_path / "run"), abs=1e-3)
     params = {name: jnp.asarray(values) for name, values in checkpoint.params.items()}
     for example in examples.validation[:4]:
-        (batch,) = train_data.validation_batches([example], examples.prefix, train_data.RowShape(1, 40, 8))
+        (batch,) = packing.validation_batches([example], examples.prefix, packing.RowShape(1, 40, 8))
         logprobs, _ = token_logprobs(checkpoint.config, method, heads, params, jnp.asarray(examples.prefix), batch)
         trained = np.asarray(logprobs)[np.asarray(batch.target_segments) > 0]
         served = harness.score(engine, "words", example.tokens.tolist())[example.num_prompt - 1 :]
@@ -188,6 +188,7 @@ def test_a_run_learns_and_tells_of_it(trunk, data, tmp_path):
     assert json.loads((one / CONFIG_FILE).read_text())["r"] == 8
 
 
+@pytest.mark.full
 def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     more = {"head__method": "full", "optimiser__lr": 1e-3, "head__dropout": 0.0, "optimiser__steps": 2}
     config, (folder,) = train_here("words", trunk, data, tmp_path / "run", **more)
@@ -209,7 +210,7 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     heads = {name: jnp.asarray(values)[None] for name, values in own.params.items()}
     params = {name: jnp.asarray(values) for name, values in before.params.items()}
     example = examples.validation[0]
-    (batch,) = train_data.validation_batches([example], examples.prefix, train_data.RowShape(1, 40, 8))
+    (batch,) = packing.validation_batches([example], examples.prefix, packing.RowShape(1, 40, 8))
     logprobs, _ = token_logprobs(before.config, method, heads, params, jnp.asarray(examples.prefix), batch)
     trained = np.asarray(logprobs)[np.asarray(batch.target_segments) > 0]
     scores = {m: harness.score(engine, m, example.tokens.tolist())[example.num_prompt - 1 :] for m in engine.models}

@@ -13,8 +13,10 @@ import torch
 
 from icarus_jax.config import LORA_TARGETS, TARGETS
 from icarus_jax.training import data as train_data
+from icarus_jax.training import packing
 from icarus_jax.training import step as train
-from icarus_jax.training.two_stream import Method, init_heads, token_logprobs
+from icarus_jax.training.heads import Method, init_heads
+from icarus_jax.training.two_stream import token_logprobs
 from icarus_jax.weights.checkpoint import load_trunk
 from icarus_jax.weights.peft import load_adapter
 from tests import tiny
@@ -60,8 +62,8 @@ def make_examples(count=7, seed=0, slot=1):
 
 
 def packed(examples, rows=4, length=20, prefix=PREFIX):
-    shape = train_data.row_shape(examples, prefix, rows, length)
-    return train_data.validation_batches(examples, prefix, shape)
+    shape = packing.row_shape(examples, prefix, rows, length)
+    return packing.validation_batches(examples, prefix, shape)
 
 
 def oracle_loss(trunk, example, adapter, kv):
@@ -193,6 +195,7 @@ def stacked(batches):
     return jax.tree.map(lambda *leaves: np.stack(leaves), *batches)
 
 
+@pytest.mark.full
 def test_accumulated_batches_are_one_large_batch(trunk):
     method, examples = METHODS["shared"], make_examples(12)
     small = packed(examples, rows=2)
@@ -219,6 +222,7 @@ def test_heads_in_one_pass_are_trained_as_if_alone(trunk):
         jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-2, atol=1e-4), mine, head)
 
 
+@pytest.mark.full
 def test_other_meshes_train_as_one_device(trunk):
     """Eight devices that split the batch; two that split the trunk's weights.
 

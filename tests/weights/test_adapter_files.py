@@ -38,7 +38,7 @@ def adapter(request, tmp_path_factory):
 
 def convert(*args: object) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "launch/convert.py", *map(str, args)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
 
 
 def test_there_and_back_is_bit_equal(adapter, tmp_path):

@@ -10,7 +10,7 @@ import transformers
 
 from icarus_jax.config import RopeScaling
 from icarus_jax.weights.checkpoint import load_trunk
-from icarus_jax.weights.gguf import read_gguf
+from icarus_jax.weights.gguf_file import read_gguf
 from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model, write_gguf
 
 

@@ -1,6 +1,6 @@
-"""The composition root: a config made into an engine with its tokenizer and heads.
+"""Builds an engine, its tokenizer and its heads from a config.
 
-JAX and the engine are imported inside the functions alone, so that a misspelt flag is answered at once.
+JAX and the engine are imported inside the functions only, so that a misspelt flag is reported at once.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class App:
-    """A config, built: the engine is not started yet."""
+    """What a config describes, loaded. The engine is not started yet.
+
+    Attributes:
+        engine: The engine, with its heads.
+        tokenizer: The trunk's tokenizer.
+        eos_ids: The token ids that end the trunk's answers.
+        loader: Loads and unloads heads while the engine runs.
+    """
 
     engine: Engine
     tokenizer: PreTrainedTokenizerBase
@@ -39,9 +46,10 @@ class App:
     loader: HeadLoader
 
     def start(self) -> None:
-        """Compiles the engine's programs, with a progress bar on a terminal, and lets it run.
+        """Compiles the engine's programs and starts the engine. On a terminal, a progress bar is shown.
 
-        In a run of several processes only process 0 returns: the others work for it until it ends, then exit.
+        In a run of several processes this returns only in process 0. The other processes run what process 0 tells them
+        to, and exit when it ends.
         """
         from icarus_jax.engine.multihost import Worker
 
@@ -53,15 +61,19 @@ class App:
 
 
 def served_names(config: ConfigDict) -> list[str]:
-    """The names of the models that `build(config)` serves, the trunk first."""
+    """Returns the names of the models that `build(config)` would serve, the trunk first."""
     return [config.trunk.name, *config.heads]
 
 
 def build(config: ConfigDict) -> App:
-    """Loads the trunk, its tokenizer and the heads, and puts an engine on them.
+    """Loads the trunk, its tokenizer and the heads, and makes an engine.
 
-    A relative path of a head counts from paths.HOME, one of config.server from the working directory. Raises
-    UsageError.
+    Args:
+        config: A config as `defaults.serving_config` makes it. A relative path of a head is relative to paths.HOME; a
+            relative path in config.server is relative to the working directory.
+
+    Raises:
+        UsageError: A source cannot be read, a head does not fit, or a value makes no sense.
     """
     engine = engine_config(config.engine)
     for name, head in config.heads.items():
@@ -101,7 +113,7 @@ def build(config: ConfigDict) -> App:
 
 
 def enable_compilation_cache() -> None:
-    """Keeps compiled programs on disk, so that a second start is quick."""
+    """Lets JAX keep compiled programs on disk, so that later starts are faster."""
     import jax
 
     from icarus_jax.weights import sources
@@ -111,7 +123,14 @@ def enable_compilation_cache() -> None:
 
 
 def engine_config(section: ConfigDict) -> EngineConfig:
-    """config.engine, checked. Raises UsageError."""
+    """Makes the EngineConfig of a config.
+
+    Args:
+        section: config.engine.
+
+    Raises:
+        UsageError: A key does not exist, or a value makes no sense.
+    """
     known = [field.name for field in dataclasses.fields(EngineConfig)]
     for key in section:
         if key not in known:
@@ -121,7 +140,16 @@ def engine_config(section: ConfigDict) -> EngineConfig:
 
 
 def check_head(name: str, head: ConfigDict, trunk_name: str) -> None:
-    """Raises UsageError if one of config.heads makes no sense."""
+    """Checks one of config.heads.
+
+    Args:
+        name: The head's name.
+        head: Its path and kv.
+        trunk_name: The trunk's name as a model.
+
+    Raises:
+        UsageError: The name is the trunk's, or kv makes no sense.
+    """
     if name == trunk_name:
         raise UsageError(f"head {name!r} has the trunk's name; give one of them another")
     if head.kv not in KV_KINDS[1:]:

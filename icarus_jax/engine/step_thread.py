@@ -1,0 +1,132 @@
+"""The thread that runs an engine's steps, and how other threads tell it what to do."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeVar
+
+from icarus_jax.errors import RequestError
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+
+class StepThread:
+    """Runs steps as long as there is work, and between two steps the commands of other threads.
+
+    Attributes:
+        failed: Whether a command or a step has raised an exception. The thread has ended then.
+    """
+
+    def __init__(self, has_work: Callable[[], bool], step: Callable[[], None], end_all: Callable[[str], None]):
+        """Prepares the thread; `start` starts it.
+
+        Args:
+            has_work: Returns whether there is anything to step.
+            step: Runs one step.
+            end_all: Is called at the end of the thread: ends the work that is left with a finish_reason, 'abort' or
+                'error'. It must run the commands that are left, too.
+        """
+        self._has_work, self._step, self._end_all = has_work, step, end_all
+        self.failed = False
+        self._closing = False  # no new commands; the thread ends when there is no work left
+        self._stopping = False  # the thread ends after the current step
+        self._commands: deque[Callable[[], None]] = deque()
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def start(self) -> None:
+        """Starts the thread."""
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self, drain: bool) -> None:
+        """Refuses new commands, and waits for the end of the thread.
+
+        Args:
+            drain: Whether the thread finishes its work first.
+        """
+        with self._changed:
+            self._closing = True
+            self._stopping = not drain
+            self._changed.notify()
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+
+    def put(self, command: Callable[[], None], always: bool = False) -> None:
+        """Queues a command and returns at once.
+
+        Args:
+            command: Is called by the thread, after those that were queued before.
+            always: Whether to queue it even if new commands are refused.
+
+        Raises:
+            RequestError: New commands are refused, because the thread is ending or has failed.
+        """
+        with self._changed:
+            if not always and (self._closing or self.failed):
+                raise RequestError("the engine is shutting down" if self._closing else "the engine has failed")
+            self._commands.append(command)
+            self._changed.notify()
+
+    def call(self, function: Callable[[], T]) -> T:
+        """Lets the thread run a function, and waits for its result.
+
+        If the thread is not running, or if it is the caller itself, the function runs at once.
+
+        Args:
+            function: The function. An exception that it raises is raised here.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            RequestError: New commands are refused, because the thread is ending or has failed.
+        """
+        if self._thread is None or self._thread is threading.current_thread():
+            return function()
+        future: Future[T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self.put(run)
+        return future.result()
+
+    def run_commands(self) -> None:
+        """Runs the queued commands, in order. Only the thread itself may call this while it runs."""
+        with self._changed:
+            commands, self._commands = self._commands, deque()
+        for command in commands:
+            command()
+
+    def _loop(self) -> None:
+        while self._wait():
+            try:
+                self.run_commands()
+                if self._has_work():
+                    self._step()
+            except Exception:
+                log.exception("a step failed; every running request is ended and the engine takes no more")
+                with self._changed:  # commands queued until now are run by _end_all, later ones are refused
+                    self.failed = True
+                return self._end_all("error")
+        self._end_all("abort")
+
+    def _wait(self) -> bool:
+        """Waits for something to do. Returns False if the thread is to end."""
+        with self._changed:
+            while not (self._commands or self._has_work() or self._closing):
+                self._changed.wait()
+            if self._stopping:
+                return False
+            return bool(self._commands) or self._has_work()

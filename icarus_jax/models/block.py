@@ -1,0 +1,177 @@
+"""A transformer block over rows: RMSNorm, attention projections with rotary embedding, SwiGLU MLP, and adapters.
+
+A row is one token at one position. A block runs T writer rows and R reader rows together, B = T + R. The fused q, k, v
+projection also computes k and v of reader rows, which are then dropped: one matrix product over all rows costs less
+than two.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from icarus_jax.config import ModelConfig
+from icarus_jax.models.head_bank import Adapters
+from icarus_jax.models.layers import Tables, rms_norm, rope
+from pallas_kernels.linear import Panels, linear
+from pallas_kernels.paged_attention.work import Array
+
+Pin = Callable[[jax.Array], jax.Array]  # sets how rows [B, D] lie on the mesh
+BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
+PROJECTIONS = ("qkv", "o", "gate_up", "down")  # those of BLOCK_PARAMS that are matrix products
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Stacked:
+    """A projection of one layer, which is not taken out of the stack of all layers' weights.
+
+    Attributes:
+        weights: [L, din, dout, ..], or Panels.
+        layer: i32[], the layer.
+        kernels: The implementation of `linear`.
+    """
+
+    weights: jax.Array | Panels
+    layer: Array
+    kernels: str = dataclasses.field(metadata={"static": True})
+
+
+def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
+    """Multiplies rows with a projection.
+
+    Args:
+        x: [B, din], the rows.
+        weight: [din, dout, ..], the weights of one layer.
+
+    Returns:
+        [B, dout, ..]; for Panels [B, dout].
+    """
+    if isinstance(weight, Stacked):
+        return linear(x, weight.weights, weight.layer, implementation=weight.kernels)
+    return jnp.tensordot(x, weight[...], 1)  # the weight is not reshaped, because it may be split by F on the mesh
+
+
+class Block(nnx.Module):
+    """The weights of one layer, or of all layers with a leading L axis.
+
+    Shapes are those of weights/checkpoint.py. Weights that a family does not have are None.
+    """
+
+    attn_norm: nnx.Param
+    qkv: nnx.Param
+    qkv_bias: nnx.Param | None
+    q_norm: nnx.Param | None
+    k_norm: nnx.Param | None
+    o: nnx.Param
+    mlp_norm: nnx.Param
+    gate_up: nnx.Param
+    down: nnx.Param
+
+    def __init__(self, params: dict[str, Any]):
+        """Makes a block of weights; `params` has those of BLOCK_PARAMS that the family has."""
+        for name in BLOCK_PARAMS:
+            setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
+
+    def at(self, layer: Array, kernels: str) -> Block:
+        """Returns the block of one layer. Its projections are not taken out of the stacks of all layers' weights.
+
+        Args:
+            layer: i32[], the layer.
+            kernels: The implementation of the ops.
+        """
+        stacks = {name: param.get_value() for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
+        block = Block({name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS})
+        for name in PROJECTIONS:
+            setattr(block, name, nnx.data(Stacked(stacks[name], layer, kernels)))
+        return block
+
+    def attention_inputs(
+        self,
+        config: ModelConfig,
+        bank: Adapters | None,
+        x: Array,
+        slots: Array,
+        first: int,
+        tables: Tables,
+        pin: Pin = lambda x: x,
+    ) -> tuple[Array, Array, Array]:
+        """Computes queries, keys and values, normalised (if the family does so) and rotated.
+
+        Args:
+            config: The trunk's sizes and options.
+            bank: The adapters; None for none.
+            x: [B, D], the residual stream.
+            slots: i32[B], the adapter slot of each row.
+            first: The first row that may use an adapter. 0: writer rows may, so that k and v are adapted too.
+            tables: cos and sin of the rows' positions.
+            pin: Sets how normalised rows lie on the mesh. Without it, XLA would compute the norm in parts where `qkv`
+                is split by D.
+
+        Returns:
+            q [B, N, H], k [B, K, H] and v [B, K, H].
+        """
+        x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
+        b = x.shape[0]
+        h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
+        qkv = product(x, self.qkv).reshape(b, k, n // k + 2, h)
+        if self.qkv_bias is not None:
+            qkv = qkv + self.qkv_bias[...]
+        query = qkv[:, :, :-2].reshape(b, n * h)
+        key = qkv[:, :, -2].reshape(b, k * h)
+        value = qkv[:, :, -1].reshape(b, k * h)
+        if bank is not None:
+            query = bank.add("q_proj", query, x, slots, first)
+            if first == 0:
+                key = bank.add("k_proj", key, x, slots, 0)
+                value = bank.add("v_proj", value, x, slots, 0)
+        query, key, value = query.reshape(b, n, h), key.reshape(b, k, h), value.reshape(b, k, h)
+        if self.q_norm is not None and self.k_norm is not None:
+            query = rms_norm(query, self.q_norm[...], config.rms_norm_eps)
+            key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
+        return rope(query, tables), rope(key, tables), value
+
+    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+        """Computes what attention adds to the residual stream.
+
+        Args:
+            bank: The adapters; None for none.
+            attended: [B, N, H] or [B, N * H], the result of attention.
+            slots: i32[B], the adapter slot of each row.
+            first: The first row that may use an adapter.
+
+        Returns:
+            [B, D].
+        """
+        attended = attended.reshape(len(attended), math.prod(attended.shape[1:]))  # not -1: there may be no rows
+        out = product(attended, self.o)
+        return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
+
+    def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
+        """Computes what the SwiGLU MLP adds to the residual stream.
+
+        Args:
+            config: The trunk's sizes and options.
+            bank: The adapters; None for none.
+            x: [B, D], the residual stream.
+            slots: i32[B], the adapter slot of each row.
+            first: The first row that may use an adapter.
+
+        Returns:
+            [B, D].
+        """
+        x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
+        gate_up = product(x, self.gate_up).reshape(len(x), 2, config.intermediate_size)
+        gate, up = gate_up[:, 0], gate_up[:, 1]
+        if bank is not None:
+            gate = bank.add("gate_proj", gate, x, slots, first)
+            up = bank.add("up_proj", up, x, slots, first)
+        hidden = jax.nn.silu(gate) * up
+        out = product(hidden, self.down)
+        return bank.add("down_proj", out, hidden, slots, first) if bank is not None else out

@@ -1,0 +1,129 @@
+"""The heads that are trained: how, their weights, and their adapters in one layer. Letters: config.py; A heads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from icarus_jax.config import TARGETS, ModelConfig
+from icarus_jax.models.full_heads import OWN_PARAMS
+from pallas_kernels.lora import lora
+
+Params = Mapping[str, jax.Array]  # a trunk's weights by their canonical names (weights/checkpoint.py)
+# The weights of A heads. LoRA: A f32[A, L, din, r] and B f32[A, L, r, dout] by target. Full: f32[A, ..] by name.
+HeadParams = dict[str, Any]
+Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # what `stacked` returns; empty: no adapters
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """How a head is trained.
+
+    Attributes:
+        kv: 'shared' if it reads the trunk's K/V, 'isolated' if it makes its own.
+        full: Whether all weights of its decoder are trained. Otherwise LoRA weights are.
+        targets: LoRA: the projections that have adapters.
+        rank: LoRA: r.
+        scale: LoRA: what A @ B is multiplied by.
+        dropout: LoRA: the dropout rate of what enters A.
+        remat: Whether a layer's activations are computed again in the backward pass, to save memory.
+    """
+
+    kv: str = "shared"
+    full: bool = False
+    targets: tuple[str, ...] = ()
+    rank: int = 8
+    scale: float = 2.0
+    dropout: float = 0.0
+    remat: bool = False
+
+
+def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Sequence[int]) -> HeadParams:
+    """Makes untrained heads, which compute what the trunk computes.
+
+    A LoRA head starts as PEFT's default does: A is uniform in +-1 / sqrt(din) (Kaiming uniform), B is zero. A fully
+    trained head starts as a copy of the trunk's weights.
+
+    Args:
+        config: The trunk's configuration.
+        method: How the heads are trained.
+        params: The trunk's weights.
+        seeds: The seed of each head.
+
+    Returns:
+        The heads' weights in float32, with a leading axis A.
+    """
+    if method.full:
+        copies = {name: np.asarray(params[name], np.float32)[None] for name in OWN_PARAMS if name in params}
+        return {name: jnp.asarray(np.repeat(copy, len(seeds), 0)) for name, copy in copies.items()}
+    heads: HeadParams = {}
+    rngs = [np.random.default_rng(seed) for seed in seeds]
+    for target in method.targets:
+        din, dout = config.target_shapes[target]
+        bound = 1 / math.sqrt(din)
+        shape = (config.num_layers, din, method.rank)
+        a = np.stack([rng.uniform(-bound, bound, shape).astype(np.float32) for rng in rngs])
+        heads[target] = (jnp.asarray(a), jnp.zeros((len(seeds), config.num_layers, method.rank, dout)))
+    return heads
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingBank:
+    """One layer's adapters in training, with dropout on what enters A. Serving has models.head_bank.LayerBank.
+
+    Attributes:
+        factors: a [A, r, din] and b [A, r, dout] by target.
+        rate: The dropout rate.
+        key: The random key of dropout. None: no dropout.
+    """
+
+    factors: Bank
+    rate: float
+    key: jax.Array | None
+
+    def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
+        """Adds the adapters' part to the output of a projection.
+
+        Args:
+            target: The name of the projection.
+            out: [B, dout], its output without adapters.
+            x: [B, din], its input.
+            slots: i32[B], the head of each row, counted from 1.
+            first: The first row with an adapter. In training it is always 0.
+
+        Returns:
+            [B, dout], `out` with the adapters' part.
+        """
+        assert first == 0
+        if target not in self.factors:
+            return out
+        if self.key is not None:
+            key = jax.random.fold_in(self.key, TARGETS.index(target))
+            x = jnp.where(jax.random.bernoulli(key, 1 - self.rate, x.shape), x / (1 - self.rate), 0).astype(x.dtype)
+        a, b = self.factors[target]
+        return out + lora(x, a[None], b[None], 0, slots, jnp.arange(1, len(a) + 1), implementation="xla")
+
+
+def stacked(heads: HeadParams, method: Method, dtype: Any) -> Bank:
+    """Puts LoRA weights into the form that the op `lora` takes.
+
+    Args:
+        heads: A f32[A, L, din, r] and B f32[A, L, r, dout] by target.
+        method: How the heads are trained; its scale is multiplied into b.
+        dtype: The dtype of the result.
+
+    Returns:
+        a [L, A, r, din] and b [L, A, r, dout] by target.
+    """
+
+    def by_layer(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        a, b = pair
+        return a.transpose(1, 0, 3, 2).astype(dtype), (b.swapaxes(0, 1) * method.scale).astype(dtype)
+
+    return {target: by_layer(pair) for target, pair in heads.items()}

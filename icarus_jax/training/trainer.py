@@ -1,0 +1,193 @@
+"""The training loop: steps, validation and checkpoints, from the first step or from where a run was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from icarus_jax.training.checkpoints import Checkpoints, stop_signals
+from icarus_jax.training.data import Example
+from icarus_jax.training.heads import Method, init_heads
+from icarus_jax.training.log import TrainLog
+from icarus_jax.training.packing import Batch, RowShape, num_examples, train_batches, validation_batches
+from icarus_jax.training.step import (
+    Optimiser,
+    State,
+    StepMetrics,
+    batch_sharding,
+    init_state,
+    make_mesh,
+    place_params,
+    train_step,
+    validate,
+)
+from icarus_jax.weights.checkpoint import TrunkCheckpoint
+
+INTERVALS = ("accumulate", "validate_every", "checkpoint_every", "log_every")  # settings that are at least 1
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Data:
+    """The examples of all heads.
+
+    Attributes:
+        training: The examples to train on.
+        validation: The examples to validate on.
+        prefix: i32[P], the tokens that all examples begin with.
+        shape: The shape of a packed batch.
+    """
+
+    training: list[Example]
+    validation: list[Example]
+    prefix: np.ndarray
+    shape: RowShape
+
+
+class Trainer:
+    """A training run: what it trains, what it trains on, and how far it has come.
+
+    Args:
+        config: The run's config, of which `train` and `mesh` are read.
+        names: The heads' names. Head i has the slot i + 1 in the data.
+        method: How the heads are trained.
+        optimiser: The optimiser's settings.
+        trunk: The frozen trunk.
+        data: The examples of all heads.
+
+    Raises:
+        ValueError: A setting is out of range, or the mesh does not fit the devices or the batch.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        names: Sequence[str],
+        method: Method,
+        optimiser: Optimiser,
+        trunk: TrunkCheckpoint,
+        data: Data,
+    ):
+        self._settings = section = config.train
+        for key in INTERVALS:
+            if section[key] < 1:
+                raise ValueError(f"config.train.{key}={section[key]}; it is at least 1")
+        self._mesh = make_mesh(config.mesh.model)
+        shards = self._mesh.shape["data"]
+        if data.shape.rows % shards:
+            raise ValueError(f"config.data.rows={data.shape.rows} must be a multiple of the {shards} data shards")
+        self._names, self._method, self._optimiser = names, method, optimiser
+        self._model, self._num_training = trunk.config, len(data.training)
+        replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
+        seeds = [section.seed * 1000 + slot for slot in range(len(names))]
+        self._params = place_params(trunk.params, self._mesh)
+        heads = init_heads(trunk.config, method, self._params, seeds)
+        self._state = jax.device_put(init_state(heads, optimiser), replicated)
+        self._prefix = jax.device_put(data.prefix, replicated)
+        self._batches = train_batches(data.training, data.prefix, data.shape, section.seed, section.accumulate)
+        self._held_out = validation_batches(data.validation, data.prefix, data.shape) if data.validation else []
+        self._schedule = optimiser.schedule()
+        self._step, self._examples = 0, 0  # done so far
+
+    def train(self, folder: Path) -> State:
+        """Trains up to the last step. A run whose folder has checkpoints goes on from the newest one.
+
+        SIGTERM or SIGINT stops the run after the step under way, with a checkpoint.
+
+        Args:
+            folder: The run's folder. The log and the checkpoints are written to it.
+
+        Returns:
+            The final state.
+
+        Raises:
+            ValueError: A loss or a gradient is not finite.
+            SystemExit: A signal has stopped the run. The exit status is 128 plus the signal's number.
+        """
+        with contextlib.closing(Checkpoints(folder / "checkpoints")) as checkpoints, stop_signals() as stopped:
+            self._state, self._examples = checkpoints.restore(self._state, self._batches)
+            self._step = int(self._state.step)
+            if self._step:
+                log.info("going on from step %d", self._step)
+            self._run(folder, checkpoints, stopped)
+        if stopped:
+            steps = self._optimiser.steps
+            log.warning("stopped at step %d of %d, saved; the same command goes on from there", self._step, steps)
+            raise SystemExit(128 + stopped[0])
+        return self._state
+
+    def _run(self, folder: Path, checkpoints: Checkpoints, stopped: list[int]) -> None:
+        """Runs the steps that are left, until a signal's number is in `stopped`."""
+        section, steps = self._settings, self._optimiser.steps
+        with contextlib.closing(TrainLog(folder, self._step, steps, section.log_every)) as run_log:
+            if self._step == 0:
+                self._validate(run_log)
+            while self._step < steps and not stopped:
+                self._advance(run_log)
+                if self._step % section.validate_every == 0 or self._step == steps:
+                    self._validate(run_log)
+                if self._step % section.checkpoint_every == 0:
+                    checkpoints.save(self._step, self._state, self._batches, self._examples)
+            if checkpoints.newest != self._step:
+                checkpoints.save(self._step, self._state, self._batches, self._examples)
+
+    def _advance(self, run_log: TrainLog) -> None:
+        """Takes one step and logs it."""
+        began = time.monotonic()
+        batch = next(self._batches)
+        losses, norms = self._by_head(batch, self._update(batch))
+        seconds = time.monotonic() - began
+        count = num_examples(batch)
+        self._step, self._examples = self._step + 1, self._examples + count
+        rest = {
+            "lr": float(self._schedule(self._step - 1)),
+            "epoch": self._examples / self._num_training,
+            "tokens_per_s": float((batch.segments > 0).sum()) / seconds,
+            "examples_per_s": count / seconds,
+        }
+        run_log.write(self._step, losses | norms | rest)
+        run_log.progress(self._step, losses | rest)
+        if not all(map(math.isfinite, (losses | norms).values())):
+            raise ValueError(
+                f"the loss or gradient of step {self._step} is not finite; try a lower --config.optimiser.lr"
+            )
+
+    def _update(self, batch: Batch) -> StepMetrics:
+        """Updates the state with batches [accumulate, B, ..]."""
+        placed = jax.device_put(batch, batch_sharding(self._mesh, stacked=True))
+        seed = jnp.uint32(self._settings.seed)
+        self._state, metrics = train_step(
+            self._model, self._method, self._optimiser, self._state, self._params, self._prefix, placed, seed
+        )
+        return metrics
+
+    def _by_head(self, batch: Batch, metrics: StepMetrics) -> tuple[dict[str, float], dict[str, float]]:
+        """Returns the losses and the gradients' norms under their names in the log, of the heads in the batch."""
+        heads = [slot - 1 for slot in np.unique(batch.slots) if slot]
+        loss, norm = map(np.asarray, metrics)
+        losses = {f"{self._names[i]}/loss": float(loss[i]) for i in heads}
+        return losses, {f"{self._names[i]}/grad_norm": float(norm[i]) for i in heads}
+
+    def _validate(self, run_log: TrainLog) -> None:
+        """Validates the heads and logs the result, if there are validation examples."""
+        if not self._held_out:
+            return
+        sharding = batch_sharding(self._mesh, stacked=False)
+        loss, exact = validate(
+            self._model, self._method, self._state.heads, self._params, self._prefix, self._held_out, sharding
+        )
+        values = {f"{n}/val_loss": float(x) for n, x in zip(self._names, loss, strict=True) if not math.isnan(x)}
+        values |= {f"{n}/val_exact": float(x) for n, x in zip(self._names, exact, strict=True) if not math.isnan(x)}
+        run_log.write(self._step, values)
+        run_log.say(f"step {self._step}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))

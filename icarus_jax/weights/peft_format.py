@@ -1,0 +1,188 @@
+"""PEFT's format of a LoRA: what adapter_config.json and the tensors' names mean, and which of it is supported.
+
+The format: huggingface.co/docs/peft/developer_guides/checkpoint; the settings are those of PEFT's LoraConfig.
+"""
+
+from __future__ import annotations
+
+import math
+import pathlib
+import re
+from typing import Any
+
+import numpy as np
+
+from icarus_jax.config import TARGETS, ModelConfig
+from icarus_jax.weights.adapter_files import CONFIG_FILE, Tensors
+
+INVOCATION = "alora_invocation_tokens"  # PEFT's key for the token ids that switch on an aLoRA
+Pieces = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # (layer, target) -> A f32[din, r], B f32[r, dout]
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_KEY = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+# Settings with which an adapter is more than A and B, and what each one adds.
+_UNSUPPORTED = (
+    ("use_dora", "DoRA"),
+    ("modules_to_save", "fully trained modules"),
+    ("trainable_token_indices", "trained embeddings"),
+    ("target_parameters", "adapters on bare parameters"),
+    ("lora_bias", "a bias on B"),
+    ("layer_replication", "repeated layers"),
+    ("fan_in_fan_out", "transposed weights"),
+    ("use_qalora", "QA-LoRA"),
+    ("use_bdlora", "block-diagonal LoRA"),
+    ("arrow_config", "Arrow routing"),
+    ("kasa_config", "KaSA"),
+    ("monteclora_config", "MonteCLoRA"),
+)
+# Values of init_lora_weights that leave the trunk's weights as they are.
+_PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
+
+
+def module_name(layer: int, target: str) -> str:
+    """Returns a projection's name in a transformers causal language model. PEFT's patterns are matched with it."""
+    return f"model.layers.{layer}.{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
+
+
+def check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
+    """Checks that an adapter is a LoRA of A and B weights alone.
+
+    Args:
+        config: The content of adapter_config.json.
+        folder: Where it was read, for error messages.
+
+    Raises:
+        ValueError: The adapter is of another kind, or has something beyond A and B.
+    """
+    for key in ("r", "lora_alpha"):
+        if not isinstance(config.get(key, 8), int | float):
+            raise ValueError(f"adapter {folder}: {key}={config[key]!r} in {CONFIG_FILE} is no number")
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
+    for key, words in _UNSUPPORTED:
+        if config.get(key):
+            raise ValueError(f"adapter {folder}: {key} ({words}) is not supported; A and B weights alone are")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"adapter {folder}: bias={config['bias']!r} is not supported; only 'none' is")
+    if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
+        raise ValueError(
+            f"adapter {folder}: init_lora_weights={init!r} changes the trunk itself; save it with PEFT's "
+            f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
+        )
+
+
+def read_invocation(config: dict[str, Any], folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
+    """Reads the invocation tokens of an aLoRA (arXiv 2504.12397), whose last occurrence switches the adapter on.
+
+    Args:
+        config: The content of adapter_config.json.
+        folder: Where it was read, for error messages.
+        vocab_size: V, the size of the trunk's vocabulary.
+
+    Returns:
+        The token ids; empty for any other adapter.
+
+    Raises:
+        ValueError: They are not a list of token ids of the vocabulary.
+    """
+    ids = config.get(INVOCATION)
+    if ids is None:
+        return ()
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
+        raise ValueError(f"adapter {folder}: {INVOCATION}={ids!r}; it is a list of token ids in 0..{vocab_size - 1}")
+    return tuple(ids)
+
+
+def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> Pieces:
+    """Pairs the A and B of each adapted projection, as stored: PEFT's scaling is not yet applied.
+
+    Args:
+        tensors: The tensors by PEFT's names, A [r, din] and B [dout, r].
+        folder: Where they were read, for error messages.
+        config: The trunk's configuration.
+
+    Returns:
+        A f32[din, r] and B f32[r, dout] by (layer, target).
+
+    Raises:
+        ValueError: A tensor does not belong to a projection of the trunk, has another shape, or lacks its partner.
+    """
+    shapes = config.target_shapes
+    sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
+    for key, tensor in tensors.items():
+        match = _KEY.fullmatch(key)
+        if not match or match[2] not in shapes:
+            raise ValueError(f"adapter {folder}: cannot use the tensor {key}; targets are {', '.join(TARGETS)}")
+        if int(match[1]) >= config.num_layers:
+            raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
+        sides.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.T.astype(np.float32)
+    if not sides:
+        raise ValueError(f"adapter {folder}: it has no tensors")
+    for (layer, target), pair in sides.items():
+        if pair.keys() != {"A", "B"}:
+            raise ValueError(f"adapter {folder}: {module_name(layer, target)} has lora_{min(pair)} only")
+        din, dout = shapes[target]
+        a, b = pair["A"], pair["B"]
+        if a.ndim != 2 or b.ndim != 2 or a.shape[0] != din or b.shape[1] != dout or a.shape[1] != b.shape[0]:
+            raise ValueError(
+                f"adapter {folder}: {module_name(layer, target)} maps {a.shape[0]} to {b.shape[-1]}, the trunk's {din} "
+                f"to {dout}: it was made for another model"
+            )
+    return {where: (pair["A"], pair["B"]) for where, pair in sides.items()}
+
+
+def read_scaling(config: dict[str, Any], layer: int, target: str, rank: int, folder: pathlib.Path) -> float:
+    """Computes what the product A @ B of a projection is multiplied by.
+
+    It is alpha / r (LoRA, arXiv 2106.09685), or alpha / sqrt(r) with `use_rslora` (arXiv 2312.03732).
+
+    Args:
+        config: The content of adapter_config.json.
+        layer: The layer of the projection.
+        target: The name of the projection.
+        rank: The rank r of its A and B.
+        folder: Where the config was read, for error messages.
+
+    Returns:
+        The scaling.
+
+    Raises:
+        ValueError: The config has another rank for the projection.
+    """
+    module = module_name(layer, target)
+    if (expected := _pattern(config.get("rank_pattern"), module, config.get("r", 8))) != rank:
+        raise ValueError(f"adapter {folder}: {module} has the rank {rank}, but {CONFIG_FILE} says {expected}")
+    alpha = _pattern(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))
+    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
+    """Returns the value of the first pattern that matches the module's name or its end after a dot, as PEFT does."""
+    for pattern, value in (patterns or {}).items():
+        if re.match(rf"(.*\.)?({pattern})$", module):
+            return value
+    return default
+
+
+def stack(pieces: Pieces, rank: int, config: ModelConfig) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Stacks the factors over all layers, with zeros for absent layers and for ranks below `rank`.
+
+    Args:
+        pieces: The factors by (layer, target).
+        rank: r, the largest rank among them.
+        config: The trunk's configuration.
+
+    Returns:
+        A f32[L, din, r] and B f32[L, r, dout] by target.
+    """
+    weights = {}
+    for target in sorted({target for _, target in pieces}):
+        din, dout = config.target_shapes[target]
+        a = np.zeros((config.num_layers, din, rank), np.float32)
+        b = np.zeros((config.num_layers, rank, dout), np.float32)
+        for (layer, name), (piece_a, piece_b) in pieces.items():
+            if name == target:
+                a[layer, :, : piece_a.shape[1]] = piece_a
+                b[layer, : piece_b.shape[0]] = piece_b
+        weights[target] = (a, b)
+    return weights

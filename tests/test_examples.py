@@ -1,0 +1,95 @@
+"""Every script in examples/ runs, on a tiny trunk."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import uvicorn
+
+from icarus_jax import LLM
+from tests import tiny
+from tests.server.served import wait_for
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+ENGINE = {"num_pages": 64, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 512}
+
+
+def example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("examples")
+    trunk = tiny.tiny_model("llama", folder)
+    return trunk, {name: tiny.tiny_adapter(trunk, folder, seed=seed) for seed, name in enumerate("ab", 1)}
+
+
+@pytest.fixture(autouse=True)
+def own_cache(monkeypatch):
+    monkeypatch.setattr(sys.modules["icarus_jax.cli.composition"], "enable_compilation_cache", lambda: None)
+
+
+def test_fan_out(files, capsys):
+    trunk, heads = files
+    example("fan_out").main(heads, trunk=trunk, trunk_name="trunk", **ENGINE)
+    head, *lines = capsys.readouterr().out.splitlines()
+    count = int(head.split()[0])
+    assert [line.partition(":")[0] for line in lines] == ["trunk", "a", "b"]
+    assert all(f" {count - 1} from" in line or f" {count} from" in line for line in lines[1:])
+
+
+def test_handoff(files, capsys):
+    trunk, heads = files
+    module = example("handoff")
+    with LLM(trunk, heads, trunk_name="trunk", **ENGINE) as llm:
+        (answer,) = llm.generate(module.PROMPT)
+    module.main("a", heads["a"], on=answer.outputs[0].token_ids[0], trunk=trunk, trunk_name="trunk", **ENGINE)
+    models = [line.partition(":")[0] for line in capsys.readouterr().out.splitlines()]
+    assert models[0] == "trunk" and set(models) <= {"trunk", "a"}
+
+
+def test_kl_to_trunk(files, capsys):
+    trunk, heads = files
+    example("kl_to_trunk").main(heads, samples=2, trunk=trunk, trunk_name="trunk", **ENGINE)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines] == ["a", "b"]
+    assert all(float(line.split()[1]) != 0 for line in lines)
+
+
+def test_train_head(files, tmp_path, capsys):
+    data = tmp_path / "my.jsonl"
+    rows = [{"prompt": f"say {i}", "completion": f"{i}"} for i in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    example("train_head").main(str(data), "say 3", steps=2, output=str(tmp_path / "run"), trunk=files[0], **ENGINE)
+    assert (tmp_path / "run" / "heads" / "mine" / "adapter_config.json").is_file()
+    assert "mine: " in capsys.readouterr().out
+
+
+def test_openai_client(files, capsys):
+    trunk, heads = files
+    with LLM(trunk, heads, trunk_name="trunk", **ENGINE) as llm:
+        server = uvicorn.Server(uvicorn.Config(llm.asgi(), host="127.0.0.1", port=0, log_config=None))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        port = server.servers[0].sockets[0].getsockname()[1]
+        example("openai_client").main(f"http://127.0.0.1:{port}/v1")
+        server.should_exit = True
+        thread.join()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(":")[0] for line in lines[-4:-1]] == ["trunk", "a", "b"]
+    assert "computed once for 3 models" in lines[-1]
+
+
+def test_every_example_is_tested():
+    tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
+    assert {file.stem for file in EXAMPLES.glob("*.py")} <= tested
