@@ -36,7 +36,7 @@ def main(config: ConfigDict) -> None:
     app.start()
     api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader)
     with watcher:
-        server.run(api, app.engine, config.server.host, config.server.port)
+        server.run(api, app.engine, config.server.host, config.server.port, config.server.drain_seconds)
 
 
 def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:

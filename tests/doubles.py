@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
@@ -223,11 +224,14 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--step_seconds", type=float, default=0.05)
+    parser.add_argument("--drain_seconds", type=float, default=120)
     args = parser.parse_args()
     tokenizer = byte_level_tokenizer()
     engine = FakeEngine(len(tokenizer), (), args.step_seconds)
     engine.start()
-    run(create_app(engine, tokenizer, (), HeadLoader(engine, "trunk")), engine, "127.0.0.1", args.port)
+    signal.signal(signal.SIGUSR1, lambda *_: setattr(engine, "failed", True))
+    app = create_app(engine, tokenizer, (), HeadLoader(engine, "trunk"))
+    run(app, engine, "127.0.0.1", args.port, args.drain_seconds)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,8 @@ def serving_config() -> ConfigDict:
     config.engine = ConfigDict(dataclasses.asdict(EngineConfig()))
     # Several processes: coordinator is HOST:PORT of process 0, or 'auto' (on a TPU slice). '': a single process.
     config.distributed = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
-    config.server = ConfigDict({"host": "127.0.0.1", "port": 8000})
+    # drain_seconds: how long requests in flight may take to end after SIGTERM.
+    config.server = ConfigDict({"host": "127.0.0.1", "port": 8000, "drain_seconds": 120.0})
     # Heads that are loaded while the server runs. head_folders (DIR,DIR): HTTP requests may name adapters in these
     # folders. watch_heads (DIR): the adapters in this folder are loaded without a request.
     config.server.update(head_folders="", watch_heads="")

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import time
 from collections.abc import Callable, Iterable, Mapping
 
@@ -26,6 +27,8 @@ from icarus_jax.scheduling.registry import Model, Registry
 from icarus_jax.scheduling.request import MAX_STOPS, Request, TokenOutput
 from icarus_jax.scheduling.scheduler import Scheduler
 from icarus_jax.scheduling.sequence import Sequence, make_sequences
+
+log = logging.getLogger(__name__)
 
 OnOutput = Callable[[int, TokenOutput], None]  # (index of the choice, its output)
 
@@ -64,7 +67,7 @@ class Engine:
         self.stats = EngineStats(pages_total=config.num_pages)
         self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}
-        self._thread = StepThread(lambda: self.scheduler.has_work, self.step, self._end_all)
+        self._thread = StepThread(lambda: self.scheduler.has_work, self.step, self._recover, self._end_all)
         self._ids = itertools.count()  # any thread may call `next` on it
 
     @classmethod
@@ -106,7 +109,7 @@ class Engine:
 
     @property
     def failed(self) -> bool:
-        """Whether a step has raised an exception. The engine then takes no more requests."""
+        """Whether the device no longer answers. The engine then takes no more requests."""
         return self._thread.failed
 
     def submit(self, request: Request, on_output: OnOutput) -> list[int]:
@@ -174,7 +177,7 @@ class Engine:
         return self._thread.call(lambda: self.scheduler.sessions.release(session))
 
     def abort(self, seq_ids: Iterable[int]) -> None:
-        """Ends sequences and releases their pages. There are no more outputs of them.
+        """Ends sequences, as an end token would, and releases their pages. There are no more outputs of them.
 
         Args:
             seq_ids: Ids that `submit` returned. Those of sequences that have ended are ignored.
@@ -227,14 +230,44 @@ class Engine:
     def _abort(self, ids: list[int]) -> None:
         for seq_id in ids:
             if (live := self._live.pop(seq_id, None)) is not None:
-                self.scheduler.abort(live.seq)
+                self.scheduler.end(live.seq)
         self.stats.update(self.scheduler)
+
+    def _recover(self, error: Exception) -> bool:
+        """Ends the sequences of a failed step with an error, and puts the engine into a state that it can go on from.
+
+        Args:
+            error: What the step raised.
+
+        Returns:
+            False if it cannot go on: the device no longer answers, or other hosts have run another part of the step.
+        """
+        self.stats.step_failures += 1
+        self._reuse.clear()
+        answers, pages_kept = self.runner.recover()
+        for seq in self.scheduler.reset(keep_pages=pages_kept):
+            self._deliver(TokenOutput(seq.seq_id, [], finish_reason="error"))
+        self.scheduler.pool.check(self.scheduler.sessions.tables)
+        self.stats.update(self.scheduler)
+        return answers
 
     def _end_all(self, reason: str) -> None:
         self.run_inbox()
-        for live in list(self._live.values()):
-            live.on_output(live.index, TokenOutput(live.seq.seq_id, [], finish_reason=reason))
-        self._live.clear()
+        for seq_id in list(self._live):
+            self._deliver(TokenOutput(seq_id, [], finish_reason=reason))
+
+    def _deliver(self, output: TokenOutput) -> None:
+        """Gives an output to its request. A callback that raises costs its own sequence alone."""
+        live = self._live.get(output.seq_id)
+        if live is None:  # the output of a check of reused pages
+            return
+        if output.finish_reason:
+            del self._live[output.seq_id]
+        try:
+            live.on_output(live.index, output)
+        except Exception:
+            log.exception("the receiver of sequence %d failed; the sequence is ended", output.seq_id)
+            self._abort([output.seq_id])
 
     def step(self) -> None:
         """Runs one step, as the top of this file shows."""
@@ -255,11 +288,7 @@ class Engine:
         self._reuse.before_commit(plan)
         self.stats.slot_loads += len(plan.loads)
         for output in self.scheduler.commit(plan, rows):
-            if (live := self._live.get(output.seq_id)) is None:  # a check of reused pages
-                continue
-            if output.finish_reason:
-                del self._live[output.seq_id]
-            live.on_output(live.index, output)
+            self._deliver(output)
         self.stats.steps += 1
         self.stats.device_seconds += done - ready
         self.stats.host_seconds += ready - begin + time.perf_counter() - done

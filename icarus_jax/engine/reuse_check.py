@@ -79,9 +79,16 @@ class ReuseCheck:
         """
         waiting = [seq for seq in self._running if seq in self.scheduler.waiting]
         for seq in waiting:
-            self.scheduler.abort(seq)
+            self.scheduler.end(seq)
             self._end(seq)
         return bool(waiting)
+
+    def clear(self) -> None:
+        """Forgets every check after a failed step. The pool no longer counts the pages that they held."""
+        for seq in self._running:
+            if seq in self.scheduler.waiting:
+                self.scheduler.end(seq)
+        self._running.clear()
 
     def _start(self, seq: Sequence, pages: list[int]) -> None:
         tokens = seq.tokens[: len(pages) * self.scheduler.config.page_size]

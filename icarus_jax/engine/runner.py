@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -13,6 +14,7 @@ from flax import nnx
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket, Need, make_buckets, work_needed
 from icarus_jax.engine.programs import COPY_ROWS, Programs
+from icarus_jax.engine.recovery import is_whole, replace_lost
 from icarus_jax.engine.sampler import SampleInputs
 from icarus_jax.engine.step_batch import StepBatch, results_by_work, sampling_inputs, sequence_rows
 from icarus_jax.models.full_heads import FullHead, PairedTrunk, make_trunk
@@ -21,6 +23,8 @@ from icarus_jax.models.sharding import MeshLayout, Weight, make_mesh_layout
 from icarus_jax.models.trunk import Rows, Trunk, place_weights
 from icarus_jax.scheduling.plan import SampleRow, StepPlan
 from pallas_kernels.paged_attention import build_work
+
+log = logging.getLogger(__name__)
 
 NO_PAGES = np.zeros(0, np.int32)  # where only the number of rows matters
 
@@ -198,6 +202,29 @@ class Runner:
         logits, self.kv_pages = program(self.weights, self.kv_pages, batch.rows)
         samples = jax.device_get(self._programs.samplers[batch.variant](logits, batch.sampling))
         return results_by_work(samples, batch)
+
+    def recover(self) -> tuple[bool, bool]:
+        """Makes the device's arrays whole again after a step that failed halfway.
+
+        A failed program may have taken an array that was donated to it.
+
+        Returns:
+            Whether the device answers, and whether the KV pages still hold what they held before the step. On several
+            hosts the answer is no: they may have run different parts of the step.
+        """
+        if jax.process_count() > 1:
+            return False, False
+        programs = self._programs
+        try:
+            (trunk, bank), kv_pages = self.weights, self.kv_pages
+            pages_kept, self.kv_pages = replace_lost(kv_pages, lambda: programs.zeros(programs.kv_pages))
+            # If the adapters are lost: every head is copied into its slot anew.
+            _, bank = replace_lost(bank, lambda: jax.tree.map(programs.zeros, programs.weights[1]))
+            self.weights = (trunk, bank)
+            return is_whole(trunk), pages_kept
+        except Exception:
+            log.exception("the device does not answer")
+            return False, False
 
     # ---- warm up
 

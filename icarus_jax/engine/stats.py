@@ -29,6 +29,7 @@ class EngineStats:
         reuse_pages_checked: Reused pages that the debug mode engine.check_reuse has recomputed.
         reuse_pages_identical: Those of them with the same bits.
         reuse_pages_different: Those of them that differ by more than rounding.
+        step_failures: Steps that failed; each ended the sequences that it ran.
         steps: Steps run.
         pages_total: Gauge: all pages.
         pages_used: Gauge: pages held by a running sequence or a session.
@@ -57,6 +58,7 @@ class EngineStats:
     reuse_pages_checked: int = 0
     reuse_pages_identical: int = 0
     reuse_pages_different: int = 0
+    step_failures: int = 0
     steps: int = 0
     pages_total: int = 0
     pages_used: int = 0

@@ -20,19 +20,27 @@ class StepThread:
     """Runs steps as long as there is work, and between two steps the commands of other threads.
 
     Attributes:
-        failed: Whether a command or a step has raised an exception. The thread has ended then.
+        failed: Whether a step has failed in a way that the engine cannot recover from. The thread has ended then.
     """
 
-    def __init__(self, has_work: Callable[[], bool], step: Callable[[], None], end_all: Callable[[str], None]):
+    def __init__(
+        self,
+        has_work: Callable[[], bool],
+        step: Callable[[], None],
+        recover: Callable[[Exception], bool],
+        end_all: Callable[[str], None],
+    ):
         """Prepares the thread; `start` starts it.
 
         Args:
             has_work: Returns whether there is anything to step.
             step: Runs one step.
+            recover: Is called with what a step or a command has raised. Ends the work that it may have spoilt, and
+                returns whether the thread can go on.
             end_all: Is called at the end of the thread: ends the work that is left with a finish_reason, 'abort' or
                 'error'. It must run the commands that are left, too.
         """
-        self._has_work, self._step, self._end_all = has_work, step, end_all
+        self._has_work, self._step, self._recover, self._end_all = has_work, step, recover, end_all
         self.failed = False
         self._closing = False  # no new commands; the thread ends when there is no work left
         self._stopping = False  # the thread ends after the current step
@@ -106,8 +114,13 @@ class StepThread:
         """Runs the queued commands, in order. Only the thread itself may call this while it runs."""
         with self._changed:
             commands, self._commands = self._commands, deque()
-        for command in commands:
-            command()
+        while commands:
+            try:
+                commands.popleft()()
+            except Exception:
+                with self._changed:  # the fault of one command is not that of the others
+                    self._commands.extendleft(reversed(commands))
+                raise
 
     def _loop(self) -> None:
         while self._wait():
@@ -115,12 +128,22 @@ class StepThread:
                 self.run_commands()
                 if self._has_work():
                     self._step()
-            except Exception:
-                log.exception("a step failed; every running request is ended and the engine takes no more")
-                with self._changed:  # commands queued until now are run by _end_all, later ones are refused
-                    self.failed = True
-                return self._end_all("error")
+            except Exception as error:
+                log.exception("a step failed; the requests that it ran are ended")
+                if not self._recovers(error):
+                    with self._changed:  # commands queued until now are run by _end_all, later ones are refused
+                        self.failed = True
+                    return self._end_all("error")
         self._end_all("abort")
+
+    def _recovers(self, error: Exception) -> bool:
+        try:
+            if self._recover(error):
+                return True
+            log.critical("the engine cannot go on: it ends every request and takes no more")
+        except Exception:
+            log.exception("the engine cannot go on, as it could not be reset: it ends every request and takes no more")
+        return False
 
     def _wait(self) -> bool:
         """Waits for something to do. Returns False if the thread is to end."""

@@ -35,18 +35,19 @@ class AdapterSlots:
         """The heads that have a slot."""
         return list(self._users)
 
-    def acquire(self, model: Model) -> bool:
+    def acquire(self, model: Model, last_resort: bool = False) -> bool:
         """Adds a user of the model, and gives the model a slot if it has none.
 
         Args:
             model: The model of a sequence that is about to run.
+            last_resort: Whether even a pinned head that is idle gives up its slot.
 
         Returns:
             False if the model has no slot and every slot is in use. Nothing has changed then.
         """
         if model.kind == "base":
             return True
-        if model.slot == NO_SLOT and not self._place(model):
+        if model.slot == NO_SLOT and not self._place(model, last_resort):
             return False
         self._users[model] += 1
         self._idle.pop(model, None)
@@ -64,24 +65,35 @@ class AdapterSlots:
         assert self._users[model] >= 0, f"{model.name} was released twice"
         if not self._users[model] and not model.pinned:
             self._idle[model] = None
+            if model.retired:
+                self._idle.move_to_end(model, last=False)
+
+    def clear(self) -> None:
+        """Takes every head out of its slot. The device's slots count as empty."""
+        for model in self._users:
+            model.slot = NO_SLOT
+        self._users, self._idle, self.loads = {}, OrderedDict(), []
+        self._free = list(range(self.num_slots, 0, -1))
 
     def retire(self, model: Model) -> None:
-        """Unpins a model that gets no new requests; if it is idle, its slot is the first to be reused.
+        """Unpins a model that gets no new requests; its slot is the first to be reused once it is idle.
 
         Args:
             model: A head that is not served any more, or the old version of a head.
         """
-        model.pinned = False
+        model.pinned, model.retired = False, True
         if model in self._users and not self._users[model]:
             self._idle[model] = None
             self._idle.move_to_end(model, last=False)
 
-    def _place(self, model: Model) -> bool:
+    def _place(self, model: Model, last_resort: bool) -> bool:
         """Gives the model an empty slot or that of the longest idle head; returns False if there is neither."""
+        pinned = [head for head, users in self._users.items() if not users and head.pinned] if last_resort else []
         if self._free:
             model.slot = self._free.pop()
-        elif self._idle:
-            old, _ = self._idle.popitem(last=False)
+        elif self._idle or pinned:
+            old = next(iter(self._idle), None) or pinned[0]
+            self._idle.pop(old, None)
             del self._users[old]
             model.slot, old.slot = old.slot, NO_SLOT
             self.evictions += 1

@@ -8,7 +8,7 @@ page itself.
 from __future__ import annotations
 
 import dataclasses
-from collections import OrderedDict, defaultdict
+from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence as Tokens
 
 from icarus_jax.scheduling.page_keys import Chain, page_key
@@ -230,6 +230,43 @@ class PagePool:
                         self._idle.move_to_end(page, last=False)
                 else:
                     self._free.append(page)
+
+    def rebuild(self, tables: Tokens[Tokens[int]], keep_content: bool) -> None:
+        """Counts every page's holders anew, after a step that failed halfway.
+
+        Args:
+            tables: The page tables of all holders.
+            keep_content: Whether cached pages still hold what they are named for; else the cache is emptied.
+        """
+        if not keep_content:
+            self._content, self._by_key = {}, {}
+            self._children.clear()
+        self.refs = [0] * self.num_pages
+        for table in tables:
+            for page in table:
+                self.refs[page] += 1
+        unheld = [page for page in range(self.num_pages) if not self.refs[page]]
+        known = [page for page in self._idle if page in self._content and not self.refs[page]]  # in their old order
+        later = [page for page in unheld if page in self._content and page not in self._idle]
+        self._idle = OrderedDict.fromkeys([*known, *later])
+        self._free = [page for page in reversed(unheld) if page not in self._content]
+
+    def check(self, tables: Tokens[Tokens[int]]) -> None:
+        """Checks that every page is in exactly one state, and that it has as many holders as there are.
+
+        Args:
+            tables: The page tables of all holders.
+
+        Raises:
+            AssertionError: The pool is inconsistent.
+        """
+        held = Counter(page for table in tables for page in table)
+        assert self.refs == [held[page] for page in range(self.num_pages)], "reference counts are wrong"
+        free, idle = set(self._free), set(self._idle)
+        assert len(free) == len(self._free) and not free & idle, "a page is free twice"
+        assert free | idle == {page for page in range(self.num_pages) if not held[page]}, "a page is lost"
+        assert idle <= set(self._content) and not free & set(self._content), "an empty page is cached"
+        assert {content.key: page for page, content in self._content.items()} == self._by_key, "a name is wrong"
 
     def clear(self) -> None:
         """Empties every cached page that nobody holds."""

@@ -28,6 +28,7 @@ class Model:
         invocation: The tokens at which an `activated` head's adapter comes on.
         pinned: Whether the head keeps its adapter slot while it is idle.
         factors: The head's adapter in host memory. The host's code only passes it on.
+        retired: Whether it gets no new requests, as it was unloaded or replaced.
         slot: The adapter slot that holds the adapter: 0 for the trunk, NO_SLOT for a head that is not on the device.
             `AdapterSlots` sets it.
     """
@@ -38,6 +39,7 @@ class Model:
     invocation: tuple[int, ...] = ()
     pinned: bool = False
     factors: Any = None
+    retired: bool = dataclasses.field(default=False, init=False)
     slot: int = dataclasses.field(init=False)
 
     def __post_init__(self):

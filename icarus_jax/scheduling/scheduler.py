@@ -7,6 +7,7 @@ being computed by a running sequence waits for that page, so that a prompt sent 
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import deque
 from collections.abc import Callable
@@ -16,14 +17,16 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling import admission
 from icarus_jax.scheduling.adapter_slots import AdapterSlots
 from icarus_jax.scheduling.admission import Verdict
-from icarus_jax.scheduling.page_keys import Chain, page_key
 from icarus_jax.scheduling.page_pool import Match, PagePool
 from icarus_jax.scheduling.plan import Budget, SampleRow, StepPlan, Work, plan_rows, rows_to_write, take_results
-from icarus_jax.scheduling.registry import NEVER, Model
+from icarus_jax.scheduling.prefix_cache import PrefixCache
+from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import TokenOutput
 from icarus_jax.scheduling.sequence import Sequence, Status
 from icarus_jax.scheduling.sessions import Sessions
 from icarus_jax.scheduling.stats import SchedulerStats
+
+log = logging.getLogger(__name__)
 
 SCORE_ROWS = 128  # a step may have this many reader rows and rows with logits, or max_num_seqs if that is more
 
@@ -34,6 +37,7 @@ class Scheduler:
     Attributes:
         config: The engine's sizes.
         pool: The page pool.
+        cache: The names of the sequences' pages.
         slots: The adapter slots.
         sessions: The pages kept for conversations.
         waiting: The sequences that wait, in order of arrival; preempted ones are in front.
@@ -51,12 +55,13 @@ class Scheduler:
         """
         self.config = config
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
+        self.cache = PrefixCache(self.pool)
         self.slots = AdapterSlots(num_slots)
         self.sessions = Sessions(self.pool, clock)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stats = SchedulerStats()
-        self._pending: dict[bytes, int] = {}  # key of a page being computed -> id of the sequence that computes it
+        self._entering: Sequence | None = None  # the waiting sequence that is being admitted
 
     @property
     def has_work(self) -> bool:
@@ -65,23 +70,44 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Puts a new sequence at the end of the queue."""
-        self._name_pages(seq)
+        self.cache.name_pages(seq)
         self.waiting.append(seq)
 
-    def abort(self, seq: Sequence) -> None:
-        """Ends a sequence between two steps and releases its pages."""
+    def end(self, seq: Sequence) -> None:
+        """Ends a sequence between two steps, for example at a stop string.
+
+        It is the same end as that by an end token: what the sequence's session retains is retained.
+        """
         if seq.status is Status.WAITING:
             self.waiting.remove(seq)
+            seq.status = Status.FINISHED
         elif seq.status is Status.RUNNING:
-            self._leave(seq)
-        seq.status = Status.FINISHED
+            self._finish(seq)
 
-    def _name_pages(self, seq: Sequence) -> None:
-        """Sets how the sequence's pages are named. It depends on where the model starts to make K/V of its own."""
-        seq.adapted_from = seq.model.adapted_from(seq.tokens)
-        salted = seq.adapted_from < NEVER
-        seq.chain = Chain(seq.model.salt, seq.adapted_from // self.config.page_size) if salted else Chain()
-        seq.page_keys = []
+    def reset(self, keep_pages: bool) -> list[Sequence]:
+        """Ends every running sequence after a failed step, and the one that was being admitted. The others wait on.
+
+        Pages are counted anew, and heads have to be loaded anew.
+
+        Args:
+            keep_pages: Whether the pages still hold what the prefix cache says; else it is emptied, and sessions end.
+
+        Returns:
+            The sequences that were ended.
+        """
+        ended = list(self.running)
+        if self._entering is not None and self._entering in self.waiting:
+            self.waiting.remove(self._entering)
+            ended.append(self._entering)
+        for seq in ended:
+            seq.status, seq.page_table = Status.FINISHED, []
+            self.cache.forget(seq)
+        self.running, self._entering = [], None
+        if not keep_pages:
+            self.sessions.clear()
+        self.pool.rebuild(self.sessions.tables, keep_pages)
+        self.slots.clear()
+        return ended
 
     # ---- schedule
 
@@ -100,9 +126,9 @@ class Scheduler:
                 plan_rows(seq, budget, plan)
         if not plan.preempted:
             self._admit(budget, plan)
-        if not plan.work and len(self.sessions):
+        if not plan.work and self.waiting:  # nothing can run unless what is pinned yields
             self.sessions.make_room(self.config.num_pages, pinned=True)
-            self._admit(budget, plan)
+            self._admit(budget, plan, last_resort=True)
         plan.loads, self.slots.loads = self.slots.loads, []
         return plan
 
@@ -135,7 +161,7 @@ class Scheduler:
         seq.status, seq.num_computed = Status.WAITING, 0
         self.waiting.appendleft(seq)
 
-    def _admit(self, budget: Budget, plan: StepPlan) -> None:
+    def _admit(self, budget: Budget, plan: StepPlan, last_resort: bool = False) -> None:
         places = self.config.max_num_seqs
         if len(self.running) >= places:
             return
@@ -143,35 +169,40 @@ class Scheduler:
             full = len(self.running) >= places or not budget.writers
             if full or min(budget.readers, budget.logits) < 1 + seq.reference:
                 return
-            if self._try_to_admit(seq, budget, plan) is Verdict.NOBODY:
+            self._entering = seq
+            verdict = self._try_to_admit(seq, budget, plan, last_resort)
+            self._entering = None
+            if verdict is Verdict.NOBODY:
                 return
 
-    def _try_to_admit(self, seq: Sequence, budget: Budget, plan: StepPlan) -> Verdict:
+    def _try_to_admit(self, seq: Sequence, budget: Budget, plan: StepPlan, last_resort: bool) -> Verdict:
         """Admits a waiting sequence if there are pages and an adapter slot for it."""
-        match = Match([], None, 0) if seq.private else self.pool.match(seq.chain, seq.tokens, seq.page_keys)
-        covered = len(match.pages) * self.config.page_size + match.tail_len
-        cached = self.pool.caching and not seq.private
-        to_compute = self._keys_to_compute(seq, match) if covered < len(seq.tokens) and cached else []
-        if to_compute and to_compute[0] in self._pending:  # a running sequence is computing its next page
-            return Verdict.LATER
-        need = -(-len(seq.tokens) // self.config.page_size) - len(match.pages)
-        idle = sum(self.pool.refs[p] == 0 for p in match.pages)  # num_free counts them until they are held
-        if need + idle > self.pool.num_free and not self.sessions.make_room(need + idle):
+        match = self._match_with_room(seq)
+        if match is None:
             return Verdict.NOBODY
-        if not self.slots.acquire(seq.model):
+        covered = len(match.pages) * self.config.page_size + match.tail_len
+        to_compute = self.cache.keys_to_compute(seq, match)
+        if to_compute and self.cache.is_pending(to_compute[0]):  # a running sequence is computing its next page
+            return Verdict.LATER
+        if not self.slots.acquire(seq.model, last_resort):
             # An overdue sequence keeps the others out: they might keep the slots in use for ever.
             return Verdict.NOBODY if admission.is_overdue(seq, self.config.max_num_seqs) else Verdict.LATER
         self._enter(seq, match, covered, to_compute, plan)
-        self._extend(seq, len(seq.tokens) - seq.num_computed)
+        if not self._extend(seq, len(seq.tokens) - seq.num_computed):
+            raise AssertionError("admission counted more free pages than there are")
         plan_rows(seq, budget, plan)
         return Verdict.ADMITTED
 
-    def _keys_to_compute(self, seq: Sequence, match: Match) -> list[bytes]:
-        """Returns the keys of the sequence's pages that are not cached, the partly filled last one included."""
-        tail = seq.tokens[len(seq.page_keys) * self.config.page_size :]
-        parent = seq.chain.parent(seq.page_keys, len(seq.page_keys))
-        keys = seq.page_keys[len(match.pages) :]
-        return [*keys, page_key(parent, tail)] if tail else keys
+    def _match_with_room(self, seq: Sequence) -> Match | None:
+        """Finds the sequence's cached pages, and makes room for the others. Returns None if there is no room."""
+        while True:  # a session that is released may be the one that held the cached pages: they are counted anew
+            match = self.cache.match(seq)
+            need = -(-len(seq.tokens) // self.config.page_size) - len(match.pages)
+            idle = sum(self.pool.refs[page] == 0 for page in match.pages)  # num_free counts them until they are held
+            if need + idle <= self.pool.num_free:
+                return match
+            if not self.sessions.release_next():
+                return None
 
     def _enter(self, seq: Sequence, match: Match, covered: int, to_compute: list[bytes], plan: StepPlan) -> None:
         """Moves a sequence from the queue to the running ones, on its cached pages."""
@@ -183,14 +214,10 @@ class Scheduler:
         seq.num_computed, seq.status = covered, Status.RUNNING
         admission.admit(self.waiting, seq)
         self.running.append(seq)
-        self._pending.update((key, seq.seq_id) for key in to_compute if key not in self._pending)
+        self.cache.expect(seq, to_compute)
         if seq.cached_tokens is None:
             seq.cached_tokens = covered
-            same = sum(n for model, n in owners if model == seq.model.name)
-            self.stats.admitted += 1
-            self.stats.prompt_tokens += seq.prompt_len
-            self.stats.cached_tokens_same_model += same
-            self.stats.cached_tokens_cross_model += covered - same
+            self.stats.count_admission(seq, sum(n for model, n in owners if model == seq.model.name))
 
     # ---- commit
 
@@ -209,7 +236,7 @@ class Scheduler:
             seq = work.seq
             self.stats.prefill_tokens += max(0, min(seq.prompt_len, work.start + work.num_write) - work.start)
             before, seq.num_computed = seq.num_computed, work.start + work.num_write
-            self._cache_pages(seq, before)
+            self.cache.add_filled(seq, before)
             output = self._accept(seq, work, results)
             if output is not None:
                 outputs.append(output)
@@ -223,16 +250,29 @@ class Scheduler:
         output.finish_reason = seq.finish_reason(self.config.max_model_len)
         if output.finish_reason:
             self._finish(seq)
-        elif seq.handoff is not None and (model := seq.handoff(seq.tokens[-1])) not in (None, seq.model):
-            self._switch(seq, model)
+        elif seq.handoff is not None:
+            self._hand_over(seq, output)
         return output
+
+    def _hand_over(self, seq: Sequence, output: TokenOutput) -> None:
+        """Asks the request's rule which model goes on. A rule that raises ends its own sequence alone."""
+        assert seq.handoff is not None
+        try:
+            model = seq.handoff(seq.tokens[-1])
+        except Exception:
+            log.exception("the handoff of sequence %d failed; the sequence is ended", seq.seq_id)
+            output.finish_reason = "error"
+            return self._finish(seq)
+        if model not in (None, seq.model):
+            self._switch(seq, model)
 
     def _finish(self, seq: Sequence) -> None:
         hint, useful = seq.session, True
         if hint is not None:
             useful = not seq.chain.salt or hint.next_model in (None, seq.model.name)
             if hint.retain_s is not None:
-                self.sessions.retain(hint.id, seq.page_table, hint.retain_s)
+                stored = -(-seq.num_computed // self.config.page_size)  # pages further on hold nothing yet
+                self.sessions.retain(hint.id, seq.page_table[:stored], hint.retain_s)
         self._leave(seq, useful)
         seq.status = Status.FINISHED
 
@@ -245,38 +285,13 @@ class Scheduler:
             return
         self._requeue(seq)
         seq.model = model
-        self._name_pages(seq)
-
-    def _cache_pages(self, seq: Sequence, before: int) -> None:
-        """Caches the pages filled since `before` tokens were stored. After a prefill, the last page is cached too."""
-        size = self.config.page_size
-        if seq.private:
-            return
-        if seq.num_computed // size > len(seq.page_keys):
-            seq.page_keys = seq.chain.keys(seq.tokens[: seq.num_computed], size, seq.page_keys)
-        for i in range(before // size, seq.num_computed // size):
-            parent = seq.chain.parent(seq.page_keys, i)
-            self.pool.register(seq.page_table[i], parent, seq.tokens[i * size : (i + 1) * size], seq.model.name)
-            self._pending.pop(seq.page_keys[i], None)
-        prefilled = before < seq.prompt_len or seq.num_computed - before > 1
-        if prefilled and seq.num_computed == len(seq.tokens):
-            self._cache_tail(seq)
-
-    def _cache_tail(self, seq: Sequence) -> None:
-        """Caches the partly filled last page."""
-        size = self.config.page_size
-        full = seq.num_computed // size
-        tail = seq.tokens[full * size : seq.num_computed]
-        if tail and len(seq.page_keys) >= full and not seq.private:
-            parent = seq.chain.parent(seq.page_keys, full)
-            self.pool.register(seq.page_table[full], parent, tail, seq.model.name)
-            self._pending.pop(page_key(parent, tail), None)
+        self.cache.name_pages(seq)
 
     def _leave(self, seq: Sequence, useful: bool = True) -> None:
         """Removes a running sequence and releases its pages and its adapter slot."""
-        self._cache_tail(seq)
+        self.cache.add_tail(seq)
         self.running.remove(seq)
         self.slots.release(seq.model)
         self.pool.release(seq.page_table, useful)
         seq.page_table = []
-        self._pending = {key: owner for key, owner in self._pending.items() if owner != seq.seq_id}
+        self.cache.forget(seq)

@@ -69,6 +69,29 @@ class Sessions:
             self._pool.release(held.pages)
         return held is not None
 
+    @property
+    def tables(self) -> list[list[int]]:
+        """The pages that each session holds."""
+        return [held.pages for held in self._held.values()]
+
+    def clear(self) -> None:
+        """Ends every session without releasing its pages: the pool has lost them."""
+        self._held.clear()
+
+    def release_next(self, pinned: bool = False) -> bool:
+        """Releases the session that expires soonest.
+
+        Args:
+            pinned: Whether it may be one that never expires.
+
+        Returns:
+            Whether there was one to release.
+        """
+        session = min(self._held, key=lambda name: self._held[name].expires, default=None)
+        if session is None or (math.isinf(self._held[session].expires) and not pinned):
+            return False
+        return self.release(session)
+
     def expire(self) -> None:
         """Releases the sessions whose time is over."""
         now = self._clock()
@@ -85,8 +108,6 @@ class Sessions:
         Returns:
             Whether so many pages are free now.
         """
-        for session, held in sorted(self._held.items(), key=lambda item: item[1].expires):
-            if self._pool.num_free >= pages or (math.isinf(held.expires) and not pinned):
-                break
-            self.release(session)
+        while self._pool.num_free < pages and self.release_next(pinned):
+            pass
         return self._pool.num_free >= pages

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from icarus_jax.scheduling.sequence import Sequence
+
 
 @dataclasses.dataclass
 class SchedulerStats:
@@ -28,3 +30,15 @@ class SchedulerStats:
     generated_tokens: int = 0
     preemptions: int = 0
     handoffs: int = 0
+
+    def count_admission(self, seq: Sequence, same_model: int) -> None:
+        """Counts a sequence that was admitted for the first time.
+
+        Args:
+            seq: The sequence.
+            same_model: Its prompt tokens found in the cache that were first written for its own model.
+        """
+        self.admitted += 1
+        self.prompt_tokens += seq.prompt_len
+        self.cached_tokens_same_model += same_model
+        self.cached_tokens_cross_model += (seq.cached_tokens or 0) - same_model

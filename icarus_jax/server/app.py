@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import sys
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -260,17 +261,27 @@ def create_app(
     return app
 
 
-def run(app: FastAPI, engine: Engine, host: str, port: int) -> None:
+def run(app: FastAPI, engine: Engine, host: str, port: int, drain_seconds: float = 120.0) -> None:
     """Serves the app until SIGTERM or SIGINT, then lets running requests finish and shuts the engine down.
+
+    The requests in flight have `drain_seconds` to end. If the engine fails, the process exits with 1, so that a
+    supervisor starts it anew.
 
     Args:
         app: the app that `create_app` made.
         engine: its engine, already started.
         host: the address to listen on.
         port: the TCP port to listen on.
+        drain_seconds: how long requests in flight may take to end.
+
+    Raises:
+        SystemExit: the engine has failed.
     """
+    app.state.drain.seconds = drain_seconds
     config = uvicorn.Config(app, host=host, port=port, log_level="info", access_log=False)
     try:
-        DrainingServer(config, app.state.drain).run()
+        DrainingServer(config, app.state.drain, lambda: engine.failed).run()
     finally:
-        engine.shutdown(drain=True)
+        engine.shutdown(drain=app.state.drain.in_flight == 0)
+    if engine.failed:
+        sys.exit("the engine has failed; the log says why")

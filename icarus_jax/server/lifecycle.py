@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import os
+import time
+from collections.abc import Callable
 from types import FrameType
 
 import uvicorn
@@ -27,10 +30,21 @@ class Drain:
     Attributes:
         draining: True once the server takes no new requests.
         in_flight: how many requests are being answered.
+        seconds: how long requests in flight may take to end once the server drains.
     """
 
     draining: bool = False
     in_flight: int = 0
+    seconds: float = 120.0
+    _deadline: float = math.inf
+
+    def begin(self) -> None:
+        """Takes no new requests from now on."""
+        self.draining, self._deadline = True, time.monotonic() + self.seconds
+
+    def is_over(self) -> bool:
+        """Returns whether the time for requests in flight has passed."""
+        return time.monotonic() >= self._deadline
 
 
 class Gate:
@@ -92,15 +106,17 @@ class DrainingServer(uvicorn.Server):
     The Gate answers 503 to the requests that come in the meantime.
     """
 
-    def __init__(self, config: uvicorn.Config, drain: Drain):
+    def __init__(self, config: uvicorn.Config, drain: Drain, has_failed: Callable[[], bool]):
         """Prepares the server.
 
         Args:
             config: uvicorn's configuration, with an app that the Gate wraps.
             drain: the state that the Gate uses.
+            has_failed: returns whether the engine can serve nothing any more; the server then drains and ends.
         """
         super().__init__(config)
         self._drain = drain
+        self._has_failed = has_failed
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Handles SIGTERM and SIGINT: the first starts to drain, the second ends the process with 128 + `sig`.
@@ -111,11 +127,13 @@ class DrainingServer(uvicorn.Server):
         """
         if self._drain.draining:
             os._exit(128 + sig)
-        self._drain.draining = True
+        self._drain.begin()
         log.warning("stopping: %d requests in flight; a second signal stops at once", self._drain.in_flight)
 
     async def on_tick(self, counter: int) -> bool:
-        """Ends the server once it drains and no request is in flight. uvicorn calls it ten times a second.
+        """Ends the server once it drains and no request is in flight, or at the end of the drain's time.
+
+        uvicorn calls it ten times a second.
 
         Args:
             counter: uvicorn's number of the tick.
@@ -123,6 +141,12 @@ class DrainingServer(uvicorn.Server):
         Returns:
             True if the server is to end.
         """
+        if self._has_failed() and not self._drain.draining:
+            log.critical("the engine has failed: the server ends")
+            self._drain.begin()
         if self._drain.draining and self._drain.in_flight == 0:
             self.should_exit = True
+        elif self._drain.is_over():
+            log.warning("%d requests have not ended in the time to drain: they are cut off", self._drain.in_flight)
+            self.should_exit = self.force_exit = True
         return await super().on_tick(counter)

@@ -41,6 +41,7 @@ _COUNTERS = (
     ("icarus_reuse_pages_checked", "reuse_pages_checked", "Reused pages computed again (engine.check_reuse)."),
     ("icarus_reuse_pages_identical", "reuse_pages_identical", "... with the same bits."),
     ("icarus_reuse_pages_different", "reuse_pages_different", "... with a difference beyond rounding: a fault."),
+    ("icarus_engine_step_failures", "step_failures", "Steps that failed and ended the requests that they ran."),
     ("icarus_engine_steps", "steps", "Engine steps."),
     ("icarus_engine_host_seconds", "host_seconds", "Seconds spent scheduling, preparing and committing steps."),
     ("icarus_engine_device_seconds", "device_seconds", "Seconds spent executing steps."),

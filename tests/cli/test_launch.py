@@ -100,7 +100,13 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
     config = cli.load_config(spec + arg)
     assert config.is_locked
     assert config.trunk.to_dict() == {"source": SOURCE, "name": "smollm2-135m-instruct"}
-    assert config.server.to_dict() == {"host": "127.0.0.1", "port": 8000, "head_folders": "", "watch_heads": ""}
+    assert config.server.to_dict() == {
+        "host": "127.0.0.1",
+        "port": 8000,
+        "drain_seconds": 120.0,
+        "head_folders": "",
+        "watch_heads": "",
+    }
     if arg:
         count, kv = int(arg[1]), "isolated" if "isolated" in arg else "shared"
         assert {name: dict(head) for name, head in config.heads.items()} == {

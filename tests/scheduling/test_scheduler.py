@@ -150,7 +150,7 @@ def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, cachin
                 seqs.append(add(scheduler, len(seqs), model, prompt, max_tokens=limit, session=session, **extra))
                 started.append(model)
         elif kind == "abort" and value < len(seqs) and seqs[value].status is not Status.FINISHED:
-            scheduler.abort(seqs[value])
+            scheduler.end(seqs[value])
             seqs[value].tokens = [*seqs[value].tokens[: seqs[value].prompt_len], -1]  # marks it as aborted
         elif kind == "reload":
             old = models[value]
@@ -170,7 +170,7 @@ def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, cachin
     for session in "012":
         scheduler.sessions.release(session)
     pool = scheduler.pool
-    assert pool.num_free == pool.num_pages and not any(pool.refs) and not scheduler._pending
+    assert pool.num_free == pool.num_pages and not any(pool.refs) and not scheduler.cache._pending
     assert not any(scheduler.slots._users.values())
     for seq, model in zip(seqs, started, strict=True):
         assert seq.status is Status.FINISHED

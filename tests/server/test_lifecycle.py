@@ -156,11 +156,11 @@ def test_metrics_of_heads_and_sessions():
         assert [served.metric(name) for name in COUNTED] == list(range(7, 7 + len(COUNTED)))
 
 
-def start_process(step_seconds: float) -> tuple[subprocess.Popen, str]:
+def start_process(step_seconds: float, *more: str) -> tuple[subprocess.Popen, str]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "tests.doubles", f"--port={port}", f"--step_seconds={step_seconds}"]
+    command = [sys.executable, "-m", "tests.doubles", f"--port={port}", f"--step_seconds={step_seconds}", *more]
     process = subprocess.Popen(command, cwd=pathlib.Path(__file__).parents[2], stderr=subprocess.DEVNULL)
     url = f"http://127.0.0.1:{port}"
 
@@ -199,5 +199,30 @@ def test_a_second_signal_stops_at_once():
         wait_for(lambda: httpx.get(f"{url}/health").status_code == 503)
         process.send_signal(signal.SIGTERM)
         assert process.wait(120) == 128 + signal.SIGTERM  # its stream would run for 200 s
+    finally:
+        process.kill()
+
+
+def test_a_failed_engine_ends_the_process():
+    """A supervisor starts it anew."""
+    process, _ = start_process(step_seconds=0.05)
+    try:
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(120) == 1
+    finally:
+        process.kill()
+
+
+def test_a_stalled_client_does_not_hold_the_exit():
+    process, url = start_process(2.0, "--drain_seconds=1")
+    try:
+        host, port = url.removeprefix("http://").split(":")
+        body = json.dumps(GOOD | {"max_tokens": 100, "stream": True}).encode()
+        with socket.create_connection((host, int(port))) as client:
+            head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            client.sendall(head.encode() + body)
+            assert client.recv(10)  # its stream would run for 200 s
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(60) == 0
     finally:
         process.kill()

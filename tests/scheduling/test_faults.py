@@ -1,0 +1,96 @@
+"""Faults that users could cause, each as it was found."""
+
+from __future__ import annotations
+
+from icarus_jax.config import EngineConfig
+from icarus_jax.scheduling.adapter_slots import AdapterSlots
+from icarus_jax.scheduling.plan import SampleRow, StepPlan
+from icarus_jax.scheduling.registry import NO_SLOT, Model
+from icarus_jax.scheduling.request import SessionHint
+from icarus_jax.scheduling.scheduler import Scheduler
+from tests.scheduling.test_scheduler import add
+
+CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, max_model_len=80)
+RETAIN = SessionHint("x", 60.0)
+
+
+def step(scheduler: Scheduler) -> StepPlan:
+    plan = scheduler.schedule()
+    assert plan.work, "has work, plans none"
+    scheduler.commit(plan, [[SampleRow(7)] * work.num_logits for work in plan.work])
+    return plan
+
+
+def test_a_follow_up_whose_own_session_has_to_make_room():
+    """The session's pages were counted as held when they were matched; releasing it made them idle."""
+    scheduler, trunk = Scheduler(CONFIG), Model("t", "base")
+    prompt = list(range(100, 141))
+    add(scheduler, 0, trunk, prompt, max_tokens=1, session=RETAIN)
+    step(scheduler)
+    assert len(scheduler.sessions) == 1
+    add(scheduler, 1, trunk, range(200, 228), max_tokens=40)
+    step(scheduler)
+    follow_up = add(scheduler, 2, trunk, [*prompt, *range(300, 316)], max_tokens=1, session=RETAIN)
+    for _ in range(100):
+        if scheduler.has_work:
+            step(scheduler)
+            scheduler.pool.check([*(seq.page_table for seq in scheduler.running), *scheduler.sessions.tables])
+    assert follow_up.num_output == 1
+
+
+def test_a_stop_string_keeps_the_session():
+    """A stop string ends a sequence from outside, between two steps; ReAct turns end so."""
+    scheduler, trunk = Scheduler(CONFIG), Model("t", "base")
+    prompt = list(range(100, 141))
+    seq = add(scheduler, 0, trunk, prompt, max_tokens=8, session=RETAIN)
+    step(scheduler)
+    scheduler.end(seq)
+    assert len(scheduler.sessions) == 1 and scheduler.pool.num_used == 11
+    add(scheduler, 1, trunk, [*prompt, 7, 8], max_tokens=1)
+    (work,) = step(scheduler).work
+    assert work.start >= 40
+
+
+def test_what_is_retained_of_half_a_prompt_is_what_was_computed():
+    scheduler = Scheduler(CONFIG)
+    seq = add(scheduler, 0, Model("t", "base"), range(70), max_tokens=1, session=RETAIN)
+    plan = scheduler.schedule()
+    assert plan.work[0].num_write == 64 and len(seq.page_table) == 18
+    scheduler.commit(plan, [[]])
+    scheduler.end(seq)
+    assert scheduler.pool.num_used == 16
+
+
+def test_a_retired_head_gives_its_slot_before_a_live_one():
+    slots = AdapterSlots(2)
+    old, live, new = Model("a", "shared", 1), Model("b", "shared", 1), Model("c", "shared", 1)
+    for model in (old, live):
+        assert slots.acquire(model)
+    slots.release(live)
+    slots.retire(old)
+    slots.release(old)
+    assert slots.acquire(new)
+    assert (old.slot, live.slot) == (NO_SLOT, new.slot % 2 + 1)
+
+
+def test_a_queued_request_of_a_pinned_head_that_was_reloaded():
+    """The new version, pinned too, held the only slot for ever."""
+    scheduler = Scheduler(EngineConfig(**{**vars(CONFIG), "num_pages": 40, "max_num_seqs": 4}), num_slots=1)
+    first, second = (Model("a", "shared", version, pinned=True) for version in (1, 2))
+    add(scheduler, 0, first, range(100, 130), max_tokens=1)
+    step(scheduler)
+    waiting = add(scheduler, 1, first, range(300, 330), max_tokens=1)
+    scheduler.slots.retire(first)
+    newer = add(scheduler, 2, second, range(100, 130), max_tokens=1)
+    while scheduler.has_work:
+        step(scheduler)
+    assert (waiting.num_output, newer.num_output) == (1, 1)
+
+
+def test_a_pinned_head_keeps_its_slot_from_others_that_can_wait():
+    slots = AdapterSlots(1)
+    pinned, other = Model("a", "shared", 1, pinned=True), Model("b", "shared", 1)
+    assert slots.acquire(pinned)
+    slots.release(pinned)
+    assert not slots.acquire(other) and slots.acquire(other, last_resort=True)
+    assert not slots.acquire(pinned, last_resort=True), "a head in use keeps its slot"
