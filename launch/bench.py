@@ -6,6 +6,7 @@
     python launch/bench.py peers --config=multi.py:8     writes trunk and heads as files for vLLM and llama.cpp
     python launch/bench.py prefix                        the prefill saved if eight heads take turns in a conversation
     python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads, against eight isolated requests
+    python launch/bench.py soak                          twice the load that the server can carry, with reloads
     python launch/bench.py cpu                           the CPU kernels against XLA's programs
     python launch/bench.py kernels                       instruction bundles of the TPU kernels; no TPU is needed
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    `serve`, SIMULATED on other chips
@@ -79,6 +80,13 @@ def bench_fanout(config: ConfigDict) -> dict:
     return fanout.run(config, _PROMPT.value, _STEPS.value)
 
 
+def bench_soak(config: ConfigDict) -> dict:
+    """Runs `bench.py soak`."""
+    from icarus_jax.bench import soak
+
+    return soak.run(config)
+
+
 def bench_cpu(config: ConfigDict) -> dict:
     """Times the CPU kernels against XLA's programs."""
     from icarus_jax.bench import cpu_kernels
@@ -101,6 +109,7 @@ COMMANDS = {
     "calibrate": (bench_calibrate, "bench.py"),
     "peers": (write_peers, "multi.py:8"),
     "fanout": (bench_fanout, "multi.py:8"),
+    "soak": (bench_soak, "soak.py"),
     "cpu": (bench_cpu, "single.py"),
     "kernels": (bench_kernels, "single.py"),
     "simulate": (bench_simulate, "simulate.py:llama8b_a100"),

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from icarus_jax import cli
 from icarus_jax.errors import UsageError, usage_errors
-from icarus_jax.evaluation import batch, sandbox, task_sets
+from icarus_jax.evaluation import batch, batch_file, sandbox, task_sets
 from icarus_jax.llm import LLM
 
 if TYPE_CHECKING:
@@ -45,6 +45,8 @@ def main(config: ConfigDict) -> None:
         logging.warning("no namespaces to be had: only Python's audit hook keeps generated code off the network")
     with usage_errors():
         evaluation = make_evaluation(config, models)
+        for note in evaluation.notes:
+            print(note, file=sys.stderr)
         report = batch.run(evaluation, Path(config.out).expanduser(), lambda: serve(config), progress_bar)
     print(json.dumps(report))
 
@@ -84,7 +86,7 @@ def make_evaluation(config: ConfigDict, models: list[str]) -> batch.Evaluation:
     path = Path(config.data.path).expanduser()
     served = fingerprints(config)
     if config.task == "batch":
-        return batch.batch_evaluation(path, served, config.limit)
+        return batch_file.batch_evaluation(path, served, config.limit)
     database = Path(config.data.database).expanduser() if "database" in config.data else None
     return task_sets.task_evaluation(config.task, path, models, served, config.limit, database)
 

@@ -18,10 +18,12 @@ if __name__ == "__main__":  # run as a file: the package is beside this folder
 from ml_collections import ConfigDict
 
 from icarus_jax import cli
-from icarus_jax.errors import usage_errors
+from icarus_jax.errors import UsageError, usage_errors
 
 if TYPE_CHECKING:
+    from icarus_jax.server.auth import Keys
     from icarus_jax.server.head_loader import HeadLoader
+    from icarus_jax.server.limits import Limits
 
 _HEADS = cli.define_heads()
 
@@ -29,14 +31,39 @@ _HEADS = cli.define_heads()
 def main(config: ConfigDict) -> None:
     """Builds the engine and serves until a signal comes."""
     cli.add_heads(config, _HEADS.value or ())
+    keys, limits = access(config.server)
     app = cli.build(config)
+    from icarus_jax.server import access_log
     from icarus_jax.server import app as server
 
+    if config.server.access_log:
+        access_log.write_to_stdout()
+    origins = [origin for origin in config.server.cors_origins.split(",") if origin]
     watcher = watching(app.loader, config.server.watch_heads)
     app.start()
-    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader)
+    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader, keys, limits, origins)
     with watcher:
         server.run(api, app.engine, config.server.host, config.server.port, config.server.drain_seconds)
+
+
+def access(section: ConfigDict) -> tuple[Keys, Limits]:
+    """Reads who may use the server, and how much of it.
+
+    Args:
+        section: config.server.
+
+    Raises:
+        UsageError: a value makes no sense, or other machines could use the server without a key.
+    """
+    from icarus_jax.server.auth import Keys, check_host
+    from icarus_jax.server.limits import Limits
+
+    keys = Keys.read(section.api_keys_file, section.admin_keys_file, section.key_weights)
+    check_host(section.host, keys, section.allow_remote_without_keys)
+    for name in ("max_waiting_requests", "max_waiting_tokens"):
+        if section[name] < 0:
+            raise UsageError(f"config.server.{name} is {section[name]}; it must be 0 (no limit) or more")
+    return keys, Limits(section.max_waiting_requests, section.max_waiting_tokens, shared=len(keys.names) > 1)
 
 
 def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:

@@ -21,8 +21,8 @@ def pytest_configure(config: pytest.Config) -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-# Variants of tests that take long and rarely break: `make test` keeps others of the same tests. Whole tests of that kind
-# have the mark `full` themselves.
+# Variants of tests that take long and rarely break: `make test` keeps others of the same tests. Whole tests of that
+# kind have the mark `full` themselves.
 FULL = re.compile(
     r"what_is_trained_is_what_is_served\[(isolated-False|shared-True)\]"
     r"|there_and_back_is_bit_equal\[bfloat16\]"

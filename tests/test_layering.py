@@ -20,7 +20,19 @@ JAX = {"jax", "jaxlib", "flax", "optax", "orbax"}
 # Files without JAX in rooms that have it.
 WITHOUT_JAX = (
     *("models/presets", "cli/flags", "cli/paths", "cli/platforms", "cli/defaults", "server/agent_fields"),
-    *(f"evaluation/{name}" for name in ("batch", "result_file", "sandbox", "scoring", "task_sets")),
+    *(
+        f"evaluation/{name}"
+        for name in (
+            "batch",
+            "batch_file",
+            "result_file",
+            "sandbox",
+            "sandbox_child",
+            "sandbox_values",
+            "scoring",
+            "task_sets",
+        )
+    ),
 )
 OUTSIDE_ROOMS = {"__init__", "config", "errors", "tasks", "llm"}
 MAX_LINES = 300

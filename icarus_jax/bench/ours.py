@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from icarus_jax.bench.client import Server, ServerError
@@ -17,17 +18,26 @@ from icarus_jax.errors import UsageError
 START_SECONDS = 900  # how long a server may take until it answers
 
 
+@dataclasses.dataclass(frozen=True)
+class OwnServer:
+    """A server that was started for a run: its URL and process id."""
+
+    url: str
+    pid: int
+
+
 @contextlib.contextmanager
-def serving(spec: str, overrides: Mapping[str, object], log: Path) -> Iterator[str]:
+def serving(spec: str, overrides: Mapping[str, object], log: Path, more: Sequence[str] = ()) -> Iterator[OwnServer]:
     """Runs `launch/serve.py` on a free port while the context is entered.
 
     Args:
         spec: the config's name, as for --config.
         overrides: config key -> its value.
         log: the file that the server's output is written to.
+        more: further flags.
 
     Yields:
-        The server's URL, once it answers.
+        The server, once it answers.
 
     Raises:
         UsageError: the server ended before it answered, or took too long.
@@ -36,12 +46,12 @@ def serving(spec: str, overrides: Mapping[str, object], log: Path) -> Iterator[s
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [f"--config.{key}={value}" for key, value in {**overrides, "server.port": port}.items()]
-    command = [*program("serve"), f"--config={spec}", *flags]
+    command = [*program("serve"), f"--config={spec}", *flags, *more]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:
             _wait(url, process, log)
-            yield url
+            yield OwnServer(url, process.pid)
         finally:
             process.terminate()
             try:

@@ -169,8 +169,8 @@ def _server(config: ConfigDict, system: str, count: int, out: Path) -> Iterator[
         return
     spec = OURS[system].format(n=count) if count else "single.py"
     overrides = {f"engine.{key}": value for key, value in config.engine.items()} | {"trunk.source": config.trunk.source}
-    with ours.serving(spec, overrides, out / f"server-{system}-{count}.log") as url:
-        yield url
+    with ours.serving(spec, overrides, out / f"server-{system}-{count}.log") as server:
+        yield server.url
 
 
 def sweep(config: ConfigDict, plan: Plan, out: Path) -> Iterator[compare.Run]:

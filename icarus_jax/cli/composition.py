@@ -89,9 +89,9 @@ def build(config: ConfigDict) -> App:
     from icarus_jax.server.head_loader import HeadLoader
     from icarus_jax.weights import checkpoint, peft, tokenizer
 
+    enable_compilation_cache()  # before the first program: joining other hosts runs one
     with usage_errors("config.distributed"):
         multihost.initialize(**config.distributed)
-    enable_compilation_cache()
     with usage_errors():
         trunk = checkpoint.open_trunk(config.trunk.source, engine.dtype)
         text = tokenizer.load_tokenizer(trunk.path)

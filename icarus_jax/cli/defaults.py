@@ -21,12 +21,22 @@ def serving_config() -> ConfigDict:
     config.heads = ConfigDict(sort_keys=False)
     config.engine = ConfigDict(dataclasses.asdict(EngineConfig()))
     # Several processes: coordinator is HOST:PORT of process 0, or 'auto' (on a TPU slice). '': a single process.
+    # join_seconds: how long they may take to find each other. lost_seconds: a silent one ends all after that time.
     config.distributed = ConfigDict({"coordinator": "", "num_processes": 1, "process_id": 0})
+    config.distributed.update(join_seconds=300.0, lost_seconds=10.0)
     # drain_seconds: how long requests in flight may take to end after SIGTERM.
     config.server = ConfigDict({"host": "127.0.0.1", "port": 8000, "drain_seconds": 120.0})
     # Heads that are loaded while the server runs. head_folders (DIR,DIR): HTTP requests may name adapters in these
     # folders. watch_heads (DIR): the adapters in this folder are loaded without a request.
     config.server.update(head_folders="", watch_heads="")
+    # Files of API keys, KEY or NAME:KEY a line, for users and for administrators (or the environment variables
+    # ICARUS_API_KEYS and ICARUS_ADMIN_KEYS: with commas). key_weights (NAME=WEIGHT,NAME=WEIGHT): the keys' shares of
+    # the engine; 1 unless it is given. Without keys, host must be this machine, or allow_remote_without_keys be True.
+    config.server.update(api_keys_file="", admin_keys_file="", key_weights="", allow_remote_without_keys=False)
+    # Past these limits on what waits for its first token, the server answers 429. 0: no limit.
+    config.server.update(max_waiting_requests=1024, max_waiting_tokens=1_000_000)
+    # cors_origins (ORIGIN,ORIGIN): web pages that may use the server. access_log: a line of JSON for each request.
+    config.server.update(cors_origins="", access_log=True)
     return config
 
 

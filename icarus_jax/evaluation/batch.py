@@ -11,7 +11,6 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-from collections import Counter
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -23,7 +22,7 @@ from starlette.types import ASGIApp
 from icarus_jax.evaluation.result_file import Line, ResultFile
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-URLS = (COMPLETIONS, CHAT)
+RETRY_SECONDS = 0.5  # how long to wait before a request that the server failed on is asked again
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,15 +32,17 @@ class Job:
     Attributes:
         key: tells the job from the others of its evaluation.
         url: the path of the endpoint.
-        body: the JSON body of the request.
+        body: the JSON body of the request; see `encode`.
         record: record(status, answer) makes the line to write, of the HTTP status and the JSON answer. It runs on a
-            thread, so it may take long. It raises ValueError if the request has to be asked again.
+            thread, so it may take long. It raises ValueError if the run has to end.
+        settled: the line to write without asking; None: the request is asked.
     """
 
     key: Hashable
     url: str
-    body: Mapping[str, Any]
+    body: bytes
     record: Callable[[int, Any], Line]
+    settled: Line | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,12 +55,16 @@ class Evaluation:
         key: key(line) returns the key of the job that a line answers. It raises ValueError for a line that belongs to
             another evaluation.
         report: report(lines) makes the report, given the line of each job in the order of `jobs`.
+        begins: how each line of a result file without a header begins.
+        notes: what the user should know about the input, one line each.
     """
 
     jobs: list[Job]
     header: Line | None
     key: Callable[[Line], Hashable]
     report: Callable[[list[Line]], dict[str, Any]]
+    begins: bytes = b""
+    notes: Sequence[str] = ()
 
 
 def run(
@@ -82,15 +87,22 @@ def run(
         The report on all jobs.
 
     Raises:
-        ValueError: `out` holds the results of another evaluation, or a request failed.
+        ValueError: `out` holds the results of another evaluation or cannot be written any more, the engine has failed,
+            or a job's record(..) has ended the run. The lines that `out` has are kept, and the next run does the rest.
+        OSError: `out` cannot be opened.
     """
-    with ResultFile(out, evaluation.header, evaluation.key) as results:
+    with ResultFile(out, evaluation.header, evaluation.key, evaluation.begins) as results:
         known = {evaluation.key(line) for line in results.lines}
         left = [job for job in evaluation.jobs if job.key not in known]
+        for job in left:
+            if job.settled is not None:
+                results.append(job.settled)
+        left = [job for job in left if job.settled is None]
         if left:
             with serve() as (app, in_flight):
                 step = progress(len(evaluation.jobs), len(evaluation.jobs) - len(left))
                 asyncio.run(_ask_all(app, left, in_flight, results, step))
+        results.check_in_place()
         by_key = {evaluation.key(line): line for line in results.lines}
         return evaluation.report([by_key[job.key] for job in evaluation.jobs])
 
@@ -102,11 +114,10 @@ async def _ask_all(
 
     async def work() -> None:
         for job in queue:
-            answer = await client.post(job.url, json=job.body)
-            results.append(await asyncio.to_thread(job.record, answer.status_code, answer.json()))
+            results.append(await asyncio.to_thread(job.record, *await _ask(client, job)))
             step()
 
-    transport = httpx.ASGITransport(app)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # they become an answer with the status 500
     async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client:
         workers = [asyncio.create_task(work()) for _ in range(in_flight)]
         try:
@@ -117,10 +128,78 @@ async def _ask_all(
             await asyncio.gather(*workers, return_exceptions=True)
 
 
+async def _ask(client: httpx.AsyncClient, job: Job) -> tuple[int, Any]:
+    """Returns the status and the JSON answer. If the server fails on the request, it is asked once more.
+
+    Raises:
+        ValueError: the engine has failed, so it would fail on the other requests too.
+    """
+    status, answer = await _post(client, job)
+    if status >= 500:
+        await asyncio.sleep(RETRY_SECONDS)
+        status, answer = await _post(client, job)
+    if status >= 500 and (await client.get("/health")).status_code != 200:
+        raise ValueError("the engine has failed; the answers so far are kept, and the same command does the rest")
+    return status, answer
+
+
+async def _post(client: httpx.AsyncClient, job: Job) -> tuple[int, Any]:
+    answer = await client.post(job.url, content=job.body, headers={"Content-Type": "application/json"})
+    try:
+        return answer.status_code, answer.json()
+    except ValueError:
+        return 500, {"error": {"code": "server_error", "message": "the server's answer is no JSON"}}
+
+
+def encode(body: Mapping[str, Any]) -> bytes:
+    """Makes the JSON of a request's body.
+
+    Args:
+        body: the body.
+
+    Returns:
+        The JSON, in UTF-8.
+
+    Raises:
+        ValueError: the body cannot be sent: it is nested too deeply, or it holds half a character, NaN or infinity.
+    """
+    try:
+        return json.dumps(body, ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        raise ValueError("body holds half a character (a lone surrogate), which is no text") from None
+    except ValueError:
+        raise ValueError("body holds NaN or an infinite number, which JSON cannot carry") from None
+    except RecursionError:
+        raise ValueError("body is nested too deeply") from None
+
+
 def digest(value: Any) -> str:
     """Returns a short name of a JSON value or of bytes: the first 24 hexadecimal digits of a SHA-256."""
     raw = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(raw).hexdigest()[:24]
+
+
+def parse_line(text: bytes) -> dict[str, Any]:
+    """Reads a line of a file of JSON lines.
+
+    Args:
+        text: the line.
+
+    Returns:
+        The JSON object.
+
+    Raises:
+        ValueError: the line is no JSON object.
+    """
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ValueError(f"broken JSON: {error}") from None
+    except RecursionError:
+        raise ValueError("broken JSON: nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError("a line must be a JSON object")
+    return value
 
 
 def read_lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -136,86 +215,9 @@ def read_lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         ValueError: a line is no JSON object. The message names the file and the line.
     """
-    number = 0
     for number, text in enumerate(raw.splitlines(), 1):
         if text.strip():
             try:
-                value = json.loads(text)
+                yield number, parse_line(text)
             except ValueError as error:
-                raise ValueError(f"{path}:{number}: broken JSON: {error}") from None
-            if not isinstance(value, dict):
-                raise ValueError(f"{path}:{number}: a line must be a JSON object")
-            yield number, value
-
-
-# ---- OpenAI's batch files
-
-
-def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> Evaluation:
-    """Reads an OpenAI batch file: lines of {"custom_id", "method", "url", "body"}.
-
-    The result file has OpenAI's batch output format. The id of each of its lines is made from the request and from
-    `served`, so that the lines of another run can be recognised.
-
-    Args:
-        path: the batch file.
-        served: what answers the requests (models and weights), as JSON.
-        limit: how many of the first requests to run; 0: all.
-
-    Returns:
-        The evaluation of the requests.
-
-    Raises:
-        ValueError: the file is wrong. The message names the file and the line.
-    """
-    ids: dict[str, str] = {}
-    jobs: list[Job] = []
-    for number, line in read_lines(path, path.read_bytes()):
-        try:
-            _check_request(line, ids)
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-        ids[line["custom_id"]] = digest([served, line])
-        jobs.append(_batch_job(line, ids[line["custom_id"]]))
-    if not jobs:
-        raise ValueError(f"{path} holds no requests")
-
-    def key(line: Line) -> Hashable:
-        custom_id = line.get("custom_id")
-        if custom_id not in ids or line.get("id") != f"batch_req_{ids[custom_id]}":
-            raise ValueError(f"it holds the results of another run (custom_id {custom_id!r})")
-        return custom_id
-
-    return Evaluation(jobs[: limit or None], None, key, lambda lines: _batch_report(jobs, lines))
-
-
-def _check_request(line: dict[str, Any], seen: Mapping[str, Any]) -> None:
-    custom_id, body = line.get("custom_id"), line.get("body")
-    if not isinstance(custom_id, str) or not custom_id:
-        raise ValueError("custom_id must be a string")
-    if custom_id in seen:
-        raise ValueError(f"the custom_id {custom_id!r} is there twice")
-    if line.get("method") != "POST" or line.get("url") not in URLS:
-        raise ValueError(f"method must be POST, and url one of {', '.join(URLS)}")
-    if not isinstance(body, dict):
-        raise ValueError("body must be an object")
-    if body.get("stream"):
-        raise ValueError("body.stream is not possible in a batch")
-
-
-def _batch_job(line: dict[str, Any], name: str) -> Job:
-    def record(status: int, answer: Any) -> Line:
-        if status >= 500:  # the engine failed, not the request: no line is written, so the next run asks again
-            raise ValueError(f"custom_id {line['custom_id']!r}: {answer['error']['message']}")
-        response = {"status_code": status, "request_id": f"req_{name}", "body": answer}
-        return {"id": f"batch_req_{name}", "custom_id": line["custom_id"], "response": response, "error": None}
-
-    return Job(line["custom_id"], line["url"], line["body"], record)
-
-
-def _batch_report(jobs: Sequence[Job], lines: list[Line]) -> dict[str, Any]:
-    models = {job.key: str(job.body.get("model")) for job in jobs}
-    requests = Counter(models[line["custom_id"]] for line in lines)
-    failed = Counter(models[line["custom_id"]] for line in lines if line["response"]["status_code"] != 200)
-    figures = {model: {"requests": count, "failed": failed[model]} for model, count in requests.items()}
-    return {"task": "batch", "rows": len(lines), "models": figures}
+                raise ValueError(f"{path}:{number}: {error}") from None

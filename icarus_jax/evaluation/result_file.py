@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -18,25 +19,36 @@ class ResultFile:
 
     A line that a killed run has left unfinished is cut off. Entering raises ValueError if the file belongs to another
     run, is broken anywhere but at its end, or is being written by another process. The file is then left as it is.
+    A line that the disk has no room for is taken back, so that the file always ends with a whole line.
 
     Attributes:
         path: the file's path.
         lines: the lines in the file, without the header.
     """
 
-    def __init__(self, path: Path, header: Line | None = None, check: Callable[[Line], object] = lambda line: None):
+    def __init__(
+        self,
+        path: Path,
+        header: Line | None = None,
+        check: Callable[[Line], object] = lambda line: None,
+        begins: bytes = b"",
+    ):
         """Names the file; entering the context opens it.
 
         Args:
             path: the file's path. The file and its folder are made if they do not exist.
             header: the file's first line; None: the file has no header.
             check: check(line) raises ValueError for a line that belongs to another run.
+            begins: how the first line of a file without a header begins. An unfinished first line that begins
+                otherwise is not cut off, because the file may be somebody else's.
         """
         self.path = path
         self.lines: list[Line] = []
         self._header = header
         self._check = check
+        self._begins = begins if header is None else _encode(header)
         self._has_header = False
+        self._failure = ""
         self._fd = -1
 
     def __enter__(self) -> ResultFile:
@@ -63,6 +75,9 @@ class ResultFile:
 
         Args:
             line: the line, a JSON object.
+
+        Raises:
+            ValueError: the line cannot be written: the disk is full, say, or the file is gone.
         """
         if self._header is not None and not self._has_header:
             self._write(self._header)
@@ -70,10 +85,29 @@ class ResultFile:
         self._write(line)
         self.lines.append(line)
 
+    def check_in_place(self) -> None:
+        """Raises ValueError if the file is no longer at its path, so that what is written would be lost or missed."""
+        try:
+            if os.path.samestat(os.stat(self.path), os.fstat(self._fd)):
+                return
+        except OSError:
+            pass
+        raise ValueError(f"{self.path}: the file or its folder was removed or replaced during the run")
+
     def _write(self, line: Line) -> None:
-        left = _encode(line)
-        while left:
-            left = left[os.write(self._fd, left) :]
+        if self._failure:
+            raise ValueError(self._failure)
+        self.check_in_place()
+        left, size = _encode(line), os.fstat(self._fd).st_size
+        try:
+            while left:
+                left = left[os.write(self._fd, left) :]
+        except OSError as error:
+            kept = "the lines before are kept, and the same command does the rest"
+            self._failure = f"{self.path}: {error.strerror}; {kept}"
+            with contextlib.suppress(OSError):  # then the next run cuts off the unfinished line
+                os.ftruncate(self._fd, size)
+            raise ValueError(self._failure) from error
 
     def _read(self) -> None:
         """Reads and checks the lines, and cuts off an unfinished last line."""
@@ -90,9 +124,10 @@ class ResultFile:
                 else:
                     self._check(line)
                     self.lines.append(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise ValueError(f"{self.path}:{number}: {error}; name another file, or remove this one") from None
-        if not raw and torn and not (self._header and _encode(self._header).startswith(torn)):
+        ours = self._begins.startswith(torn) or (self._header is None and torn.startswith(self._begins))
+        if not raw and not ours:
             raise ValueError(f"{self.path} is no file of results; name another, or remove it")
         if torn:
             os.truncate(self._fd, len(content) - len(torn))
@@ -107,4 +142,10 @@ class ResultFile:
 
 
 def _encode(line: Line) -> bytes:
-    return json.dumps(line, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass") + b"\n"
+    def encoded(ascii_only: bool) -> bytes:
+        return json.dumps(line, ensure_ascii=ascii_only, separators=(",", ":")).encode() + b"\n"
+
+    try:
+        return encoded(ascii_only=False)
+    except UnicodeEncodeError:  # half a character can be escaped in JSON, but UTF-8 cannot carry it
+        return encoded(ascii_only=True)

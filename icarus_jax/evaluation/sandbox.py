@@ -1,12 +1,20 @@
-"""Runs a generated Python program, and tells whether it ran to its end. Standard library only.
+"""Runs a generated Python program, and tells whether it passes a check. Standard library only.
 
-The program runs in an interpreter of its own (`python sandbox.py`, below), which has nothing but the standard library.
-It runs in an empty folder that is removed afterwards, with limits on processor time, wall time, memory and file size.
-An audit hook refuses sockets, other processes, ctypes, and every write outside that folder. If the system grants
-namespaces (`is_isolated`), the kernel also keeps the program off the network, and ends the processes it has started.
+The program and the check run in two interpreters (sandbox_child.py), which have nothing but the standard library. The
+check's interpreter calls the program's functions over a pair of pipes, compares plain values, and reports the verdict
+to the evaluation over a pipe that the program's process never has. So the program cannot know or forge its verdict,
+whatever it does in its own interpreter: end it early, write to its descriptors, patch builtins, leave threads or exit
+handlers behind, search its frames or memory, or return objects that equal everything. All it can do is to give wrong
+answers, or right ones.
 
-This stops the accidents in code that a model writes. It does not stop code that was written to break out, because the
-hook is Python's and lives in the process that it watches.
+Both run in empty folders that are removed afterwards, with limits on processor time, wall time, memory and file size.
+An audit hook refuses sockets, other processes, ctypes, /proc, and every write outside the folder. If the system grants
+namespaces (`is_isolated`), the kernel also keeps both off the network and away from all other processes (their memory,
+their environment, and what /proc says of them), and ends the processes that they have started.
+
+What is not guarded: the hook is Python's and lives in the process that it watches, so code that was written to break
+out of the interpreter gets past it. Such code can read and write what the user can, this package's files too; without
+namespaces it can also reach the check's process.
 """
 
 from __future__ import annotations
@@ -16,22 +24,19 @@ import dataclasses
 import functools
 import json
 import os
-import resource
 import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
-from typing import Any, NoReturn
+from pathlib import Path
 
 CPU_SECONDS = 5
 WALL_SECONDS = 20.0  # more than CPU_SECONDS, because the program shares the processor with the engine
 MEMORY_BYTES = 512 << 20
-FILE_BYTES = 1 << 20
-_NAMESPACES = ("unshare", "--map-root-user", "--net", "--pid", "--kill-child")
-_HARMLESS = {"os.listdir", "os.scandir", "os.walk", "os.fwalk", "os.putenv", "os.unsetenv"}  # import needs os.listdir
-_REFUSED = ("os.", "socket.", "subprocess.", "ctypes.", "shutil.", "pty.", "resource.", "sqlite3.", "fcntl.", "syslog.")
-_WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHILD = Path(__file__).resolve().with_name("sandbox_child.py")
+_HIDE_PROC = 'mount -t tmpfs -o ro icarus /proc 2>/dev/null; exec "$@"'
+_UNSHARE = ("unshare", "--map-root-user", "--net", "--pid", "--ipc", "--mount", "--kill-child")
+_NAMESPACES = (*_UNSHARE, "sh", "-c", _HIDE_PROC, "sh")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +44,7 @@ class Outcome:
     """How a program ended.
 
     Attributes:
-        passed: whether it ran to its end.
+        passed: whether it ran to its end and passed the check.
         error: why it did not, in one line; '' if it did.
     """
 
@@ -57,114 +62,79 @@ def is_isolated() -> bool:
 
 def run_program(
     program: str,
+    check: str = "",
     cpu_seconds: int = CPU_SECONDS,
     wall_seconds: float = WALL_SECONDS,
     memory_bytes: int = MEMORY_BYTES,
 ) -> Outcome:
-    """Runs a program until it ends or reaches a limit. Thread-safe.
+    """Runs a program, then a check of its functions, until both end or one reaches a limit. Thread-safe.
 
-    The program's processes and files are removed before this returns.
+    Their processes and files are removed before this returns.
 
     Args:
-        program: the source code.
-        cpu_seconds: the limit on its processor time, in seconds.
-        wall_seconds: the limit on its wall time, in seconds.
-        memory_bytes: the limit on its address space, in bytes.
+        program: the source code of the program. It is not trusted.
+        check: the source code of the check. It is trusted. In it, program_function(name) returns a stand-in for a
+            function of the program. Arguments and results are copied; they may be numbers, strings, bytes, None, and
+            lists, tuples, sets, dicts and iterators of these. The check fails if it raises. Without a check, `passed`
+            only means that the program says it ran to its end.
+        cpu_seconds: the limit on the processor time of each, in seconds.
+        wall_seconds: the limit on the wall time of both together, in seconds.
+        memory_bytes: the limit on the address space of each, in bytes.
 
     Returns:
         How the program ended.
     """
-    order = {"program": program, "cpu": cpu_seconds, "wall": wall_seconds, "memory": memory_bytes}
-    prefix = _NAMESPACES if is_isolated() else ()
-    with tempfile.TemporaryDirectory(prefix="icarus-", ignore_cleanup_errors=True) as folder:
-        process = subprocess.Popen(
-            [*prefix, sys.executable, "-I", "-S", os.path.abspath(__file__)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            cwd=folder,
-            env={"HOME": folder, "TMPDIR": folder, "PATH": os.defpath},
-            start_new_session=True,
-        )
+    limits = {"cpu": cpu_seconds, "wall": wall_seconds, "memory": memory_bytes}
+    order = json.dumps({"limits": limits, "program": program, "check": check}).encode()
+    with (
+        tempfile.TemporaryDirectory(prefix="icarus-", ignore_cleanup_errors=True) as folder,
+        contextlib.ExitStack() as at_end,
+    ):
+        judge = _start(folder, at_end)
         try:
-            answer, _ = process.communicate(json.dumps(order).encode(), timeout=wall_seconds)
+            verdict, _ = judge.communicate(order, timeout=wall_seconds)
         except subprocess.TimeoutExpired:
             return Outcome(False, f"over the limit of {wall_seconds:g} s")
-        finally:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.communicate()
-    if process.returncode == 0 and answer:
-        try:
-            return Outcome(**json.loads(answer))
-        except (ValueError, TypeError):
-            return Outcome(False, "the program wrote into the interpreter's answer")
-    return Outcome(False, f"the interpreter ended without a word (exit code {process.returncode})")
+    if judge.returncode == 0:
+        with contextlib.suppress(ValueError, TypeError):
+            return Outcome(**json.loads(verdict))
+    return Outcome(False, f"the check ended without a verdict (exit code {judge.returncode})")
 
 
-# ---- what runs in the program's own interpreter
-
-
-def _limit(order: dict[str, Any], answer: int) -> None:
-    """Sets the limits of this process. If the program reaches a time limit, it is reported as failed."""
-
-    def over(what: str) -> Callable[..., NoReturn]:
-        return lambda *_: _finish(answer, Outcome(False, f"over the limit of {what}"))
-
-    cpu = order["cpu"]
-    signal.signal(signal.SIGXCPU, over(f"{cpu} s of processor time"))
-    for what, soft, hard in (
-        (resource.RLIMIT_CPU, cpu, cpu + 1),  # the hard limit kills a program that does not handle the signal in time
-        (resource.RLIMIT_AS, order["memory"], order["memory"]),
-        (resource.RLIMIT_FSIZE, FILE_BYTES, FILE_BYTES),
-        (resource.RLIMIT_NOFILE, 64, 64),
-        (resource.RLIMIT_CORE, 0, 0),
-    ):
-        resource.setrlimit(what, (soft, hard))
-    # This process ends itself too, in case the evaluation is killed and nobody else enforces the limit.
-    signal.signal(signal.SIGALRM, over(f"{order['wall']:g} s"))
-    signal.setitimer(signal.ITIMER_REAL, order["wall"])
-
-
-def _guard(folder: str) -> None:
-    """Refuses the operations that a function under test does not need. An audit hook cannot be removed again."""
-
-    def hook(event: str, args: tuple[Any, ...]) -> None:
-        if event == "open":
-            path, _, flags = args
-            if not flags & _WRITES or isinstance(path, int) or path == os.devnull:
-                return
-            if os.path.realpath(os.fsdecode(path)).startswith(folder + os.sep):
-                return
-        elif event in _HARMLESS or not event.startswith(_REFUSED):
-            return
-        raise PermissionError(f"refused in the sandbox: {event}")
-
-    sys.addaudithook(hook)
-
-
-def _finish(answer: int, outcome: Outcome) -> NoReturn:
-    with contextlib.suppress(OSError):  # the evaluation has closed its end of the pipe
-        os.write(answer, json.dumps(dataclasses.asdict(outcome)).encode())
-    os._exit(0)
-
-
-def _serve() -> NoReturn:
-    """Reads the order, runs the program and writes the Outcome, unless the program ends the interpreter first."""
-    order = json.loads(sys.stdin.buffer.read())
-    answer = os.dup(1)
-    quiet = os.open(os.devnull, os.O_RDWR)
-    for stream in (0, 1, 2):
-        os.dup2(quiet, stream)
-    _limit(order, answer)
-    _guard(os.path.realpath(os.curdir))
+def _start(folder: str, at_end: contextlib.ExitStack) -> subprocess.Popen[bytes]:
+    """Starts both interpreters and connects them. Returns the judge's process, which says the verdict on its stdout."""
+    calls_out, calls_in = os.pipe()
+    replies_out, replies_in = os.pipe()
     try:
-        exec(compile(order["program"], "program", "exec"), {"__name__": "__main__"})
-        outcome = Outcome(True)
-    except BaseException as error:  # SystemExit is a failure too: the tests come at the end of the program
-        outcome = Outcome(False, f"{type(error).__name__}: {error}".splitlines()[0][:200])
-    _finish(answer, outcome)
+        _child(folder, at_end, ["program"], stdin=calls_out, stdout=replies_in)
+        ends = (replies_out, calls_in)
+        return _child(folder, at_end, ["judge", *map(str, ends)], subprocess.PIPE, subprocess.PIPE, ends)
+    finally:  # the children have these now; a reader learns that the writer has ended only if nobody else can write
+        for end in (calls_out, calls_in, replies_out, replies_in):
+            os.close(end)
 
 
-if __name__ == "__main__":
-    _serve()
+def _child(
+    folder: str, at_end: contextlib.ExitStack, args: list[str], stdin: int, stdout: int, keep: tuple[int, ...] = ()
+) -> subprocess.Popen[bytes]:
+    """Starts an interpreter in a folder of its own, which `at_end` ends again."""
+    home = os.path.join(folder, args[0])
+    os.mkdir(home)
+    process = subprocess.Popen(
+        [*(_NAMESPACES if is_isolated() else ()), sys.executable, "-I", "-S", str(CHILD), *args],
+        stdin=stdin,
+        stdout=stdout,
+        stderr=subprocess.DEVNULL,
+        cwd=home,
+        env={"HOME": home, "TMPDIR": home, "PATH": os.defpath},
+        pass_fds=keep,
+        start_new_session=True,
+    )
+    at_end.callback(_end, process)
+    return process
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()

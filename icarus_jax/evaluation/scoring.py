@@ -240,20 +240,41 @@ def humaneval_prompt(row: Row) -> str:
 
 
 def humaneval_program(text: str, row: Row) -> str:
-    """Returns a program of the completed function, its tests, and the call that runs them."""
-    return f"{humaneval_prompt(row)}{text}\n{row['test']}\ncheck({row['entry_point']})\n"
+    """Returns the program of the completed function."""
+    return f"{humaneval_prompt(row)}{text}\n"
 
 
-def score_humaneval(text: str, row: Row, run: Callable[[str], Outcome]) -> Score:
+def humaneval_check(row: Row) -> str:
+    """Returns the check of a completed function, for `sandbox.run_program`.
+
+    The prompt comes first, because tests may use the functions that it defines whole. The function to complete is the
+    program's.
+    """
+    name = row["entry_point"]
+    return f"{_defined(humaneval_prompt(row))}\n{name} = program_function({name!r})\n{row['test']}\ncheck({name})\n"
+
+
+def _defined(prompt: str) -> str:
+    """Returns a program of what the prompt defines, whose last function is still to be completed."""
+    for end in ("", " pass"):
+        try:
+            compile(prompt + end, "prompt", "exec")
+            return prompt + end
+        except (SyntaxError, ValueError):
+            continue
+    return ""
+
+
+def score_humaneval(text: str, row: Row, run: Callable[[str, str], Outcome]) -> Score:
     """Scores an answer to a row of HumanEval: the completed function has to pass its tests.
 
     Args:
         text: the answer, which completes the row's prompt.
         row: the row.
-        run: runs a program, as `sandbox.run_program` does.
+        run: runs a program and its check, as `sandbox.run_program` does.
 
     Returns:
         The score: `pass@1`.
     """
-    outcome = run(humaneval_program(text, row))
+    outcome = run(humaneval_program(text, row), humaneval_check(row))
     return {"pass@1": outcome.passed} | ({} if outcome.passed else {"error": outcome.error})

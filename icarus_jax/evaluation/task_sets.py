@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from icarus_jax.evaluation import sandbox, scoring
-from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, read_lines
+from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, encode, read_lines
 from icarus_jax.evaluation.result_file import Line
 from icarus_jax.evaluation.scoring import Score
 from icarus_jax.tasks import TASKS, Row, Task
@@ -43,7 +43,7 @@ def _ask(row: Row, task: Task, score: Callable[[str, Row], Score] | None) -> dic
 
 
 def _ask_humaneval(row: Row) -> dict[str, Any]:
-    scoring.humaneval_program("", row)
+    scoring.humaneval_check(row)
     return {
         "prompt": scoring.humaneval_prompt(row),
         "max_tokens": HUMANEVAL_TOKENS,
@@ -126,7 +126,9 @@ def _key(line: Line) -> Hashable:
 
 def _body(tasks: TaskSet, name: str, row: Row, where: str) -> dict[str, Any]:
     try:
-        return tasks.request(row)
+        body = tasks.request(row)
+        encode(body)
+        return body
     except KeyError as error:
         raise ValueError(f"{where}: the task {name!r} needs the field {error}") from None
     except (TypeError, AttributeError, ValueError) as error:
@@ -150,7 +152,7 @@ def _job(tasks: TaskSet, index: int, row: Row, model: str, body: dict[str, Any],
             "score": tasks.score(text, row),
         }
 
-    return Job((model, index), tasks.url, {"model": model, **body}, record)
+    return Job((model, index), tasks.url, encode({"model": model, **body}), record)
 
 
 def _report(name: str, models: Sequence[str], lines: list[Line]) -> dict[str, Any]:

@@ -29,8 +29,12 @@ class PrefixCache:
     def name_pages(self, seq: Sequence) -> None:
         """Sets how the sequence's pages are named. It depends on where its model starts to make K/V of its own."""
         seq.adapted_from = seq.model.adapted_from(seq.tokens)
-        salted = seq.adapted_from < NEVER
-        seq.chain = Chain(seq.model.salt, seq.adapted_from // self._pool.page_size) if salted else Chain()
+        salt, start = "", 0
+        if seq.adapted_from < NEVER:
+            start, offset = divmod(seq.adapted_from, self._pool.page_size)
+            # Of two pages with the same tokens one may be the trunk's up to a later token: the offset is in the name.
+            salt = f"{seq.model.salt}@{offset}"
+        seq.chain = Chain(salt, start, seq.cache_salt)
         seq.page_keys = []
 
     def match(self, seq: Sequence) -> Match:

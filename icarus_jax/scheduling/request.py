@@ -13,6 +13,7 @@ from icarus_jax.scheduling.registry import Model
 MAX_LOGPROBS = 20  # alternatives per token
 MAX_LOGIT_BIAS = 300  # entries of logit_bias
 MAX_STOPS = 16  # stop strings, and stop tokens
+MAX_STOP_CHARACTERS = 1000  # of a stop string
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,6 +118,11 @@ class SamplingParams:
                 raise RequestError(f"a logit_bias is {bias}; it must lie between -100 and 100", "logit_bias")
         if any(not text for text in self.stop):
             raise RequestError("a stop string is empty", "stop")
+        longest = max(map(len, self.stop), default=0)
+        if longest > MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"stop has a string of {longest} characters; at most {MAX_STOP_CHARACTERS} are allowed", "stop"
+            )
 
     @property
     def greedy(self) -> bool:
@@ -165,6 +171,9 @@ class Request:
             and returns the name of the model that writes the next token, or None for no change.
         reference_logprobs: Whether the trunk's log-probability of each generated token is wanted too.
         session: What the client says of the conversation.
+        cache_salt: Only requests with the same salt share pages; '' is a salt too.
+        tenant: Who asks. The tenants that wait share the engine fairly.
+        weight: The tenant's share, compared with those of the others; above 0.
     """
 
     models: tuple[str, ...]
@@ -174,6 +183,9 @@ class Request:
     handoff: Handoff | None = None
     reference_logprobs: bool = False
     session: SessionHint | None = None
+    cache_salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
 
     def check(self, models: Mapping[str, Model], limit: int, vocab: int, max_num_seqs: int) -> None:
         """Checks whether the engine can serve the request.

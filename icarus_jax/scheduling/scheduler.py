@@ -17,6 +17,7 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling import admission
 from icarus_jax.scheduling.adapter_slots import AdapterSlots
 from icarus_jax.scheduling.admission import Verdict
+from icarus_jax.scheduling.fair import FairShare
 from icarus_jax.scheduling.page_pool import Match, PagePool
 from icarus_jax.scheduling.plan import Budget, SampleRow, StepPlan, Work, plan_rows, rows_to_write, take_results
 from icarus_jax.scheduling.prefix_cache import PrefixCache
@@ -61,6 +62,7 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stats = SchedulerStats()
+        self._fair = FairShare()
         self._entering: Sequence | None = None  # the waiting sequence that is being admitted
 
     @property
@@ -165,7 +167,7 @@ class Scheduler:
         places = self.config.max_num_seqs
         if len(self.running) >= places:
             return
-        for seq in admission.in_order(self.waiting, self.pool, places):
+        for seq in admission.in_order(self.waiting, self.pool, places, self._fair):
             full = len(self.running) >= places or not budget.writers
             if full or min(budget.readers, budget.logits) < 1 + seq.reference:
                 return
@@ -212,7 +214,7 @@ class Scheduler:
         seq.page_table, copies = self.pool.take(match)
         plan.copies.extend(copies)
         seq.num_computed, seq.status = covered, Status.RUNNING
-        admission.admit(self.waiting, seq)
+        admission.admit(self.waiting, seq, self._fair)
         self.running.append(seq)
         self.cache.expect(seq, to_compute)
         if seq.cached_tokens is None:
@@ -243,10 +245,10 @@ class Scheduler:
         return outputs
 
     def _accept(self, seq: Sequence, work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
-        output = take_results(work, results)
-        if output is None:
+        if (output := take_results(work, results)) is None:
             return None
         self.stats.generated_tokens += len(output.token_ids)
+        self._fair.charge(seq, len(output.token_ids))
         output.finish_reason = seq.finish_reason(self.config.max_model_len)
         if output.finish_reason:
             self._finish(seq)

@@ -36,6 +36,9 @@ class Sequence:
         reference: Whether the trunk's log-probability of each output token is wanted too.
         handoff: Is told each new token, and returns the model that writes the next one, or None for no change.
         session: What the client said of the conversation that the request belongs to.
+        cache_salt: The sequence shares pages only with those of the same salt.
+        tenant: Whose request it belongs to.
+        weight: The tenant's share of the engine.
         private: Whether the sequence stays out of the prefix cache: it takes no pages from it and leaves none.
         status: Whether it waits, runs or has ended.
         num_computed: How many of `tokens`, from the first on, have their K/V in the pages.
@@ -59,6 +62,9 @@ class Sequence:
     reference: bool = False
     handoff: Callable[[int], Model | None] | None = None
     session: SessionHint | None = None
+    cache_salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
     private: bool = False
     status: Status = Status.WAITING
     num_computed: int = 0
@@ -154,6 +160,9 @@ def make_sequences(
                 reference=request.reference_logprobs,
                 handoff=handoff,
                 session=request.session,
+                cache_salt=request.cache_salt,
+                tenant=request.tenant,
+                weight=request.weight,
             )
         )
     return sequences

@@ -20,6 +20,7 @@ from icarus_jax.server.body import Body, Int32
 
 MAX_N = 128
 MAX_RULES = 16
+MAX_ON_CHARACTERS = 1000
 
 
 class HandoffRule(Body):
@@ -30,7 +31,7 @@ class HandoffRule(Body):
         model: the model that generates the tokens after it.
     """
 
-    on: str | Int32
+    on: Annotated[str, Field(max_length=MAX_ON_CHARACTERS)] | Int32
     model: str
 
 
@@ -54,9 +55,15 @@ class Session(Body):
 
 
 class ReleaseRequest(Body):
-    """Ends the session of this id: the pages retained for it may be evicted."""
+    """Ends the session of this id: the pages retained for it may be evicted.
+
+    Attributes:
+        id: the client's name of the conversation.
+        key: the name of the API key whose session it is; None: the caller's. Only an admin may name another.
+    """
 
     id: str = Field(min_length=1, max_length=256)
+    key: str | None = None
 
 
 class Routing(Body):

@@ -1,22 +1,28 @@
 """What all request bodies of the HTTP API have in common: how they are read and refused.
 
-A null field counts as absent. Types must be right; SamplingParams checks the ranges. Unknown fields are ignored.
+A null field counts as absent. Types must be right; SamplingParams checks the ranges. other_fields.py says which of the
+fields that a body does not have are refused; all others are ignored.
 """
 
 from __future__ import annotations
 
 import functools
 import logging
-from typing import Annotated, Any, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request as HttpRequest
 
 from icarus_jax.errors import RequestError
+from icarus_jax.server.other_fields import check_other
 
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20
+# Python's lock is held while JSON is read, on whatever thread; these keep that to some tenths of a second.
+MAX_BODY_COMMAS = 2_000_000
+MAX_BODY_BRACKETS = 200_000
 Int32 = Annotated[int, Field(ge=-(2**31), lt=2**31)]
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 B = TypeVar("B", bound="Body")
@@ -29,9 +35,17 @@ class ApiError(Exception):
         status: the HTTP status.
         param: the request's field at fault, if there is one.
         code: the error's kind for programs, such as 'model_not_found'.
+        headers: headers of the answer.
     """
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ):
         """Takes the fields of the error object.
 
         Args:
@@ -39,11 +53,13 @@ class ApiError(Exception):
             message: what is wrong, for people.
             param: the request's field at fault, if there is one.
             code: the error's kind for programs.
+            headers: headers of the answer.
         """
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = dict(headers or {})
 
 
 @functools.lru_cache(maxsize=256)
@@ -52,9 +68,14 @@ def _note_unknown(name: str) -> None:
 
 
 class Body(BaseModel):
-    """The base class of request bodies. Types are strict: the string "5" is not a number."""
+    """The base class of request bodies. Types are strict: the string "5" is not a number.
+
+    Attributes:
+        refused: fields that the body does not have and refuses, and the values of each that it accepts.
+    """
 
     model_config = ConfigDict(strict=True)
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
@@ -63,7 +84,8 @@ class Body(BaseModel):
             return data
         if cls.model_config.get("extra") != "allow":
             for name in data.keys() - cls.model_fields.keys():
-                _note_unknown(name[:64])
+                if data[name] is not None and not check_other(cls.refused, name, data[name]):
+                    _note_unknown(name[:64])
         return {name: value for name, value in data.items() if value is not None}
 
 
@@ -88,7 +110,7 @@ async def read_body(http: HttpRequest) -> bytes:
 
 
 def parse(kind: type[B], raw: bytes) -> B:
-    """Makes a request body of its JSON text.
+    """Makes a request body of its JSON text. That takes long for a large one: call it on a thread.
 
     Args:
         kind: the class of the body.
@@ -98,8 +120,14 @@ def parse(kind: type[B], raw: bytes) -> B:
         The body, checked.
 
     Raises:
-        ApiError: the JSON is broken, or a field is wrong. The error names the first such field.
+        ApiError: the JSON is broken or holds too much, or a field is wrong. The error names the first such field.
     """
+    for what, count, most in (
+        ("commas", raw.count(b","), MAX_BODY_COMMAS),
+        ("brackets", raw.count(b"[") + raw.count(b"{"), MAX_BODY_BRACKETS),
+    ):
+        if count > most:
+            raise ApiError(413, f"the body has {count} {what}; at most {most} are read")
     try:
         return kind.model_validate_json(raw)
     except ValidationError as error:

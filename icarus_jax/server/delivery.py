@@ -10,6 +10,7 @@ from typing import Any
 from starlette.responses import JSONResponse
 
 from icarus_jax.server.body import ApiError
+from icarus_jax.server.exchange import current
 from icarus_jax.server.generation import ClientGone, Generation
 from icarus_jax.server.responses import View, error_body, internal_error
 from icarus_jax.server.streams import Delta
@@ -29,7 +30,7 @@ async def whole_response(generation: Generation, view: View) -> JSONResponse:
         The response with every choice and the token counts.
 
     Raises:
-        ApiError: the engine failed, or the server is stopping.
+        ApiError: the engine failed, the server is stopping, or the request's time is over.
         ClientGone: the client has closed the connection.
     """
     deltas: dict[int, list[Delta]] = {choice.index: [] for choice in generation.choices}
@@ -67,7 +68,7 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
     except ApiError as error:
         yield _event(error_body(error.status, str(error), error.param, error.code))
     except Exception:
-        log.exception("a stream failed")
+        log.exception("a stream failed (request %s)", current().request_id)
         yield _event(internal_error())
     finally:
         generation.close()

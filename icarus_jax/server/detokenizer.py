@@ -8,6 +8,8 @@ text through one automaton for each stop string. The cost per token does not gro
 from __future__ import annotations
 
 import codecs
+import collections
+import itertools
 import logging
 import re
 from collections.abc import Iterable, Sequence
@@ -100,20 +102,26 @@ class Vocabulary:
         except UnicodeDecodeError:
             return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
-    def prompt_text(self, ids: Sequence[int]) -> tuple[str, list[int]]:
-        """Returns the text of a prompt, without its special tokens.
+    def holds_special(self, text: str) -> bool:
+        """Returns whether a text holds the whole text of a special token."""
+        names = (self.token_bytes(token_id).decode(errors="replace") for token_id in self.special_ids)
+        return any(name and name in text for name in names)
+
+    def prompt_text(self, ids: Sequence[int], skip_special_tokens: bool = True) -> tuple[str, list[int]]:
+        """Makes the text of a prompt that came as token ids. An unfinished character at its end is dropped.
 
         Args:
             ids: the prompt's token ids.
+            skip_special_tokens: whether special tokens are left out of the text.
 
         Returns:
             The text, and for each token the offset at which it starts in the text, in characters.
         """
-        detokenizer = Detokenizer(self, SamplingParams())
+        detokenizer = Detokenizer(self, SamplingParams(), skip_special_tokens)
         parts, offsets = [], []
         for token_id in ids:
-            offsets.append(detokenizer.length)
             parts.append(detokenizer.push([token_id]))
+            offsets.append(detokenizer.start)
         text = "".join(parts)
         if not self.byte_level and text.startswith(" "):  # SentencePiece puts a space before a prompt's first word
             text, offsets = text[1:], [max(0, offset - 1) for offset in offsets]
@@ -122,6 +130,8 @@ class Vocabulary:
 
 class Finder:
     """Finds one string in a stream of characters, with the algorithm of Knuth, Morris and Pratt.
+
+    It finds every occurrence. Set `matched` to 0 after one to find none that overlaps it.
 
     Attributes:
         text: the string to find.
@@ -152,12 +162,12 @@ class Finder:
             char: the character.
 
         Returns:
-            True if it completes the string. The search then starts anew, so that occurrences do not overlap.
+            True if it completes the string.
         """
         self.matched = self._next(char, self.matched)
         if self.matched < len(self.text):
             return False
-        self.matched = 0
+        self.matched = self._border[-1]
         return True
 
 
@@ -165,12 +175,14 @@ class Detokenizer:
     """Makes text of one choice's generated tokens, and looks for stop strings in it.
 
     It returns whole characters only. It holds back text that could still become a stop string. The stop string that is
-    completed first ends the text; if one character completes several, the longest does. A stop string is not looked for
-    in the first `params.min_tokens` tokens.
+    completed first ends the text; if one character completes several, the longest does. The tokens up to number
+    `params.min_tokens` do not complete one. A stop string that holds a special token is looked for in the text as it
+    would be if no token were hidden; any other, in the text that the client sees.
 
     Attributes:
         stopped: the stop string that ended the text, or None.
         length: how many characters have been decoded so far, those held back included.
+        start: where the newest token starts in the text, in characters. A hidden token has no width.
     """
 
     def __init__(
@@ -187,28 +199,53 @@ class Detokenizer:
             params: names the stop strings.
             skip_special_tokens: whether special tokens are left out of the text.
             prompt_ids: the prompt's token ids. If the prompt ends within a character, the text begins with that
-                character.
+                character, or without it if the output does not go on with it.
         """
         self.stopped: str | None = None
         self.length = 0
+        self.start = 0
         self._vocabulary = vocabulary
         self._params = params
         self._hidden = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
-        self._stops = [Finder(text) for text in params.stop]
+        self._stops = [(Finder(text), vocabulary.holds_special(text)) for text in params.stop]
+        longest = max((len(stop.text) for stop, in_all in self._stops if in_all), default=0)
+        self._shown = collections.deque[bool](maxlen=longest)  # of the last characters, hidden ones too: is it shown?
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._held = ""
         self._count = 0
-        for token_id in prompt_ids[-4:]:  # no character has more than four bytes
-            self._decode(token_id)
+        self._decoder.decode(self._end_of(prompt_ids))
+        self._in_prompt = bool(self._decoder.getstate()[0])  # whether the unfinished character begins in the prompt
 
-    def _decode(self, token_id: int) -> str:
-        return "" if token_id in self._hidden else self._decoder.decode(self._vocabulary.token_bytes(token_id))
+    def _end_of(self, prompt_ids: Sequence[int]) -> bytes:
+        end = b""
+        for token_id in reversed(prompt_ids):
+            if len(end) >= 3:  # an unfinished character has no more bytes
+                break
+            if token_id not in self._hidden:
+                end = self._vocabulary.token_bytes(token_id) + end
+        return end
 
-    def push(self, token_ids: Iterable[int]) -> str:
+    def _decode(self, raw: bytes) -> str:
+        """Decodes the bytes of a shown token, and adds what comes of it to the text."""
+        begun = self._decoder.getstate()[0]
+        text = self._decoder.decode(raw)
+        if begun and text:
+            if not (begun + raw).startswith(text[0].encode()):  # the begun character is broken: text[0] is U+FFFD
+                if self._in_prompt:
+                    text = text[1:]
+                elif codecs.utf_8_decode(begun + raw[:1], "replace")[0]:  # none of this token's bytes are part of it
+                    self.start += 1
+            self._in_prompt = False
+        self._held += text
+        self.length += len(text)
+        return text
+
+    def push(self, token_ids: Iterable[int], hide: bool = False) -> str:
         """Takes generated tokens in.
 
         Args:
             token_ids: the next tokens.
+            hide: whether to leave them out of the text, as special tokens may be.
 
         Returns:
             The text that is certain now; '' once a stop string has ended the text.
@@ -216,29 +253,42 @@ class Detokenizer:
         for token_id in token_ids:
             if self.stopped is not None:
                 break
-            text = self._decode(token_id)
-            self._held += text
-            self.length += len(text)
             self._count += 1
-            if self._stops and self._count > self._params.min_tokens:
-                self._scan(text)
+            raw = self._vocabulary.token_bytes(token_id)
+            self.start = self.length
+            if hide or token_id in self._hidden:
+                self._scan(raw.decode(errors="replace"), shown=False)
+            else:
+                self._scan(self._decode(raw), shown=True)
         if self.stopped is not None:
             return self._release(0)
-        return self._release(max((stop.matched for stop in self._stops), default=0))
+        return self._release(max((self._num_shown(stop.matched, in_all) for stop, in_all in self._stops), default=0))
 
     def finish(self) -> str:
         """Ends the text and returns what was held back. An unfinished character is dropped."""
         return self._release(0)
 
-    def _scan(self, text: str) -> None:
-        """Looks for stop strings in the newest text. If one ends in it, cuts the held text there."""
+    def _num_shown(self, count: int, in_all: bool) -> int:
+        """Returns how many of the last `count` characters are shown, if hidden ones are counted (`in_all`)."""
+        return sum(itertools.islice(reversed(self._shown), count)) if in_all else count
+
+    def _scan(self, text: str, shown: bool) -> None:
+        """Looks for stop strings in a token's text. If one ends in it, cuts the held text there."""
+        if not self._stops:
+            return
         for i, char in enumerate(text):
-            found = [stop.text for stop in self._stops if stop.advance(char)]
-            if found:
-                self.stopped = max(found, key=len)
-                excess = len(text) - i - 1 + (0 if self._params.include_stop_str_in_output else len(self.stopped))
-                self._held = self._held[: len(self._held) - excess]
-                self.length -= excess
+            self._shown.append(shown)
+            found = [pair for pair in self._stops if (shown or pair[1]) and pair[0].advance(char)]
+            if found and self._count > self._params.min_tokens:
+                stop, in_all = max(found, key=lambda pair: len(pair[0].text))
+                num_shown = self._num_shown(len(stop.text), in_all)
+                excess = num_shown + (len(text) - i - 1 if shown else 0)
+                kept = stop.text if self._params.include_stop_str_in_output else ""
+                self._held = self._held[: len(self._held) - excess] + kept
+                self.length += len(kept) - excess
+                if kept:  # tokens before this one were hidden, and are shown now
+                    self.start += max(0, len(kept) - num_shown - (0 if shown else i + 1))
+                self.stopped = stop.text
                 return
 
     def _release(self, keep: int) -> str:

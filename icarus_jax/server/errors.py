@@ -25,7 +25,9 @@ def add_error_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(http: HttpRequest, error: ApiError) -> Response:
-        return _error(error.status, str(error), error.param, error.code)
+        answer = _error(error.status, str(error), error.param, error.code)
+        answer.headers.update(error.headers)
+        return answer
 
     @app.exception_handler(RequestError)
     async def request_error(http: HttpRequest, error: RequestError) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import threading
 import time
 from collections.abc import AsyncIterator
 
@@ -13,7 +14,10 @@ from starlette.requests import Request as HttpRequest
 from icarus_jax.engine.engine import Engine
 from icarus_jax.scheduling.request import Request, TokenOutput
 from icarus_jax.server.body import ApiError
+from icarus_jax.server.exchange import current
+from icarus_jax.server.limits import Limits, Place
 from icarus_jax.server.metrics import Metrics
+from icarus_jax.server.responses import usage
 from icarus_jax.server.streams import Choice, Delta
 
 log = logging.getLogger(__name__)
@@ -35,21 +39,22 @@ class _Arrival:
 class Generation:
     """The choices of one HTTP request while the engine works on them.
 
-    Call `submit` for each prompt, then iterate with `async for choice, delta in generation` until every choice has
-    ended. Call `close` at the end, whatever happened. If the client closes the connection, the running choices are
-    aborted at once.
+    Call `reserve`, and `submit` for each prompt; this may be done on a thread. Then iterate with `async for choice,
+    delta in generation` until every choice has ended. Call `close` at the end, whatever happened. If the client closes
+    the connection, or the request's time is over, the running choices are aborted at once.
 
     Attributes:
         choices: every choice submitted, in the order of their indices.
     """
 
-    def __init__(self, engine: Engine, metrics: Metrics, http: HttpRequest):
+    def __init__(self, engine: Engine, metrics: Metrics, http: HttpRequest, limits: Limits | None = None):
         """Starts to watch the client's connection. Must be called on the event loop.
 
         Args:
             engine: the engine that generates.
             metrics: counts the tokens and the latencies.
             http: the client's request, its body already read.
+            limits: counts what waits; None: there are no limits.
         """
         self.choices: list[Choice] = []
         self._engine = engine
@@ -58,9 +63,31 @@ class Generation:
         self._arrival = time.monotonic()
         self._last: dict[int, float] = {}  # choice index -> time of its last token
         self._running: dict[int, tuple[Choice, int]] = {}  # index of a running choice -> the choice, its sequence id
-        self._gone = False
-        self._queue: asyncio.Queue[_Arrival | None] = asyncio.Queue()  # None: the client has closed the connection
+        self._exchange = current()
+        self._limits = limits or Limits()
+        self._place: Place | None = None  # in the line of what waits
+        self._unstarted: dict[int, int] = {}  # index of a choice without outputs -> tokens that wait with it
+        self._cut: Exception | None = None  # why nobody wants the rest
+        self._lock = threading.Lock()  # of `_cut` and `_running`
+        self._queue: asyncio.Queue[_Arrival | None] = asyncio.Queue()  # None: see `_cut`
         self._watcher = asyncio.create_task(self._watch(http))
+        self._timer: asyncio.TimerHandle | None = None
+
+    def reserve(self, requests: int, tokens: int) -> None:
+        """Lets the request wait, before anything is submitted.
+
+        Args:
+            requests: how many choices it has.
+            tokens: how many tokens its prompts have.
+
+        Raises:
+            ApiError: too much waits already: status 429.
+        """
+        try:
+            self._place = self._limits.enter(self._exchange.caller.name, requests, tokens)
+        except ApiError:
+            self._metrics.rejected(self._exchange.caller.name)
+            raise
 
     def submit(self, request: Request, choices: list[Choice]) -> None:
         """Submits one prompt's choices to the engine.
@@ -71,6 +98,7 @@ class Generation:
 
         Raises:
             RequestError: the engine cannot serve the request.
+            ClientGone: the client has closed the connection.
         """
 
         def on_output(i: int, output: TokenOutput) -> None:  # runs on the engine's thread
@@ -79,30 +107,46 @@ class Generation:
             except RuntimeError:  # the loop is closed: the server was stopped without waiting for its requests
                 log.debug("an output came after the server's end")
 
-        seq_ids = self._engine.submit(request, on_output)
-        self.choices += choices
-        self._running |= {choice.index: (choice, seq_id) for choice, seq_id in zip(choices, seq_ids, strict=True)}
+        with self._lock:
+            if self._cut is not None:
+                raise self._cut
+            seq_ids = self._engine.submit(request, on_output)
+            self.choices += choices
+            self._running |= {choice.index: (choice, seq_id) for choice, seq_id in zip(choices, seq_ids, strict=True)}
+        self._unstarted |= {choice.index: 0 if i else len(request.prompt_ids) for i, choice in enumerate(choices)}
+        self._exchange.model = ",".join(request.models)
         for model in request.models:
             self._metrics.prompt(model, len(request.prompt_ids))
+
+    def end_after(self, timeout: float) -> None:
+        """Ends the request at a time. Call it on the event loop, after the last prompt has been submitted.
+
+        Args:
+            timeout: how many seconds after its arrival.
+        """
+        left = self._exchange.started + timeout - time.monotonic()
+        self._timer = self._loop.call_later(max(0.0, left), self._expire, timeout)
 
     async def __aiter__(self) -> AsyncIterator[tuple[Choice, Delta]]:
         """Yields each gain of a choice as it comes, until every choice has ended.
 
         Raises:
-            ApiError: the engine failed, or the server is stopping.
+            ApiError: the engine failed, the server is stopping, or the request's time is over.
             ClientGone: the client has closed the connection.
         """
         while self._running:
             arrival = await self._queue.get()
             if arrival is None:
-                raise ClientGone
+                break
             if arrival.choice.index in self._running:  # a choice that a stop string has ended may still get outputs
                 yield arrival.choice, self._take(arrival)
-        if self._gone:  # the connection was closed while the caller handled the last delta
-            raise ClientGone
+        if self._cut is not None:  # perhaps while the caller handled the last delta
+            raise self._cut
 
     def _take(self, arrival: _Arrival) -> Delta:
         choice, output = arrival.choice, arrival.output
+        if self._place is not None and choice.index in self._unstarted:
+            self._place.leave(1, self._unstarted.pop(choice.index))
         delta = choice.feed(output)
         if delta.token_ids:
             last = self._last.get(choice.index)
@@ -123,19 +167,33 @@ class Generation:
     def close(self) -> None:
         """Aborts the choices that still run, and stops watching the connection. May be called more than once."""
         self._watcher.cancel()
-        self._abort()
-
-    def _abort(self) -> None:
-        if self._running:
-            self._engine.abort([seq_id for _, seq_id in self._running.values()])
-            for choice, _ in self._running.values():
-                self._metrics.finished(choice.model, "abort", time.monotonic() - self._arrival)
-            self._running.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+        self._stop(ClientGone(), "abort")
+        if self._place is not None:
+            self._place.give_up()
+        if self.choices:
+            self._exchange.usage = usage(self.choices, by_model=False)
 
     async def _watch(self, http: HttpRequest) -> None:
-        """Waits until the client closes the connection, then aborts the choices that still run."""
+        """Waits until the client closes the connection, then ends the request."""
         while (await http.receive())["type"] != "http.disconnect":
             pass
-        self._gone = True
-        self._abort()
+        self._stop(ClientGone(), "abort")
+
+    def _expire(self, timeout: float) -> None:
+        if self._running:
+            message = f"the request did not end within its timeout of {timeout:g} s"
+            headers = {"x-should-retry": "false"}  # OpenAI's clients would send it again
+            self._stop(ApiError(408, message, "timeout", "request_timeout", headers), "timeout")
+
+    def _stop(self, cut: Exception, reason: str) -> None:
+        """Aborts the choices that still run, lets the iteration end with an exception, and refuses more choices."""
+        with self._lock:
+            self._cut = self._cut or cut
+            running, self._running = self._running, {}
+        if running:
+            self._engine.abort([seq_id for _, seq_id in running.values()])
+        for choice, _ in running.values():
+            self._metrics.finished(choice.model, reason, time.monotonic() - self._arrival)
         self._queue.put_nowait(None)

@@ -57,5 +57,6 @@ class Handoff:
         for char in text:
             for finder, name in self._of_text:  # from the shortest text to the longest, so that the longest wins
                 if finder.advance(char):
+                    finder.matched = 0  # so that occurrences do not overlap
                     model = name
         return self._of_token.get(token_id, model)

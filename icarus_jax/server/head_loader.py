@@ -7,12 +7,12 @@ import os
 import pathlib
 import re
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 from icarus_jax.engine.engine import Engine
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.registry import Model
-from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.weights.adapter_files import CONFIG_FILE
 from icarus_jax.weights.peft import read_head
 
 log = logging.getLogger(__name__)
@@ -73,7 +73,8 @@ class HeadLoader:
             The real path of the adapter's folder.
 
         Raises:
-            PermissionError: the folder, or one of its files, lies outside `folders` once symbolic links are followed.
+            PermissionError: the folder, or anything below it, lies outside `folders` once symbolic links are followed,
+                or is neither a file nor a folder.
             FileNotFoundError: the folder holds no adapter.
         """
         places = [_real(folder / path) for folder in self.folders]  # joined with an absolute path, this is that path
@@ -83,9 +84,13 @@ class HeadLoader:
         found = next((place for place in allowed if (place / CONFIG_FILE).is_file()), None)
         if found is None:
             raise FileNotFoundError(f"{path[:256]!r} is no adapter: it has no {CONFIG_FILE} (a PEFT folder holds it)")
-        for file in (CONFIG_FILE, WEIGHTS_FILE):
-            if not self._is_inside(_real(found / file)):
-                raise PermissionError(f"{path[:256]!r}: {file} is a link to outside the folders that heads lie in")
+        for place in _below(found):
+            name = str(place.relative_to(found))[:256]
+            real = _real(place)
+            if not self._is_inside(real):
+                raise PermissionError(f"{path[:256]!r}: {name} is a link to outside the folders that heads lie in")
+            if real.exists() and not (real.is_file() or real.is_dir()):
+                raise PermissionError(f"{path[:256]!r}: {name} is neither a file nor a folder")
         return found
 
     def _is_inside(self, path: pathlib.Path) -> bool:
@@ -142,6 +147,24 @@ class HeadLoader:
             self.engine.unload_head(name)
             self._sources.pop(name, None)
             log.info("head %s: unloaded", name)
+
+
+def _below(folder: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields everything below a folder, and below the folders that links there lead to, each folder once.
+
+    A folder is entered only after it has been yielded: who stops there has not looked into it.
+    """
+    entered: set[pathlib.Path] = set()
+    waiting = [folder]
+    while waiting:
+        if (real := _real(waiting[-1])) in entered:
+            waiting.pop()
+            continue
+        entered.add(real)
+        for place in waiting.pop().iterdir():
+            yield place
+            if place.is_dir():
+                waiting.append(place)
 
 
 def _real(path: pathlib.Path) -> pathlib.Path:

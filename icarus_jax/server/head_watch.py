@@ -2,7 +2,7 @@
 
 The watcher compares the times and sizes of files, once a second. It loads a subfolder only after a poll in which
 nothing has changed, so that it does not read an adapter that is still being written. It tries again, at growing
-intervals, to load an adapter that it could not load.
+intervals, to load an adapter that it could not load. Whatever goes wrong with one head is logged, and the others go on.
 """
 
 from __future__ import annotations
@@ -14,15 +14,13 @@ import pathlib
 import threading
 
 from icarus_jax.server.head_loader import HeadLoader, UnknownHead
-from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.weights.adapter_files import ARRAYS, CONFIG_FILE, WEIGHTS_FILE
+from icarus_jax.weights.reading import Stamp, stamp
 
 log = logging.getLogger(__name__)
 
 POLL_SECONDS = 1.0
 MAX_WAIT = 64  # the most polls between two tries to load a head
-
-ABSENT = (0, 0, 0)  # the stamp of a file that does not exist
-Stamp = tuple[tuple[int, int, int], ...]  # for each file: its inode, its modification time in nanoseconds, its bytes
 
 
 @dataclasses.dataclass
@@ -67,9 +65,8 @@ class HeadWatcher:
         if not self._folder.is_dir():
             raise ValueError(f"{self._folder} is no folder: there is nothing to watch")
         self._poll_seconds = poll_seconds
-        self._known = {
-            name: _Watched(stamp, loaded=stamp) for name, stamp in self._stamps().items() if self._is_served(name)
-        }
+        self._known = {name: _Watched(now, loaded=now) for name, now in self._stamps().items() if self._is_served(name)}
+        self._failing = ""  # what the last poll failed with as a whole; '' if it did not
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._run, name="head-watcher", daemon=True)
 
@@ -85,19 +82,22 @@ class HeadWatcher:
         while not self._stop.wait(self._poll_seconds):
             try:
                 self.poll()
-            except Exception:
-                log.exception("watching %s failed; it goes on", self._folder)
+                self._failing = ""
+            except Exception as error:  # the folder cannot be listed
+                if self._failing != str(error):  # once, not at every poll
+                    log.exception("watching %s failed; it goes on", self._folder)
+                self._failing = str(error)
 
     def poll(self) -> None:
         """Looks at the folder once, and loads and unloads what has changed. The thread calls it at every poll."""
         stamps = self._stamps()
         for name in [name for name in self._known if name not in stamps]:
             self._remove(name)
-        for name, stamp in stamps.items():
+        for name, now in stamps.items():
             head = self._known.setdefault(name, _Watched(()))
-            if head.stamp != stamp:
-                head.stamp, head.tries, head.wait = stamp, 0, 0
-            elif head.loaded != stamp:
+            if head.stamp != now:
+                head.stamp, head.tries, head.wait = now, 0, 0
+            elif head.loaded != now:
                 self._try(name, head)
 
     def _try(self, name: str, head: _Watched) -> None:
@@ -106,12 +106,13 @@ class HeadWatcher:
             return
         try:
             self._loader.load(name, str(self._folder / name))
-        except (ValueError, OSError) as error:
+        except Exception as error:
             head.tries += 1
             head.wait = min(2**head.tries, MAX_WAIT) - 1
-            if head.error != str(error):
-                log.error("head %s in %s is not loaded: %s", name, self._folder, error)
-            head.error = str(error)
+            if head.error != _line(error):
+                bug = not isinstance(error, ValueError | OSError)
+                log.error("head %s in %s is not loaded: %s", name, self._folder, _line(error), exc_info=bug)
+            head.error = _line(error)
         else:
             head.loaded, head.error = head.stamp, ""
 
@@ -123,8 +124,10 @@ class HeadWatcher:
             self._loader.unload(name)
         except UnknownHead:
             pass  # somebody else has unloaded it in the meantime
-        except ValueError as error:
-            log.error("head %s, whose folder in %s is gone, is not unloaded: %s", name, self._folder, error)
+        except Exception as error:
+            bug = not isinstance(error, ValueError)
+            message = "head %s, whose folder in %s is gone, is not unloaded: %s"
+            log.error(message, name, self._folder, _line(error), exc_info=bug)
 
     def _is_served(self, name: str) -> bool:
         source = self._loader.source(name)
@@ -134,16 +137,11 @@ class HeadWatcher:
         """Returns the stamps of the subfolders that hold an adapter. Its weights may not have been written yet."""
         found: dict[str, Stamp] = {}
         for place in self._folder.iterdir():
-            if not place.name.startswith("."):
-                stamp = tuple(_stamp(place / file) for file in (CONFIG_FILE, WEIGHTS_FILE))
-                if stamp[0] != ABSENT:
-                    found[place.name] = stamp
+            if not place.name.startswith(".") and (config := stamp(place / CONFIG_FILE)):
+                found[place.name] = (*config, *stamp(place / WEIGHTS_FILE), *stamp(place / ARRAYS))
         return found
 
 
-def _stamp(file: pathlib.Path) -> tuple[int, int, int]:
-    try:
-        stat = file.stat()
-    except OSError:
-        return ABSENT
-    return stat.st_ino, stat.st_mtime_ns, stat.st_size
+def _line(error: Exception) -> str:
+    said = " ".join(str(error).split())
+    return said if isinstance(error, ValueError | OSError) else f"{type(error).__name__}: {said}"

@@ -18,6 +18,7 @@ import uvicorn
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from icarus_jax.server.exchange import current
 from icarus_jax.server.responses import error_body, internal_error
 
 log = logging.getLogger(__name__)
@@ -94,7 +95,7 @@ class Gate:
         except Exception:
             if started:
                 raise
-            log.exception("%s %s failed", scope["method"], scope["path"])
+            log.exception("%s %s failed (request %s)", scope["method"], scope["path"], current().request_id)
             await JSONResponse(internal_error(), 500)(scope, receive, send)
         finally:
             self._drain.in_flight -= 1

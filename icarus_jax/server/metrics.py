@@ -108,6 +108,7 @@ class Metrics:
         self._requests = counter("requests", "Streams ended.", [*model, "finished_reason"])
         self._prompt = counter("prompt_tokens", "Prompt tokens of the requests taken.", model)
         self._generated = counter("generation_tokens", "Tokens sent to clients.", model)
+        self._rejected = counter("requests_rejected", "Requests answered 429, by the name of the API key.", ["key"])
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
         self._itl = histogram("inter_token_latency_seconds", "Between two tokens of a stream.", _SHORT)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to a stream's end.", _LONG)
@@ -115,6 +116,14 @@ class Metrics:
     def prompt(self, model: str, num_tokens: int) -> None:
         """Counts the tokens of a prompt that a model was asked to continue."""
         self._prompt.labels(model).inc(num_tokens)
+
+    def rejected(self, key: str) -> None:
+        """Counts a request that was refused because too many wait.
+
+        Args:
+            key: the name of its API key.
+        """
+        self._rejected.labels(key).inc()
 
     def tokens(self, model: str, num_tokens: int, since: float, first: bool) -> None:
         """Counts generated tokens of a choice.
@@ -134,7 +143,7 @@ class Metrics:
 
         Args:
             model: the model that generated its last tokens.
-            reason: the finish_reason: 'stop', 'length', 'abort' or 'error'.
+            reason: the finish_reason: 'stop', 'length', 'abort', 'error' or 'timeout'.
             since_arrival: seconds since the request's arrival.
         """
         self._requests.labels(model, reason).inc()

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from transformers.utils.chat_template_utils import render_jinja_template
 
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.detokenizer import Vocabulary
+from icarus_jax.server.messages import for_template
 from icarus_jax.server.protocol import ChatPrompt
 
 
@@ -57,13 +61,15 @@ class PromptReader:
             The prompt. It may still leave no room for output; see `room`.
 
         Raises:
-            ApiError: the prompt is empty, is a text far too long for the context, or has an id out of range.
+            ApiError: the prompt is empty, has more ids than the context holds, is a text far too long for it, or has an
+                id out of range.
         """
         if isinstance(prompt, str):
             self._check_characters(prompt, field)
             ids = self.vocabulary.encode(prompt, add_special_tokens)
             made = Prompt(tuple(ids), prompt, field)
         else:
+            self.check_count(len(prompt), field)
             self.check_ids(prompt, field)
             made = Prompt(tuple(prompt), None, field)
         if not made.ids:
@@ -83,17 +89,22 @@ class PromptReader:
             ApiError: the template cannot render the conversation; the message gives the template's reason.
         """
         generate = chat.add_generation_prompt
+        tokenizer = self.vocabulary.tokenizer
         try:
-            return self.vocabulary.tokenizer.apply_chat_template(
+            template = tokenizer.get_chat_template(tools=chat.tools)
+            # Not apply_chat_template: it takes a null content away, for which some templates ask.
+            rendered: Any = render_jinja_template(
                 **{
+                    **tokenizer.special_tokens_map,
                     **chat.chat_template_kwargs,
-                    "conversation": [message.render() for message in chat.messages],
+                    "conversations": [for_template(chat.messages, template)],
+                    "chat_template": template,
                     "tools": chat.tools,
                     "add_generation_prompt": not chat.continue_final_message if generate is None else generate,
                     "continue_final_message": chat.continue_final_message,
-                    "tokenize": False,
                 }
             )
+            return rendered[0][0]  # the text of the first conversation
         except Exception as error:  # a template is a program, and may raise anything on input it does not expect
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ApiError(400, f"the chat template cannot render these messages: {reason}", "messages") from error
@@ -111,6 +122,19 @@ class PromptReader:
             ApiError: as of `render` and `read`.
         """
         return self.read(self.render(chat), "messages", chat.add_special_tokens)
+
+    def check_count(self, num: int, field: str) -> None:
+        """Refuses more tokens than the context holds, before any time is spent on them.
+
+        Args:
+            num: how many there are.
+            field: the request's field that they came in.
+
+        Raises:
+            ApiError: they are too many.
+        """
+        if num > self.max_model_len:
+            self._too_long(f"{field} has {num} tokens", field)
 
     def check_ids(self, ids: list[int], field: str) -> None:
         """Checks token ids.

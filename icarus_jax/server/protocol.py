@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated, Any, Literal, get_type_hints
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, get_type_hints
 
-from pydantic import BeforeValidator, ConfigDict, Field, create_model, model_validator
+from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.server.agent_fields import MAX_N, Routing
 from icarus_jax.server.body import Body, Int32, Int64
+from icarus_jax.server.messages import MAX_MESSAGES, Message
+from icarus_jax.server.other_fields import GENERATION_FIELDS, PROMPT_FIELDS
 
 
 class StreamOptions(Body):
-    """OpenAI's `stream_options`: whether a last chunk brings the usage."""
+    """OpenAI's `stream_options`: whether a last chunk brings the usage. vLLM's usage in every chunk is not served."""
 
     include_usage: bool = False
+    continuous_usage_stats: Literal[False] = False
 
 
 class ResponseFormat(Body):
@@ -45,6 +49,8 @@ Sampling: Any = create_model("Sampling", __base__=Body, **_SAME_FORM)
 class Generate(Sampling, Routing):
     """What completions and chat completions share. Ranges of sampling fields are checked by SamplingParams."""
 
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = GENERATION_FIELDS
+
     n: int = Field(1, ge=1, le=MAX_N)
     stream: bool = False
     stream_options: StreamOptions | None = None
@@ -55,7 +61,9 @@ class Generate(Sampling, Routing):
     skip_special_tokens: bool = True
     return_token_ids: bool = False
     response_format: ResponseFormat | None = None
-    user: str | None = None
+    best_of: Int32 | None = None
+    cache_salt: str = Field("", max_length=256)
+    timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # seconds, from the request's arrival
 
     @model_validator(mode="after")
     def _check_shared(self) -> Generate:
@@ -65,6 +73,8 @@ class Generate(Sampling, Routing):
             raise RequestError("prompt_logprobs is not available with stream=true", "prompt_logprobs")
         if self.response_format and self.response_format.type != "text":
             raise RequestError("the only response_format is {'type': 'text'}", "response_format")
+        if self.best_of not in (None, self.n):
+            raise RequestError(f"best_of is {self.best_of}; it must equal n, which is {self.n}", "best_of")
         return self
 
     def named_logprobs(self) -> int | None:
@@ -123,17 +133,7 @@ class CompletionRequest(Generate):
     prompt: Annotated[list[Any], BeforeValidator(_prompts)]  # list[str | list[int]]
     echo: bool = False
     logprobs: Int32 | None = None
-    best_of: Int32 | None = None
-    suffix: str = ""
     add_special_tokens: bool = True
-
-    @model_validator(mode="after")
-    def _check(self) -> CompletionRequest:
-        if self.suffix:
-            raise RequestError("suffix is not supported", "suffix")
-        if self.best_of not in (None, self.n):
-            raise RequestError(f"best_of is {self.best_of}; it must equal n, which is {self.n}", "best_of")
-        return self
 
     def named_logprobs(self) -> int | None:
         """`logprobs` as it is given."""
@@ -146,31 +146,12 @@ class CompletionRequest(Generate):
         return max(asked, default=None)
 
 
-class ContentPart(Body):
-    """One part of a message's content; only text is served."""
-
-    type: Literal["text"]
-    text: str
-
-
-class Message(Body):
-    """A chat message. Fields that only the chat template reads (name, tool_calls, ...) are kept as they are."""
-
-    model_config = ConfigDict(strict=True, extra="allow")
-
-    role: str
-    content: str | list[ContentPart] | None = None
-
-    def render(self) -> dict[str, Any]:
-        """As chat templates take it: the content one string."""
-        text = self.content if not isinstance(self.content, list) else "\n".join(part.text for part in self.content)
-        return {**(self.model_extra or {}), "role": self.role, "content": text}
-
-
 class ChatPrompt(Body):
     """A conversation and how the chat template is to render it."""
 
-    messages: list[Message] = Field(min_length=1)
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = PROMPT_FIELDS
+
+    messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] | None = None
     chat_template_kwargs: dict[str, Any] = Field({})
     add_generation_prompt: bool | None = None  # default: unless the final message is continued
@@ -190,6 +171,8 @@ class ChatPrompt(Body):
 
 class ChatRequest(ChatPrompt, Generate):
     """The body of /v1/chat/completions."""
+
+    refused: ClassVar[Mapping[str, tuple[Any, ...]]] = GENERATION_FIELDS
 
     max_completion_tokens: Int32 | None = None
     logprobs: bool = False
@@ -227,7 +210,7 @@ class TokenizeRequest(ChatPrompt):
 
     model: str | None = None
     prompt: str | None = None
-    messages: list[Message] = Field([])
+    messages: list[Message] = Field([], max_length=MAX_MESSAGES)
     return_token_strs: bool = False
 
     @model_validator(mode="after")

@@ -14,7 +14,13 @@ from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest
 from icarus_jax.server.streams import Choice, Delta, Scored, finite
 
-_ERROR_TYPES = {404: "not_found_error", 503: "service_unavailable_error"}
+_ERROR_TYPES = {
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout_error",
+    429: "rate_limit_error",
+    503: "service_unavailable_error",
+}
 
 
 def error_body(status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

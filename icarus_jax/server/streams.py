@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from icarus_jax.scheduling.request import SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.server.detokenizer import Detokenizer, Vocabulary
@@ -15,6 +15,35 @@ LOWEST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot write
 def finite(value: float) -> float:
     """Makes a log-probability that JSON can write: minus infinity and NaN become LOWEST_LOGPROB."""
     return max(LOWEST_LOGPROB, value)  # with the arguments in this order, max of a NaN is LOWEST_LOGPROB
+
+
+def offsets_in(text: str, ids: Sequence[int], vocabulary: Vocabulary) -> list[int]:
+    """Finds a prompt's tokens in the text that they were made of.
+
+    Args:
+        text: the text.
+        ids: its token ids, with or without those that the tokenizer adds (such as BOS).
+        vocabulary: made the ids.
+
+    Returns:
+        For each token the offset at which it starts in the text, in characters. An added token has no width.
+    """
+    for add_special_tokens in (True, False):
+        made = vocabulary.tokenizer(text, add_special_tokens=add_special_tokens, return_offsets_mapping=True)
+        if made["input_ids"] == list(ids):
+            break
+    else:
+        return [min(offset, len(text)) for offset in vocabulary.prompt_text(ids)[1]]
+    starts, last = [], 0
+    for token_id, (start, end) in zip(ids, made["offset_mapping"], strict=True):
+        if end == 0:  # of an added token, wherever it stands
+            start = end = last
+        token = vocabulary.token_bytes(token_id)
+        if end - start < len(token.decode(errors="replace")):  # some tokenizers trim the spaces of a token's span
+            start = min(start, max(last, start - len(token) + len(token.lstrip())))
+        starts.append(start)
+        last = end
+    return starts
 
 
 @dataclasses.dataclass
@@ -139,8 +168,11 @@ class Choice:
         self._detokenizer = Detokenizer(vocabulary, params, skip_special_tokens, prompt.ids)
         self._echo: tuple[str, list[int]] | None = None
         if echo:
-            text, offsets = vocabulary.prompt_text(prompt.ids)
-            self._echo = (text if prompt.text is None else prompt.text, offsets)
+            if prompt.text is None:
+                self._echo = vocabulary.prompt_text(prompt.ids, skip_special_tokens)
+            else:
+                scored = params.logprobs is not None
+                self._echo = (prompt.text, offsets_in(prompt.text, prompt.ids, vocabulary) if scored else [])
         self._base = len(self._echo[0]) if self._echo else 0
 
     @property
@@ -177,23 +209,23 @@ class Choice:
             if output.finish_reason:
                 delta.text += self._detokenizer.finish()
                 delta.finish_reason = output.finish_reason
-                if output.finish_reason == "stop" and delta.token_ids and delta.token_ids[-1] not in self._eos_ids:
-                    delta.stop_reason = delta.token_ids[-1]
+                if output.finish_reason == "stop" and delta.token_ids:
+                    last = delta.token_ids[-1]
+                    delta.stop_reason = last if self._params.ignore_eos or last not in self._eos_ids else None
         self.tokens_by_model[self.model] = self.tokens_by_model.get(self.model, 0) + len(delta.token_ids)
         self.finish_reason = delta.finish_reason
         return delta
 
     def _add_token(self, delta: Delta, output: TokenOutput, i: int, token_id: int) -> None:
+        delta.token_ids.append(token_id)
+        is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
+        delta.text += self._detokenizer.push([token_id], is_stop and not self._params.include_stop_str_in_output)
         if delta.scored is not None and output.logprobs is not None:
             logprob, reference = output.logprobs[i], None
             if output.reference_logprobs is not None:
                 reference = output.reference_logprobs[i]
                 self.kl_to_base += finite(logprob.logprob) - finite(reference)
-            delta.scored.append(Scored(token_id, logprob, self._base + self._detokenizer.length, reference))
-        delta.token_ids.append(token_id)
-        is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
-        if not is_stop or self._params.include_stop_str_in_output:  # else the stop token is not part of the text
-            delta.text += self._detokenizer.push([token_id])
+            delta.scored.append(Scored(token_id, logprob, self._base + self._detokenizer.start, reference))
 
     def _add_echo(self, delta: Delta, output: TokenOutput) -> None:
         assert self._echo is not None
@@ -202,4 +234,4 @@ class Choice:
         delta.text = text
         if delta.scored is not None and output.prompt_logprobs is not None:
             rows = zip(self.prompt.ids, output.prompt_logprobs, offsets, strict=True)
-            delta.scored += [Scored(token_id, logprob, min(at, len(text))) for token_id, logprob, at in rows]
+            delta.scored += [Scored(token_id, logprob, at) for token_id, logprob, at in rows]

@@ -10,17 +10,22 @@ github.com/huggingface/safetensors.
 from __future__ import annotations
 
 import json
+import pathlib
 from typing import Any
 
-import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
+import ml_dtypes
 import numpy as np
 import safetensors
 import safetensors.numpy
 from etils import epath
 
+from icarus_jax.weights.reading import read_json, unchanged, whole
+
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 ARRAYS = "adapter"  # the folder of the tensors in an Orbax checkpoint
 Tensors = dict[str, np.ndarray]
+# The dtypes of an adapter's tensors that can be read, under the names that safetensors files have for them.
+_DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16}
 
 
 def read(folder: epath.PathLike) -> tuple[dict[str, Any], Tensors]:
@@ -36,16 +41,24 @@ def read(folder: epath.PathLike) -> tuple[dict[str, Any], Tensors]:
         ValueError: The folder is neither form, or a file in it is broken. The message has one line.
     """
     path = epath.Path(folder).expanduser()
-    if not (path / CONFIG_FILE).exists() or not ((path / WEIGHTS_FILE).exists() or is_orbax(path)):
-        missing = CONFIG_FILE if not (path / CONFIG_FILE).exists() else WEIGHTS_FILE
-        raise ValueError(f"{path} is no adapter: it has no {missing} (a PEFT folder holds it)")
-    try:
-        config = json.loads((path / CONFIG_FILE).read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path / CONFIG_FILE} is no JSON: {error}") from None
-    if not isinstance(config, dict):
-        raise ValueError(f"{path / CONFIG_FILE} is not a JSON object")
-    return config, _read_orbax(path) if is_orbax(path) else _read_safetensors(path)
+    weights = path / (ARRAYS if is_orbax(path) else WEIGHTS_FILE)
+    for file, there in (
+        (path / CONFIG_FILE, _is_file),
+        (weights, _is_file if weights.name == WEIGHTS_FILE else _exists),
+    ):
+        if not there(file):
+            raise ValueError(f"{path} is no adapter: it has no {file.name} (a PEFT folder holds it)")
+    with unchanged(path / CONFIG_FILE), unchanged(weights):
+        return read_json(path / CONFIG_FILE), _read_tensors(weights)
+
+
+def _is_file(path: epath.Path) -> bool:
+    """Returns whether a path is a regular file: a pipe, for one, would be waited for."""
+    return path.exists() and ("://" in str(path) or pathlib.Path(path).is_file())
+
+
+def _exists(path: epath.Path) -> bool:
+    return path.exists()
 
 
 def is_orbax(folder: epath.PathLike) -> bool:
@@ -84,15 +97,29 @@ def convert(source: epath.PathLike, target: epath.PathLike) -> str:
     return "PEFT folder" if is_orbax(source) else "Orbax checkpoint"
 
 
-def _read_safetensors(path: epath.Path) -> Tensors:
-    try:
-        return safetensors.numpy.load_file(path / WEIGHTS_FILE)
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{path / WEIGHTS_FILE} is not a whole safetensors file: {error}") from None
+def _read_tensors(weights: epath.Path) -> Tensors:
+    tensors = _read_orbax(weights) if weights.name == ARRAYS else _read_safetensors(weights)
+    for name, tensor in tensors.items():
+        if tensor.dtype not in _DTYPES.values():
+            raise ValueError(
+                f"{weights}: {name} is {tensor.dtype}; an adapter's tensors are float16, 32, 64 or bfloat16"
+            )
+    return tensors
 
 
-def _read_orbax(path: epath.Path) -> Tensors:
+def _read_safetensors(file: epath.Path) -> Tensors:
+    """Reads the whole file at once: nothing is memory-mapped, so that a file that is cut off meanwhile does no harm."""
+    tensors: Tensors = {}
+    with whole(file, "is not a whole safetensors file"):
+        for name, tensor in safetensors.deserialize(file.read_bytes()):
+            if tensor["dtype"] not in _DTYPES:
+                raise ValueError(f"{file}: {name} is {tensor['dtype']}; an adapter's tensors are {', '.join(_DTYPES)}")
+            tensors[name] = np.frombuffer(tensor["data"], _DTYPES[tensor["dtype"]]).reshape(tensor["shape"])
+    return tensors
+
+
+def _read_orbax(folder: epath.Path) -> Tensors:
     import orbax.checkpoint as ocp
 
-    with ocp.StandardCheckpointer() as checkpointer:
-        return {name: np.asarray(values) for name, values in checkpointer.restore(path.resolve() / ARRAYS).items()}
+    with whole(folder, "cannot be read by Orbax"), ocp.StandardCheckpointer() as checkpointer:
+        return {str(name): np.asarray(values) for name, values in checkpointer.restore(folder.resolve()).items()}

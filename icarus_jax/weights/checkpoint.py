@@ -29,7 +29,8 @@ from icarus_jax.config import DTYPES, ModelConfig, RopeScaling
 from icarus_jax.weights import tokenizer as tokenizers
 from icarus_jax.weights.gguf import GgufTrunk
 from icarus_jax.weights.huggingface import HfTrunk
-from icarus_jax.weights.params import TensorSource, identify, param_shapes, stored_params
+from icarus_jax.weights.params import TensorSource, check_config, identify, param_shapes, stored_params
+from icarus_jax.weights.reading import Stamp, read_json, stamp, unchanged, whole
 from icarus_jax.weights.sources import resolve
 
 METADATA = "icarus_trunk.json"  # marks a folder as an Orbax checkpoint of ours; holds config and identity
@@ -153,12 +154,14 @@ class OrbaxParam:
         shape: The shape of the whole parameter.
         dtype: The dtype that indexing casts to.
         folder: The folder of the checkpoint's arrays.
+        stamp: The files of the folder as they were when the checkpoint was opened.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
     folder: epath.Path
+    stamp: Stamp
 
     def restore(self, sharding: Any, dtype: Any) -> Any:
         """Reads the parameter, cast to `dtype`.
@@ -170,14 +173,24 @@ class OrbaxParam:
 
         Returns:
             A jax.Array with this sharding, or a NumPy array if `sharding` is None.
+
+        Raises:
+            ValueError: The checkpoint is broken, or has changed since it was opened.
         """
         import orbax.checkpoint as ocp
 
         kind = np.ndarray if sharding is None else jax.Array
         args = ocp.ArrayRestoreArgs(restore_type=kind, dtype=np.dtype(dtype), sharding=sharding)
         request = ocp.args.PyTreeRestore({self.name: 0}, restore_args={self.name: args}, partial_restore=True)
-        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-            return checkpointer.restore(self.folder, args=request)[self.name]
+        with (
+            unchanged(self.folder, self.stamp),
+            whole(self.folder, f"is broken: {self.name} cannot be read"),
+            ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+        ):
+            values = checkpointer.restore(self.folder, args=request)[self.name]
+            if values.shape != self.shape:
+                raise ValueError(f"{self.folder}: {self.name} has the shape {values.shape}, not {self.shape}")
+            return values
 
     def __getitem__(self, index: tuple[slice, ...]) -> np.ndarray:
         return self.restore(None, self.dtype)[index]
@@ -186,13 +199,24 @@ class OrbaxParam:
 def _open_orbax(path: epath.Path, dtype: str) -> TrunkCheckpoint:
     import orbax.checkpoint as ocp
 
-    metadata: dict[str, Any] = json.loads((path / METADATA).read_text())
-    scaling = metadata["config"].pop("rope_scaling")
-    config = ModelConfig(**metadata["config"], rope_scaling=RopeScaling(**scaling) if scaling else None)
+    metadata = read_json(path / METADATA)
+    with whole(path / METADATA, "is not the description of a trunk"):
+        settings, identity = dict(metadata["config"]), metadata["identity"]
+        scaling = settings.pop("rope_scaling")
+        config = ModelConfig(**settings, rope_scaling=RopeScaling(**scaling) if scaling else None)
+        check_config(config, str(path / METADATA))
+        if not isinstance(identity, str):
+            raise ValueError(f"{path / METADATA}: the identity is no text")
     folder = path.resolve() / ARRAYS
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with (
+        unchanged(folder),
+        whole(folder, "cannot be read by Orbax"),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer,
+    ):
+        files = stamp(folder)
         stored = checkpointer.metadata(folder).item_metadata.tree
-    if {name: tuple(array.shape) for name, array in stored.items()} != param_shapes(config):
+        found = {name: tuple(array.shape) for name, array in stored.items()}
+    if found != param_shapes(config):
         raise ValueError(f"{path}: the arrays are not those of its config; was it written by an older version?")
-    params = {name: OrbaxParam(name, shape, dtype, folder) for name, shape in param_shapes(config).items()}
-    return TrunkCheckpoint(config, params, lambda: metadata["identity"], path)
+    params = {name: OrbaxParam(name, shape, dtype, folder, files) for name, shape in param_shapes(config).items()}
+    return TrunkCheckpoint(config, params, lambda: identity, path)

@@ -14,7 +14,8 @@ import numpy as np
 from etils import epath
 
 from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
-from icarus_jax.weights.gguf_file import GgufFile, read_gguf
+from icarus_jax.weights.gguf_file import GgufFile, GgufTensor, read_gguf
+from icarus_jax.weights.reading import unchanged, whole
 from icarus_jax.weights.rope import base_frequencies, llama3_frequencies
 
 # Hugging Face's name -> llama.cpp's name, of the modules of a layer and of those outside of the layers.
@@ -52,12 +53,19 @@ class GgufTrunk:
 
     def __init__(self, path: epath.PathLike):
         self._file = read_gguf(path)
-        self.config = _config(self._file)
-        self.names = frozenset(map(_hf_name, self._file.tensors.keys() - {"rope_freqs.weight"}))
+        with whole(self._file.path, "holds no model that can be read"):
+            self.config = _config(self._file)
+        self._stored: dict[str, GgufTensor] = {}  # by Hugging Face's names
+        for name, tensor in self._file.tensors.items():
+            if name != "rope_freqs.weight":
+                if (hf_name := _hf_name(name)) in self._stored:
+                    raise ValueError(f"{self._file.path}: there are two tensors for {hf_name}; {name[:80]} is one")
+                self._stored[hf_name] = tensor
+        self.names = frozenset(self._stored)
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor in Hugging Face's layout: [out, in], or [out] of a vector."""
-        return self._file.tensors[_gguf_name(name)].shape
+        return self._stored[name].shape
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads and dequantises a part of a tensor.
@@ -71,9 +79,13 @@ class GgufTrunk:
             The values, in float32 or float16.
 
         Raises:
-            ValueError: The quantisation type cannot be dequantised.
+            ValueError: The quantisation type cannot be dequantised, or the file has changed since it was opened.
         """
-        tensor = self._file.tensors[_gguf_name(name)]
+        with unchanged(self._file.path, self._file.stamp), whole(self._file.path, f"cannot be read: {name}"):
+            return self._read(name, index)
+
+    def _read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        tensor = self._stored[name]
         *rows, columns = index  # the last axis is stored in blocks: read those that hold the wanted columns
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
         first, last = columns.start // block, -(-columns.stop // block)
@@ -89,24 +101,17 @@ class GgufTrunk:
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
         """Yields the stored bytes of a tensor: one piece, which is memory-mapped and so need not fit in memory."""
-        yield self._file.tensors[_gguf_name(name)].data
+        with unchanged(self._file.path, self._file.stamp):
+            yield self._stored[name].data
 
 
 def _hf_name(name: str) -> str:
     stem, _, kind = name.rpartition(".")
     if stem in _TOP_TO_HF:
         return f"{_TOP_TO_HF[stem]}.{kind}"
-    _, _, rest = stem.partition(".")
+    block, _, rest = stem.partition(".")
     layer, _, module = rest.partition(".")
-    return f"model.layers.{layer}.{_TO_HF[module]}.{kind}" if module in _TO_HF else name
-
-
-def _gguf_name(name: str) -> str:
-    stem, _, kind = name.rpartition(".")
-    if stem in TOP:
-        return f"{TOP[stem]}.{kind}"
-    layer, _, module = stem.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.{MODULES[module]}.{kind}"
+    return f"model.layers.{layer}.{_TO_HF[module]}.{kind}" if block == "blk" and module in _TO_HF else name
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:

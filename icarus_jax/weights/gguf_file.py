@@ -10,14 +10,21 @@ from __future__ import annotations
 import dataclasses
 import math
 import struct
-from typing import Any
+from collections.abc import Iterable
+from typing import Any, TypeVar
 
 import gguf
 import numpy as np
 from etils import epath
 
+from icarus_jax.weights.reading import Stamp, stamp, unchanged, whole
+
+T = TypeVar("T")
+
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # GGUF value type -> struct format
 _STRING, _ARRAY = 8, 9  # the other GGUF value types
+# More than any real file has of them; a larger number is a broken one, and is not waited for.
+_LONGEST_STRING, _LONGEST_ARRAY, _MOST_AXES = 1 << 26, 1 << 24, 4
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -43,15 +50,17 @@ class GgufFile:
         path: The file.
         metadata: The values by key. Arrays are lists.
         tensors: The tensors by name.
+        stamp: The file as it was when it was parsed.
     """
 
     path: str
     metadata: dict[str, Any]
     tensors: dict[str, GgufTensor]
+    stamp: Stamp
 
 
 class _Cursor:
-    """Reads little-endian values one after the other. Raises struct.error at the end of the data."""
+    """Reads little-endian values one after the other. Raises struct.error or ValueError at the end of the data."""
 
     def __init__(self, data: np.memmap):
         self.buffer = data.data
@@ -67,8 +76,8 @@ class _Cursor:
         """Reads a string: its length as uint64, then its bytes in UTF-8."""
         size = self.take("Q")
         start, self.at = self.at, self.at + size
-        if self.at > len(self.buffer):
-            raise struct.error("a string runs past the end")
+        if size > _LONGEST_STRING or self.at > len(self.buffer):
+            raise ValueError("a string runs past the end")
         return str(self.buffer[start : self.at], "utf-8", "replace")
 
     def value(self, kind: int) -> Any:
@@ -77,6 +86,8 @@ class _Cursor:
             return self.string()
         if kind == _ARRAY:
             item, count = self.take("I"), self.take("Q")
+            if count > _LONGEST_ARRAY:
+                raise ValueError("an array runs past the end")
             return [self.value(item) for _ in range(count)]
         return self.take(_SCALARS[kind])
 
@@ -91,11 +102,11 @@ def read_gguf(path: epath.PathLike) -> GgufFile:
         The metadata and the tensors.
 
     Raises:
-        ValueError: The file is not a GGUF file, is cut off, or has another version.
-        OSError: The file cannot be read.
+        ValueError: The file cannot be read, is not a GGUF file, is cut off, or has another version.
     """
     path = str(path)
-    try:
+    with unchanged(path), whole(path, "is not a whole GGUF file: was its download cut off?"):
+        opened = stamp(path)
         data = np.memmap(path, np.uint8, "r")
         cursor = _Cursor(data)
         if cursor.take("4s") != b"GGUF":
@@ -103,27 +114,61 @@ def read_gguf(path: epath.PathLike) -> GgufFile:
         if (version := cursor.take("I")) not in (2, 3):
             raise ValueError(f"{path}: GGUF version {version} is not supported; versions 2 and 3 are")
         num_tensors, num_keys = cursor.take("Q"), cursor.take("Q")
-        metadata = {cursor.string(): cursor.value(cursor.take("I")) for _ in range(num_keys)}
-        infos = [_tensor_info(cursor) for _ in range(num_tensors)]
+        metadata = _once((cursor.string(), cursor.value(cursor.take("I"))) for _ in range(num_keys))
+        infos = _once(_tensor_info(cursor) for _ in range(num_tensors))
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
-        start = -(-cursor.at // alignment) * alignment
-        tensors = {name: _tensor(data, start + offset, shape, kind) for name, shape, kind, offset in infos}
-    except (struct.error, KeyError, MemoryError) as error:
-        raise ValueError(f"{path} is not a whole GGUF file ({error}): was its download cut off?") from None
-    return GgufFile(path, metadata, tensors)
+        if type(alignment) is not int or alignment < 1 or alignment % 8:
+            raise ValueError(f"{path}: general.alignment is {repr(alignment)[:80]}; it is a multiple of 8")
+        return GgufFile(path, metadata, _tensors(data, cursor.at, alignment, infos), opened)
 
 
-def _tensor_info(cursor: _Cursor) -> tuple[str, tuple[int, ...], gguf.GGMLQuantizationType, int]:
-    """Reads a tensor's name, shape (in NumPy's order), type, and offset in bytes from the start of the tensor data."""
-    name = cursor.string()
-    shape = tuple(cursor.take("Q") for _ in range(cursor.take("I")))[::-1]
-    return name, shape, gguf.GGMLQuantizationType(cursor.take("I")), cursor.take("Q")
+def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
+    found: dict[str, T] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"{name[:80]} is there twice")
+        found[name] = value
+    return found
 
 
-def _tensor(data: np.ndarray, start: int, shape: tuple[int, ...], kind: gguf.GGMLQuantizationType) -> GgufTensor:
-    block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-    rows = (*shape[:-1], shape[-1] // block * block_bytes)
-    size = math.prod(rows)
-    if start + size > len(data):
-        raise struct.error("a tensor runs past the end")
-    return GgufTensor(shape, kind, data[start : start + size].reshape(rows))
+@dataclasses.dataclass(frozen=True)
+class _Info:
+    """What the header says of a tensor: its shape (in NumPy's order), its type, and where it lies in the data."""
+
+    shape: tuple[int, ...]
+    kind: gguf.GGMLQuantizationType
+    offset: int
+
+
+def _tensor_info(cursor: _Cursor) -> tuple[str, _Info]:
+    name, axes = cursor.string(), cursor.take("I")
+    if not 1 <= axes <= _MOST_AXES:
+        raise ValueError(f"{name[:80]} has {axes} axes")
+    shape = tuple(cursor.take("Q") for _ in range(axes))[::-1]
+    return name, _Info(shape, gguf.GGMLQuantizationType(cursor.take("I")), cursor.take("Q"))
+
+
+def _tensors(data: np.ndarray, header: int, alignment: int, infos: dict[str, _Info]) -> dict[str, GgufTensor]:
+    """Finds the tensors in the file. They lie one after the other, as llama.cpp demands too.
+
+    Args:
+        data: The file.
+        header: The size of the header in bytes. The data begin at the next multiple of `alignment`.
+        alignment: Each tensor begins at a multiple of it.
+        infos: What the header says of the tensors, in the order of the file.
+    """
+    start, tensors = -(-header // alignment) * alignment, {}
+    at = 0
+    for name, info in infos.items():
+        block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
+        if info.shape[-1] % block:
+            raise ValueError(f"{name[:80]} has rows of {info.shape[-1]} values; its type has blocks of {block}")
+        rows = (*info.shape[:-1], info.shape[-1] // block * block_bytes)
+        size = math.prod(rows)
+        if info.offset != at:
+            raise ValueError(f"{name[:80]} lies at byte {info.offset} of the data, not at {at}")
+        if start + at + size > len(data):
+            raise ValueError(f"{name[:80]} runs past the end")
+        tensors[name] = GgufTensor(info.shape, info.kind, data[start + at : start + at + size].reshape(rows))
+        at += -(-size // alignment) * alignment
+    return tensors

@@ -6,7 +6,6 @@ described at github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -17,6 +16,7 @@ import safetensors
 from etils import epath
 
 from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
+from icarus_jax.weights.reading import read_json, stamp, unchanged, whole
 
 INDEX = "model.safetensors.index.json"
 PIECE = 1 << 23  # number of values that `HfTrunk.stored` reads at once
@@ -39,15 +39,25 @@ class HfTrunk:
 
     def __init__(self, folder: epath.Path):
         self._folder = folder
-        self.config = config_from_hf(json.loads((folder / "config.json").read_text()), str(folder))
-        files = [_open(file) for file in self._shards()]
-        self._where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 (it is no dict)
+        self.config = config_from_hf(read_json(folder / "config.json"), str(folder))
+        self._stamps = {file: stamp(file) for file in self._shards()}
+        self._where: dict[str, tuple[epath.Path, Any]] = {}
+        for file in self._stamps:
+            with whole(file, "is not a whole safetensors file: was its download cut off?"):
+                opened = safetensors.safe_open(file, "np")
+                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                    if name in self._where:
+                        raise ValueError(f"{file}: {name} lies in two of the files of weights")
+                    self._where[name] = file, opened
         self.names = frozenset(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
 
     def _shards(self) -> list[epath.Path]:
         if (self._folder / INDEX).exists():
-            index = json.loads((self._folder / INDEX).read_text())
-            files = [self._folder / file for file in sorted(set(index["weight_map"].values()))]
+            with whole(self._folder / INDEX, "is no index of safetensors files"):
+                names = sorted(set(read_json(self._folder / INDEX)["weight_map"].values()))
+                if wrong := [name for name in names if "/" in name or not name.endswith(".safetensors")]:
+                    raise ValueError(f"{self._folder / INDEX} names {wrong[0][:80]!r}, no safetensors file beside it")
+                files = [self._folder / name for name in names]
         else:
             files = [self._folder / "model.safetensors"]
         for file in files:
@@ -57,7 +67,8 @@ class HfTrunk:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor: [out, in], or [out] of a vector."""
-        return tuple(self._where[name].get_slice(name).get_shape())
+        _, opened = self._where[name]
+        return tuple(opened.get_slice(name).get_shape())
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor.
@@ -70,9 +81,11 @@ class HfTrunk:
             The values, in one of the dtypes FLOATS.
 
         Raises:
-            ValueError: The tensor has another dtype.
+            ValueError: The tensor has another dtype, or the file has changed since it was opened.
         """
-        values = self._where[name].get_slice(name)[index]
+        file, opened = self._where[name]
+        with unchanged(file, self._stamps[file]), whole(file, f"cannot be read: {name}"):
+            values = opened.get_slice(name)[index]
         if values.dtype.name not in FLOATS:
             raise ValueError(f"{self._folder}: {name} is {values.dtype}; weights are {', '.join(FLOATS)}")
         return values
@@ -83,13 +96,6 @@ class HfTrunk:
         step = max(1, PIECE // math.prod(rest))
         for first in range(0, rows, step):
             yield self.read(name, (slice(first, min(first + step, rows)), *(slice(0, n) for n in rest)))
-
-
-def _open(file: epath.Path) -> Any:
-    try:
-        return safetensors.safe_open(file, "np")
-    except safetensors.SafetensorError as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}): was its download cut off?") from None
 
 
 def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
@@ -105,12 +111,19 @@ def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
     Raises:
         ValueError: A key is missing, or the model has a feature that is not supported. The message names it.
     """
+    with whole(where, "has a config.json that is no model's"):
+        return _config(config, where)
+
+
+def _config(config: dict[str, Any], where: str) -> ModelConfig:
     family = config.get("model_type", "")
     if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type {family!r} is not supported; {', '.join(FAMILIES)} are")
+        raise ValueError(f"{where}: model_type {repr(family)[:80]} is not supported; {', '.join(FAMILIES)} are")
     _refuse_unsupported(config, where)
     try:
         heads = config["num_attention_heads"]
+        if type(heads) is not int or heads < 1:  # it is divided by below
+            raise ValueError(f"{where}: num_attention_heads is {repr(heads)[:80]}; it is a whole number above 0")
         rope = _rope(config)
         return ModelConfig(
             family=family,

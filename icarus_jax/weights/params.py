@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16)
 import numpy as np
 
-from icarus_jax.config import ModelConfig
+from icarus_jax.config import ModelConfig, RopeScaling
 
 # Parameter -> the tensors that one layer of it consists of (Hugging Face's names) -> the part of the layer that the
 # tensor fills.
@@ -43,6 +43,7 @@ LAYER_TENSORS: dict[str, dict[str, Any]] = {
 ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1}
 # Parameter outside of the layers -> its tensor.
 TENSORS = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
+_MOST = 1 << 31  # every size of a model is below it
 
 
 class TensorSource(Protocol):
@@ -75,6 +76,37 @@ class TensorSource(Protocol):
     def stored(self, name: str) -> Iterator[np.ndarray]:
         """Yields the tensor as it is stored, in pieces along its first axis. `identify` hashes these pieces."""
         ...
+
+
+def check_config(config: ModelConfig, where: str) -> None:
+    """Checks that the sizes and options that a file gives are numbers that a model can have.
+
+    Args:
+        config: The model's sizes and options, as a file has them.
+        where: The name of the file, for error messages.
+
+    Raises:
+        ValueError: One of them cannot be. The message names it.
+    """
+    settings = dataclasses.asdict(config)
+    scaling = settings.pop("rope_scaling") or {"kind": "linear"}
+    if (kind := scaling.pop("kind")) not in ("linear", "llama3"):
+        raise ValueError(f"{where}: rope scaling {kind!r} is not supported; 'linear' and 'llama3' are")
+    defaults = {field.name: field.default for field in (*dataclasses.fields(config), *dataclasses.fields(RopeScaling))}
+    for name, value in {**settings, **scaling}.items():
+        if name == "family":
+            continue
+        if isinstance(defaults[name], bool):
+            right, words = isinstance(value, bool), "true or false"
+        elif isinstance(defaults[name], float) or name == "factor":
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            right, words = number and 0 < value < _MOST, "a number above 0"
+        else:
+            right, words = type(value) is int and 0 < value < _MOST, "a whole number above 0"
+        if not right:
+            raise ValueError(f"{where}: {name} is {repr(value)[:80]}; it is {words}")
+    if config.head_dim % 2:
+        raise ValueError(f"{where}: head_dim is {config.head_dim}; it is an even number")
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -178,6 +210,9 @@ def stored_params(tensors: TensorSource, dtype: str, where: str) -> dict[str, St
         ValueError: A tensor is missing, is unknown, or has a shape that does not agree with the config.
     """
     config = tensors.config
+    check_config(config, where)
+    if config.num_layers > len(tensors.names):  # a number like this is not worth a list of what is missing
+        raise ValueError(f"{where}: it has no tensors for the {config.num_layers} layers of its config")
     params = {name: StoredParam(name, shape, dtype, tensors) for name, shape in param_shapes(config).items()}
     expected = {tensor: shape for param in params.values() for tensor, shape in param.tensor_shapes().items()}
     if missing := expected.keys() - tensors.names:

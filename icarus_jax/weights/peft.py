@@ -131,12 +131,30 @@ def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
     pieces = peft_format.read_pieces(tensors, folder, model_config)
     for (layer, target), (a, b) in pieces.items():
         b *= peft_format.read_scaling(config, layer, target, rank=a.shape[1], folder=folder)
-    mark = config.get(MARK) or {}
+        if not (np.isfinite(a).all() and np.isfinite(b).all()):
+            raise ValueError(
+                f"adapter {folder}: {peft_format.module_name(layer, target)} has weights that are no numbers"
+            )
+    mark = _read_mark(config, folder)
     rank = max(a.shape[1] for a, _ in pieces.values())
     invocation = peft_format.read_invocation(config, folder, model_config.vocab_size)
     kv = "activated" if invocation else mark.get("kv")
     weights = peft_format.stack(pieces, rank, model_config)
     return Adapter(str(folder), rank, weights, kv, mark.get("trunk"), invocation)
+
+
+def _read_mark(config: dict[str, Any], folder: pathlib.Path) -> dict[str, str | None]:
+    mark = config.get(MARK) or {}
+    if (
+        isinstance(mark, dict)
+        and mark.get("kv") in (None, *KV_KINDS[1:])
+        and isinstance(mark.get("trunk", ""), str | None)
+    ):
+        return mark
+    raise ValueError(
+        f"adapter {folder}: {MARK}={repr(mark)[:80]} in {CONFIG_FILE}; it is a kv of {', '.join(KV_KINDS[1:])} or null "
+        f"and the identity of a trunk or null"
+    )
 
 
 def read_head(
@@ -179,14 +197,16 @@ def adapter_rank(source: str) -> int:
         source: What `load_adapter` takes.
 
     Returns:
-        r, the adapter's rank.
+        r, the largest rank that its config gives any projection.
 
     Raises:
-        ValueError: There is no such adapter.
+        ValueError: There is no such adapter, or it is not supported.
     """
     if match := re.fullmatch(r"random:\d+(?::([1-9]\d*))?", source):
         return int(match[1] or RANDOM_RANK)
-    return int(adapter_files.read(source)[0]["r"])
+    config, _ = adapter_files.read(source)
+    peft_format.check_config(config, pathlib.Path(source).expanduser())
+    return peft_format.read_rank(config)
 
 
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:

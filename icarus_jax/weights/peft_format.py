@@ -19,7 +19,11 @@ INVOCATION = "alora_invocation_tokens"  # PEFT's key for the token ids that swit
 Pieces = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # (layer, target) -> A f32[din, r], B f32[r, dout]
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-_KEY = re.compile(r"(?:.+\.)?layers\.(\d+)\.(?:self_attn|mlp)\.(\w+)\.lora_([AB])\.weight")
+# The names of the tensors that PEFT writes: of a causal language model, and of its decoder alone (AutoModel).
+# Another prefix is another part of a model, such as an image encoder with layers of the same names.
+_KEY = re.compile(r"base_model\.model\.(?:model\.)?layers\.([0-9]{1,6})\.(\w+\.(\w+))\.lora_([AB])\.weight")
+MAX_RANK = 1 << 14  # no projection is as narrow as this
+MAX_ALPHA = 1e6
 # Settings with which an adapter is more than A and B, and what each one adds.
 _UNSUPPORTED = (
     ("use_dora", "DoRA"),
@@ -41,7 +45,11 @@ _PLAIN_INITS = (True, False, None, "gaussian", "eva", "orthogonal", "mica")
 
 def module_name(layer: int, target: str) -> str:
     """Returns a projection's name in a transformers causal language model. PEFT's patterns are matched with it."""
-    return f"model.layers.{layer}.{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
+    return f"model.layers.{layer}.{_block_name(target)}"
+
+
+def _block_name(target: str) -> str:
+    return f"{'self_attn' if target in _ATTENTION else 'mlp'}.{target}"
 
 
 def check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
@@ -54,21 +62,63 @@ def check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
     Raises:
         ValueError: The adapter is of another kind, or has something beyond A and B.
     """
-    for key in ("r", "lora_alpha"):
-        if not isinstance(config.get(key, 8), int | float):
-            raise ValueError(f"adapter {folder}: {key}={config[key]!r} in {CONFIG_FILE} is no number")
+    where = f"adapter {folder}: {CONFIG_FILE} says"
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"adapter {folder}: peft_type {config.get('peft_type')!r} is not supported; only 'LORA' is")
+        raise ValueError(
+            f"adapter {folder}: peft_type {_show(config.get('peft_type'))} is not supported; only 'LORA' is"
+        )
     for key, words in _UNSUPPORTED:
         if config.get(key):
             raise ValueError(f"adapter {folder}: {key} ({words}) is not supported; A and B weights alone are")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"adapter {folder}: bias={config['bias']!r} is not supported; only 'none' is")
+        raise ValueError(f"adapter {folder}: bias={_show(config['bias'])} is not supported; only 'none' is")
     if (init := config.get("init_lora_weights")) not in _PLAIN_INITS:
         raise ValueError(
-            f"adapter {folder}: init_lora_weights={init!r} changes the trunk itself; save it with PEFT's "
+            f"adapter {folder}: init_lora_weights={_show(init)} changes the trunk itself; save it with PEFT's "
             f"path_initial_model_for_weight_conversion, which makes a plain adapter of it"
         )
+    if config.get("use_rslora") not in (None, True, False):
+        raise ValueError(f"{where} use_rslora={_show(config['use_rslora'])}; it is true or false")
+    for key, pattern_key, right, words in (
+        ("r", "rank_pattern", _is_rank, f"a whole number of 1 to {MAX_RANK}"),
+        ("lora_alpha", "alpha_pattern", _is_alpha, f"a number, of at most {MAX_ALPHA:.0f}"),
+    ):
+        if not right(config.get(key, 8)):
+            raise ValueError(f"{where} {key}={_show(config[key])}; it is {words}")
+        patterns = config.get(pattern_key) or {}
+        if not isinstance(patterns, dict):
+            raise ValueError(f"{where} {pattern_key}={_show(patterns)}; it is an object of patterns and numbers")
+        for pattern, value in patterns.items():
+            if not right(value):
+                raise ValueError(f"{where} {_show(value)} for {_show(pattern)} in {pattern_key}; it is {words}")
+            try:
+                _compile(pattern)
+            except (re.error, RecursionError, OverflowError) as error:
+                reason = " ".join(str(error).split())
+                raise ValueError(f"{where} {_show(pattern)} in {pattern_key}, which is no pattern: {reason}") from None
+
+
+def _show(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
+
+
+def _is_rank(value: object) -> bool:
+    return type(value) is int and 1 <= value <= MAX_RANK
+
+
+def _is_alpha(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA  # NaN: no
+
+
+def _compile(pattern: str) -> re.Pattern[str]:
+    """Compiles a pattern, which matches a module's whole name or its end after a dot, as PEFT's patterns do."""
+    return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def read_rank(config: dict[str, Any]) -> int:
+    """Returns the largest rank that a config, which `check_config` has passed, gives any projection."""
+    return max([config.get("r", 8), *(config.get("rank_pattern") or {}).values()])
 
 
 def read_invocation(config: dict[str, Any], folder: pathlib.Path, vocab_size: int) -> tuple[int, ...]:
@@ -89,7 +139,9 @@ def read_invocation(config: dict[str, Any], folder: pathlib.Path, vocab_size: in
     if ids is None:
         return ()
     if not isinstance(ids, list) or not ids or not all(type(i) is int and 0 <= i < vocab_size for i in ids):
-        raise ValueError(f"adapter {folder}: {INVOCATION}={ids!r}; it is a list of token ids in 0..{vocab_size - 1}")
+        raise ValueError(
+            f"adapter {folder}: {INVOCATION}={_show(ids)}; it is a list of token ids in 0..{vocab_size - 1}"
+        )
     return tuple(ids)
 
 
@@ -111,11 +163,21 @@ def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> 
     sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
-        if not match or match[2] not in shapes:
-            raise ValueError(f"adapter {folder}: cannot use the tensor {key}; targets are {', '.join(TARGETS)}")
-        if int(match[1]) >= config.num_layers:
+        if not match or match[3] not in shapes or match[2] != _block_name(match[3]):
+            raise ValueError(
+                f"adapter {folder}: cannot use the tensor {key[:200]}; tensors are named "
+                f"base_model.model.{module_name(0, 'q_proj')}.lora_A.weight, and targets are {', '.join(TARGETS)}"
+            )
+        layer, target, side = int(match[1]), match[3], match[4]
+        if layer >= config.num_layers:
             raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
-        sides.setdefault((int(match[1]), match[2]), {})[match[3]] = tensor.T.astype(np.float32)
+        pair = sides.setdefault((layer, target), {})
+        if side in pair:
+            raise ValueError(
+                f"adapter {folder}: {module_name(layer, target)} has two lora_{side}; {key} is one of them"
+            )
+        with np.errstate(over="ignore"):  # what becomes infinite is refused later
+            pair[side] = tensor.T.astype(np.float32)
     if not sides:
         raise ValueError(f"adapter {folder}: it has no tensors")
     for (layer, target), pair in sides.items():
@@ -125,10 +187,16 @@ def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> 
         a, b = pair["A"], pair["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != din or b.shape[1] != dout or a.shape[1] != b.shape[0]:
             raise ValueError(
-                f"adapter {folder}: {module_name(layer, target)} maps {a.shape[0]} to {b.shape[-1]}, the trunk's {din} "
-                f"to {dout}: it was made for another model"
+                f"adapter {folder}: {module_name(layer, target)} maps {_axis(a, 0)} to {_axis(b, -1)}, the "
+                f"trunk's {din} to {dout}: it was made for another model"
             )
+        if not a.size:
+            raise ValueError(f"adapter {folder}: {module_name(layer, target)} has the rank 0")
     return {where: (pair["A"], pair["B"]) for where, pair in sides.items()}
+
+
+def _axis(values: np.ndarray, axis: int) -> int:
+    return values.shape[axis] if values.ndim else 1
 
 
 def read_scaling(config: dict[str, Any], layer: int, target: str, rank: int, folder: pathlib.Path) -> float:
@@ -159,7 +227,7 @@ def read_scaling(config: dict[str, Any], layer: int, target: str, rank: int, fol
 def _pattern(patterns: dict[str, float] | None, module: str, default: float) -> float:
     """Returns the value of the first pattern that matches the module's name or its end after a dot, as PEFT does."""
     for pattern, value in (patterns or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
+        if _compile(pattern).match(module):
             return value
     return default
 

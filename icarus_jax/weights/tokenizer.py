@@ -17,11 +17,12 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from icarus_jax.weights.gguf_file import read_gguf
+from icarus_jax.weights.gguf_vocab import CONTROL, USER_DEFINED, GgufVocabulary, read_vocabulary
+from icarus_jax.weights.reading import read_json, whole
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 GENERATION_CONFIG = "generation_config.json"
 
-_CONTROL, _USER_DEFINED = 3, 4  # values of tokenizer.ggml.token_type (llama.cpp's llama_token_type)
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -45,6 +46,7 @@ PRE_TOKENIZERS = {
     "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
     "llama-bpe": lambda: _split(_LLAMA3),
     "llama3": lambda: _split(_LLAMA3),
+    "llama-v3": lambda: _split(_LLAMA3),
     "qwen2": lambda: _split(_QWEN2),
     "deepseek-r1-qwen": lambda: _split(_QWEN2),
 }
@@ -64,10 +66,11 @@ def load_tokenizer(path: epath.PathLike) -> PreTrainedTokenizerFast:
     """
     path = epath.Path(path)
     if path.suffix == ".gguf":
-        return _from_gguf(path)
+        with whole(path, "holds no tokenizer that can be read"):
+            return _from_gguf(path)
     if not has_tokenizer(path):
         raise ValueError(f"{path} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is missing")
-    with tempfile.TemporaryDirectory() as temp:
+    with whole(path, "holds no tokenizer that can be read"), tempfile.TemporaryDirectory() as temp:
         tokenizer = AutoTokenizer.from_pretrained(_local(path, temp), local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
         raise ValueError(f"{path}: its tokenizer has no fast version, which is needed")
@@ -103,20 +106,28 @@ def eos_token_ids(tokenizer: PreTrainedTokenizerFast, path: epath.PathLike) -> s
 
     Args:
         tokenizer: The trunk's tokenizer. Its end-of-sequence token is one of them.
-        path: The trunk's GGUF file or model folder. Its end-of-turn token (GGUF) or the tokens of
-            generation_config.json are the others.
+        path: The trunk's GGUF file or model folder. The end tokens that llama.cpp finds in the file (gguf_vocab.py) or
+            those of generation_config.json are the others.
 
     Returns:
         The token ids.
+
+    Raises:
+        ValueError: A file that names them is broken.
     """
     path = epath.Path(path)
     named: Any = None
     if path.suffix == ".gguf":
-        named = read_gguf(path).metadata.get("tokenizer.ggml.eot_token_id")  # end of turn, where it is another token
+        with whole(path, "holds no tokenizer that can be read"):
+            named = list(read_vocabulary(read_gguf(path).metadata, str(path)).end_ids)
     elif (path / GENERATION_CONFIG).exists():
-        named = json.loads((path / GENERATION_CONFIG).read_text()).get("eos_token_id")
-    ids = {*(named if isinstance(named, list) else [named]), tokenizer.eos_token_id}
-    return {int(token) for token in ids if token is not None}
+        named = read_json(path / GENERATION_CONFIG).get("eos_token_id")
+    listed = named if isinstance(named, list) else [named]
+    if wrong := [
+        token for token in listed if token is not None and (type(token) is not int or not 0 <= token < 1 << 31)
+    ]:
+        raise ValueError(f"{path / GENERATION_CONFIG}: eos_token_id names {repr(wrong[0])[:80]}, which is no token id")
+    return {int(token) for token in (*listed, tokenizer.eos_token_id) if token is not None}
 
 
 def _local(path: epath.Path, temp: str) -> str:
@@ -134,41 +145,45 @@ def _local(path: epath.Path, temp: str) -> str:
 
 def _from_gguf(path: epath.Path) -> PreTrainedTokenizerFast:
     metadata = read_gguf(path).metadata
-    fields = {key.removeprefix("tokenizer.ggml."): value for key, value in metadata.items()}
-    kind = fields.get("model")
-    if kind not in ("gpt2", "llama"):
-        raise ValueError(f"{path}: the tokenizer {kind!r} is not supported; 'gpt2' and 'llama' are")
-    tokens = fields["tokens"]
-    backend = _byte_level(fields, path) if kind == "gpt2" else _sentencepiece(fields)
-    types = fields.get("token_type", [0] * len(tokens))
-    typed = [(AddedToken(token, normalized=False), kind) for token, kind in zip(tokens, types, strict=True)]
-    backend.add_special_tokens([token for token, kind in typed if kind == _CONTROL])
-    backend.add_tokens([token for token, kind in typed if kind == _USER_DEFINED])
-    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
-    special = {f"{ours}_token": fields.get(f"{theirs}_token_id") for ours, theirs in names.items()}
-    special = {name: tokens[token] for name, token in special.items() if token is not None}
-    if fields.get("add_bos_token", kind == "llama") and "bos_token" in special:
-        bos = special["bos_token"]
+    vocabulary = read_vocabulary(metadata, str(path))
+    tokens, special = vocabulary.tokens, vocabulary.special
+    byte_level = vocabulary.model == "gpt2"
+    order = "tokenizer.ggml.merges" if byte_level else "tokenizer.ggml.scores"
+    if not isinstance(metadata.get(order), list):
+        raise ValueError(f"{path}: there is no list {order}, without which text cannot be split")
+    backend = _byte_level(vocabulary, metadata, path) if byte_level else _sentencepiece(vocabulary, metadata)
+    typed = [(AddedToken(token, normalized=False), kind) for token, kind in zip(tokens, vocabulary.types, strict=True)]
+    ends = vocabulary.end_ids  # control tokens, whatever the file says: so llama.cpp takes them
+    backend.add_special_tokens([token for i, (token, kind) in enumerate(typed) if kind == CONTROL or i in ends])
+    backend.add_tokens([token for token, kind in typed if kind == USER_DEFINED])
+    names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
+    if vocabulary.add_bos:
+        bos = tokens[special["bos"]]
         backend.post_processor = processors.TemplateProcessing(
-            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, fields["bos_token_id"])]
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, special["bos"])]
         )
+    template = metadata.get("tokenizer.chat_template")
+    if not isinstance(template, str | None):
+        raise ValueError(f"{path}: tokenizer.chat_template is no text")
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,
-        chat_template=metadata.get("tokenizer.chat_template"),
+        chat_template=template,
         clean_up_tokenization_spaces=False,
-        **special,
+        **{ours: tokens[special[theirs]] for ours, theirs in names.items() if theirs in special},
     )
 
 
-def _byte_level(fields: dict[str, Any], path: epath.Path) -> Tokenizer:
+def _byte_level(vocabulary: GgufVocabulary, metadata: dict[str, Any], path: epath.Path) -> Tokenizer:
     """Builds a tokenizer of GPT-2's kind: byte-pair merges over bytes."""
-    rule = fields.get("pre", "missing")
+    rule = vocabulary.rule
     if rule not in PRE_TOKENIZERS:
-        raise ValueError(f"{path}: the tokenizer's rule {rule!r} is not supported; {', '.join(PRE_TOKENIZERS)} are")
-    vocab = {token: index for index, token in enumerate(fields["tokens"])}
-    merges = [tuple(merge.split(" ", 1)) for merge in fields["merges"]]
+        raise ValueError(
+            f"{path}: the tokenizer's rule {repr(rule)[:80]} is not supported; {', '.join(PRE_TOKENIZERS)} are"
+        )
+    vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
+    merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
     # Llama 3's vocabulary has words that no sequence of merges makes; they are matched whole.
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule in ("llama-bpe", "llama3")))
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule in ("llama-bpe", "llama3", "llama-v3")))
     backend.pre_tokenizer = PRE_TOKENIZERS[rule]()
     backend.decoder = decoders.ByteLevel()
     if rule == "qwen2":
@@ -176,24 +191,25 @@ def _byte_level(fields: dict[str, Any], path: epath.Path) -> Tokenizer:
     return backend
 
 
-def _sentencepiece(fields: dict[str, Any]) -> Tokenizer:
+def _sentencepiece(vocabulary: GgufVocabulary, metadata: dict[str, Any]) -> Tokenizer:
     """Builds a tokenizer of Llama 2's kind (SentencePiece): merges over characters, with bytes for unknown ones.
 
     The file has no list of merges. Every split of a token into two tokens is one, and the score of the result gives
     their order.
     """
-    vocab = {token: index for index, token in enumerate(fields["tokens"])}
+    vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
+    scores = metadata["tokenizer.ggml.scores"]
     merges = [
-        (-fields["scores"][index], token[:cut], token[cut:])
+        (-scores[index], token[:cut], token[cut:])
         for token, index in vocab.items()
         for cut in range(1, len(token))
         if token[:cut] in vocab and token[cut:] in vocab
     ]
     pairs = [(left, right) for _, left, right in sorted(merges, key=lambda merge: merge[0])]
-    unknown = fields["tokens"][fields.get("unknown_token_id", 0)]
+    unknown = vocabulary.tokens[vocabulary.special["unknown"]]
     backend = Tokenizer(models.BPE(vocab, pairs, unk_token=unknown, fuse_unk=True, byte_fallback=True))
     space = normalizers.Replace(" ", "▁")
-    prefix = [normalizers.Prepend("▁")] if fields.get("add_space_prefix", True) else []
+    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
     backend.normalizer = normalizers.Sequence([*prefix, space])
     strip = [decoders.Strip(" ", 1, 0)] if prefix else []
     backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])

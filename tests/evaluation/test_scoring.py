@@ -1,6 +1,5 @@
-"""Scores worked out by hand, and the sandbox against programs that do not stop, hoard, phone home or write."""
+"""Scores worked out by hand."""
 
-import socket
 import sqlite3
 from collections import Counter
 from decimal import Decimal
@@ -9,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from icarus_jax import tasks
-from icarus_jax.evaluation import sandbox, scoring
+from icarus_jax.evaluation import scoring
 
 # ---- intent, slots
 
@@ -184,137 +183,6 @@ def test_math():
     assert scoring.score_math("It is 600 twice: $1200.", row) == {"accuracy": False, "last_number": True}
     assert scoring.score_math("#### 1201", row) == {"accuracy": False, "last_number": False}
     assert scoring.score_math("", row) == {"accuracy": False, "last_number": False}
-
-
-# ---- humaneval and the sandbox
-
-DOUBLE = {
-    "prompt": 'def double(x):\n    """Twice x."""\n',
-    "test": "def check(f):\n    assert f(2) == 4\n    assert f(0) == 0\n",
-    "entry_point": "double",
-}
-
-
-@pytest.mark.parametrize(
-    "text, error",
-    [
-        ("\n    return 2 * x\n", None),
-        ("\n    return x + 2\n", "AssertionError"),
-        ("\n    return y\n", "NameError"),
-        ("\n    return (\n", "SyntaxError"),
-        ("", "AssertionError"),
-        ("\n    return 2 * x\n\nimport sys; sys.exit(0)", "SystemExit"),  # before the tests
-        ("\n    import os; os._exit(0)", "without a word"),
-        ("\n    import os; os.write(3, b'x'); os._exit(0)", "wrote into the interpreter's answer"),
-    ],
-)
-def test_humaneval(text, error):
-    score = scoring.score_humaneval(text, DOUBLE, sandbox.run_program)
-    assert score["pass@1"] == (error is None)
-    assert ("error" not in score) if error is None else (error in score["error"])
-
-
-@pytest.fixture(params=["namespaces", "hook alone"])
-def kernel(request, monkeypatch):
-    """Both ways that the sandbox can run in."""
-    if request.param == "hook alone":
-        monkeypatch.setattr(sandbox, "is_isolated", lambda: False)
-    elif not sandbox.is_isolated():
-        pytest.skip("this system grants no namespaces")
-    return request.param
-
-
-@pytest.mark.parametrize(
-    "program, said",
-    [
-        ("while True: pass", "1 s of processor time"),
-        ("while True:\n  try:\n    while True: pass\n  except BaseException: pass", "1 s of processor time"),
-        ("import time\ntime.sleep(60)", "limit of 2 s"),
-        ("import time, signal\nsignal.setitimer(signal.ITIMER_REAL, 0)\ntime.sleep(60)", "limit of 2 s"),
-        ("x = []\nwhile True: x.append(bytes(1 << 20))", "MemoryError"),
-        ("x = bytes(1 << 40)", "MemoryError"),
-        ("print('x' * 100_000_000)", ""),
-        ("import os\nos.fork()", "os.fork"),
-        ("import subprocess\nsubprocess.run(['true'])", "subprocess.Popen"),
-        ("import os\nos.system('true')", "os.system"),
-        ("import os\nos.kill(os.getppid(), 9)", "os.kill"),
-        ("import ctypes", "ctypes"),
-        ("import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))", "resource.setrlimit"),
-        ("import numpy", "ModuleNotFoundError"),  # the standard library only
-    ],
-)
-def test_a_program_ends_at_its_limits(program, said, kernel):
-    """A busy program gets the processor late where others are busy too: only one that sleeps ends by the clock."""
-    wall = 2 if "sleep" in program else 60
-    outcome = sandbox.run_program(program, cpu_seconds=1, wall_seconds=wall, memory_bytes=256 << 20)
-    assert outcome.passed == (said == "")
-    assert said in outcome.error and "\n" not in outcome.error
-
-
-UNGUARDED = """
-import json, sys
-try:
-    exec(json.load(sys.stdin)["program"])
-    print(json.dumps({"passed": True}))
-except OSError as error:
-    print(json.dumps({"passed": False, "error": str(error)}))
-"""
-CONNECT = "import socket\nsocket.create_connection(('127.0.0.1', {port}), 2).sendall(b'hello')"
-
-
-def test_no_program_reaches_the_network(kernel):
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
-        program = CONNECT.format(port=server.getsockname()[1])
-        assert "socket" in sandbox.run_program(program).error
-        with pytest.raises(TimeoutError):
-            server.accept()
-
-
-@pytest.mark.skipif(not sandbox.is_isolated(), reason="this system grants no namespaces")
-def test_the_kernel_keeps_it_off_the_network_without_the_hook(monkeypatch, tmp_path):
-    unguarded = tmp_path / "unguarded.py"
-    unguarded.write_text(UNGUARDED)
-    monkeypatch.setattr(sandbox, "__file__", str(unguarded))
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        server.settimeout(0.2)
-        outcome = sandbox.run_program(CONNECT.format(port=server.getsockname()[1]))
-        assert "unreachable" in outcome.error
-        with pytest.raises(TimeoutError):
-            server.accept()
-
-
-@pytest.mark.parametrize(
-    "attempt",
-    [
-        "open({path!r}, 'w')",
-        "open({path!r}, 'a')",
-        "open({path!r}, 'r+b')",
-        "import os; os.open({path!r}, os.O_WRONLY | os.O_CREAT)",
-        "import os; os.remove({path!r})",
-        "import os; os.rename({path!r}, 'x')",
-        "import os; os.truncate({path!r}, 0)",
-        "import os; os.chmod({path!r}, 0)",
-        "import shutil; shutil.rmtree({folder!r})",
-        "import pathlib; pathlib.Path({folder!r}, 'new').mkdir()",
-        "import os; os.symlink({folder!r}, 'link'); open('link/kept', 'w')",
-        "open('../' * 20 + {path!r}, 'w')",
-    ],
-)
-def test_no_write_outside_its_folder(attempt, tmp_path):
-    kept = tmp_path / "kept"
-    kept.write_text("as it was")
-    outcome = sandbox.run_program(attempt.format(path=str(kept), folder=str(tmp_path)))
-    assert "PermissionError" in outcome.error, outcome
-    assert kept.read_text() == "as it was" and [file.name for file in tmp_path.iterdir()] == ["kept"]
-
-
-def test_its_own_folder_is_small_and_goes(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(sandbox.tempfile, "tempdir", None)
-    assert sandbox.run_program("open('a', 'w').write('x')\nassert open('a').read() == 'x'").passed
-    assert "File too large" in sandbox.run_program("open('a', 'wb').write(bytes(5 << 20))").error
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_counts_are_of_pairs():

@@ -340,7 +340,7 @@ def test_a_mesh_says_what_one_device_says(one_device, kv_heads, mesh):
 
 def test_what_runs_programs_runs_in_every_process():
     """A new method of the Runner is either one of CALLS or has to be named here."""
-    on_the_host_alone = {"prepare", "check_head", "temporary_bytes"}
+    on_the_host_alone = {"prepare", "check_head", "temporary_bytes", "recover"}  # recover: it gives up on several hosts
     methods = {name for name, value in vars(Runner).items() if callable(value) and not name.startswith("_")}
     assert methods == on_the_host_alone | set(CALLS)
 

@@ -6,8 +6,9 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.adapter_slots import AdapterSlots
 from icarus_jax.scheduling.plan import SampleRow, StepPlan
 from icarus_jax.scheduling.registry import NO_SLOT, Model
-from icarus_jax.scheduling.request import SessionHint
+from icarus_jax.scheduling.request import SamplingParams, SessionHint
 from icarus_jax.scheduling.scheduler import Scheduler
+from icarus_jax.scheduling.sequence import Sequence
 from tests.scheduling.test_scheduler import add
 
 CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, max_model_len=80)
@@ -94,3 +95,50 @@ def test_a_pinned_head_keeps_its_slot_from_others_that_can_wait():
     slots.release(pinned)
     assert not slots.acquire(other) and slots.acquire(other, last_resort=True)
     assert not slots.acquire(pinned, last_resort=True), "a head in use keeps its slot"
+
+
+def cached(scheduler: Scheduler, number: int, model: Model, prompt, cache_salt: str = "") -> int:
+    """How many tokens of the prompt a request finds in the cache."""
+    seq = Sequence(number, model, list(prompt), SamplingParams(max_tokens=1), seed=0, cache_salt=cache_salt)
+    scheduler.add(seq)
+    while scheduler.has_work:
+        step(scheduler)
+    return seq.cached_tokens
+
+
+def test_a_cache_salt_keeps_requests_apart_and_models_together():
+    scheduler = Scheduler(EngineConfig(**{**vars(CONFIG), "num_pages": 200}), num_slots=3)
+    trunk, shared = Model("t", "base"), Model("a", "shared", 1)
+    own, late = Model("x", "isolated", 2), Model("y", "activated", 3, invocation=(7, 8))
+    prompt = [*range(100, 120), 7, 8, *range(200, 210)]  # the invocation stands in page 5
+    assert cached(scheduler, 0, trunk, prompt, "one") == 0
+    assert cached(scheduler, 1, shared, prompt, "one") == 32, "the trunk and the heads share under one salt"
+    assert cached(scheduler, 2, shared, prompt, "two") == 0
+    assert cached(scheduler, 3, shared, prompt) == 0
+    assert cached(scheduler, 4, trunk, prompt) == 32
+    assert cached(scheduler, 5, late, prompt, "one") == 20, "the trunk's pages up to the invocation"
+    assert cached(scheduler, 6, late, prompt, "one") == 32
+    assert cached(scheduler, 7, late, prompt, "two") == 20
+    assert cached(scheduler, 8, late, prompt, "three") == 0
+    assert cached(scheduler, 9, own, prompt, "one") == 0
+    assert cached(scheduler, 10, own, prompt, "two") == 0
+    assert cached(scheduler, 11, own, prompt, "one") == 32
+
+
+def test_a_cache_salt_cannot_name_the_pages_of_an_isolated_head():
+    scheduler = Scheduler(EngineConfig(**{**vars(CONFIG), "num_pages": 60}), num_slots=1)
+    own = Model("x", "isolated", 1)
+    assert cached(scheduler, 0, own, range(20)) == 0
+    assert cached(scheduler, 1, Model("t", "base"), range(20), own.salt) == 0
+    assert cached(scheduler, 2, Model("t", "base"), range(20), "\ud800") == 0
+
+
+def test_an_invocation_that_stands_twice_in_one_page():
+    """Its last occurrence counts. The same tokens with an earlier last one are other K/V, in part the trunk's."""
+    scheduler, model = Scheduler(CONFIG), Model("y", "activated", invocation=(3,))
+    scheduler.slots = AdapterSlots(1)
+    add(scheduler, 0, model, [9, 9, 9, 9, 3, 8, 3], max_tokens=1)  # the adapter is on from position 6
+    step(scheduler)
+    other = add(scheduler, 1, model, [9, 9, 9, 9, 3, 8], max_tokens=1)  # from position 4
+    step(scheduler)
+    assert other.cached_tokens == 4

@@ -20,7 +20,8 @@ from icarus_jax.scheduling.sequence import Sequence, Status
 from tests.scheduling.test_scheduler import NAMES, Device, check_tokens, make_models, switch_from
 
 STEPS = 250  # of a seed
-FAILED_ONCE: tuple[int, ...] = ()  # seeds that have found a fault
+# Seeds that have found a fault: 142, 145: pages of an activated head whose invocation stands twice in one page.
+FAILED_ONCE = (142, 145)
 
 
 class Simulation:

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import httpx
 import openai
@@ -33,11 +34,12 @@ class Served:
         eos_ids: tuple[int, ...] = (),
         sources: dict[str, str] | None = None,
         head_folders: Iterable[pathlib.Path] = (),
+        **options: Any,  # of create_app
     ):
         self.engine = engine
         engine.start()
         self.loader = HeadLoader(engine, next(iter(engine.models)), None, sources, head_folders)
-        app = create_app(engine, tokenizer, eos_ids, self.loader)
+        app = create_app(engine, tokenizer, eos_ids, self.loader, **options)
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
         self._thread.start()
@@ -64,7 +66,7 @@ class Served:
         self.engine.shutdown(drain=False)
 
 
-HANG_SECONDS = 120.0  # a limit for hangs: a busy machine must not reach it
+HANG_SECONDS = 600.0  # a limit for hangs: a busy machine must not reach it
 
 
 def wait_for(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
@@ -76,11 +78,14 @@ def wait_for(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> 
 
 @contextlib.contextmanager
 def serving(
-    step_seconds: float = 0.0, eos_ids: tuple[int, ...] = (), head_folders: Iterable[pathlib.Path] = ()
+    step_seconds: float = 0.0,
+    eos_ids: tuple[int, ...] = (),
+    head_folders: Iterable[pathlib.Path] = (),
+    **options: Any,
 ) -> Iterator[Served]:
     """The double, served."""
     engine = doubles.FakeEngine(V, eos_ids, step_seconds, LIMIT)
-    served = Served(engine, TOKENIZER, eos_ids, {"parrot": "heads/parrot"}, head_folders)
+    served = Served(engine, TOKENIZER, eos_ids, {"parrot": "heads/parrot"}, head_folders, **options)
     try:
         yield served
     finally:

@@ -307,6 +307,6 @@ def test_what_is_refused(served, change, param, status):
 
 
 def test_too_many_choices_and_no_session_id(served):
-    body = {"prompt": [[5]] * 10, "n": 60, "max_tokens": 1, **BOTH}
+    body = {"prompt": [[5]] * 20, "n": 30, "max_tokens": 1, **BOTH}
     check_error(served.http.post("/v1/completions", json=body), 400, "prompt")
     check_error(served.http.post("/v1/release_session", json={}), 400, "id")

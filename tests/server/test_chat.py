@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import pytest
@@ -76,3 +77,94 @@ def test_chat_stream(served):
         assert "日本語 🙂" in whole.choices[i].message.content
         assert [c.delta.role for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
         assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+# Histories as OpenAI's client sends them back, and templates of every kind.
+
+TURN = "{% for m in messages %}[{{ m.role }}|{{ m.content }}"
+CALLS = "{% for t in m.tool_calls or [] %} {{ t.function.name }}("
+END = "){% endfor %}]{% endfor %}"
+PLAIN = TURN + "]{% endfor %}"
+CALLED = {
+    "role": "assistant",
+    "tool_calls": [{"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"city":"Paris"}'}}],
+}
+
+
+@pytest.fixture
+def rendered(served, monkeypatch):
+    """The prompt that a chat template makes of messages."""
+
+    def render(template: str, *messages: dict) -> str:
+        monkeypatch.setattr(TOKENIZER, "chat_template", template)
+        answer = served.http.post("/tokenize", json={"messages": messages})
+        assert answer.status_code == 200, answer.text
+        return TOKENIZER.decode(answer.json()["tokens"])
+
+    return render
+
+
+@pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}], ids=repr)
+def test_a_null_content_is_empty(rendered, content):
+    answer = {**CALLED, **content}
+    assert rendered(PLAIN, answer) == "[assistant|]"
+    adding = "{% for m in messages %}{{ '[' + m['role'] + '|' + m['content'] + ']' }}{% endfor %}"  # SmolLM2's way
+    told = {"role": "tool", "tool_call_id": "1", "content": "18 C"}
+    assert rendered(adding, answer, told) == "[assistant|][tool|18 C]"
+
+
+def test_a_null_content_is_null_for_a_template_that_asks(rendered):
+    for test in ("m['content'] is none", "m.content is not none", "m.content == none"):
+        asking = "{% for m in messages %}{{ 'yes' if " + test + " else 'no' }}{% endfor %}"
+        assert rendered(asking, CALLED) == ("no" if "not" in test else "yes")
+
+
+@pytest.mark.parametrize(
+    "written,wanted",
+    [
+        ("{{ t.function.arguments | tojson }}", '{"city": "Paris"}'),  # Qwen2.5, Llama 3.1
+        ("{{ t.function.arguments.city }}", "Paris"),
+        ("{% for k, v in t.function.arguments | items %}{{ k }}={{ v }}{% endfor %}", "city=Paris"),  # Qwen3-Coder
+        ("{{ t.function.arguments }}", '{"city":"Paris"}'),
+        ("{{ 'x' + t['function']['arguments'] + 'y' }}", 'x{"city":"Paris"}y'),  # DeepSeek
+        ("{{ 'x' ~ t.function.arguments }}", 'x{"city":"Paris"}'),
+        ("{{ t.function | tojson }}", '{"name": "look", "arguments": {"city": "Paris"}}'),  # Mistral
+        (  # Qwen3
+            "{% if t.function.arguments is string %}{{ t.function.arguments }}"
+            "{% else %}{{ t.function.arguments | tojson }}{% endif %}",
+            '{"city": "Paris"}',
+        ),
+    ],
+)
+def test_arguments_of_a_tool_call(rendered, written, wanted):
+    assert rendered(TURN + CALLS + written + END, CALLED) == f"[assistant| look({wanted})]"
+
+
+@pytest.mark.parametrize(
+    "arguments,wanted",
+    [
+        ("not JSON", '"not JSON"'),
+        ("[1]", '"[1]"'),
+        ("", "{}"),
+        ({"a": 1}, '{"a": 1}'),
+        (None, "null"),
+        ("[" * 9999, json.dumps("[" * 9999)),
+    ],
+    ids=lambda v: repr(v)[:20],
+)
+def test_arguments_that_are_no_json_object(rendered, arguments, wanted):
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "look", "arguments": arguments}}]}
+    got = rendered(TURN + CALLS + "{{ t.function.arguments | tojson }}" + END, call)
+    assert got == f"[assistant| look({wanted})]"
+
+
+def test_tool_calls_of_no_form_at_all(rendered):
+    for calls in ([None], ["x"], [{}], [{"function": None}], "x", {"a": 1}):
+        assert rendered(PLAIN, {"role": "assistant", "tool_calls": calls}) == "[assistant|]"
+
+
+def test_a_developer_is_the_system_where_the_template_knows_none(rendered):
+    told = {"role": "developer", "content": "Be brief."}
+    by_role = "{% for m in messages %}{% if m.role == 'system' %}<{{ m.content }}>{% endif %}{% endfor %}"
+    assert rendered(by_role, told) == "<Be brief.>"
+    assert rendered(PLAIN + "{# developer #}", told) == "[developer|Be brief.]"

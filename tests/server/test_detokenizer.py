@@ -134,8 +134,8 @@ def test_stops_do_not_depend_on_how_the_text_is_cut(chars, stops, include, sizes
 
 def test_the_cost_of_a_token_does_not_grow():
     """Counted in function calls, which a busy machine does not change."""
-    ids = pieces_of("byte_level", "The quick brown fox jumps. " * 20)
-    detokenizer = Detokenizer(BYTES, SamplingParams(stop=("zebra",)))
+    ids = pieces_of("byte_level", "The quick brown fox jumps<|im_start|>. " * 20)
+    detokenizer = Detokenizer(BYTES, SamplingParams(stop=("zebra", "mps<|im_end|>")))
 
     def calls() -> int:
         count = 0
@@ -157,6 +157,7 @@ def test_the_cost_of_a_token_does_not_grow():
         detokenizer.push(ids)
     assert calls() == first
     assert len(detokenizer._held) < len("zebra")
+    assert len(detokenizer._shown) == len("mps<|im_end|>")
 
 
 def test_names_of_tokens():

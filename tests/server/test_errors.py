@@ -9,6 +9,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from icarus_jax.server.prompts import PromptReader
 from tests.server.served import CHAT, GOOD, LIMIT, Served, V, check_error, serving
 
 
@@ -49,6 +50,7 @@ BAD_FIELDS = [
     ("min_p", 2, 400, None),
     ("repetition_penalty", 0, 400, None),
     ("n", 0, 400, None),
+    ("n", 33, 400, None),
     ("n", 1000, 400, None),
     ("best_of", 2, 400, None),
     ("suffix", "x", 400, None),
@@ -56,6 +58,12 @@ BAD_FIELDS = [
     ("logprobs", True, 400, None),
     ("stop", "", 400, None),
     ("stop", ["x"] * 17, 400, None),
+    ("stop", "x" * 1001, 400, None),
+    ("stop", ["x", "ab" * 1_000_000], 400, None),
+    ("handoff", [{"on": "x" * 1001, "model": "parrot"}], 400, None),
+    ("cache_salt", 5, 400, None),
+    ("cache_salt", "x" * 257, 400, None),
+    ("stream_options", {"include_usage": True, "continuous_usage_stats": True}, 400, None),
     ("stop", 5, 400, None),
     ("stop_token_ids", [V], 400, None),
     ("logit_bias", {"x": 1}, 400, None),
@@ -90,6 +98,11 @@ BAD_CHATS = [
     ({"messages": "hi"}, "messages"),
     ({"messages": ["hi"]}, "messages"),
     ({"messages": [{"content": "hi"}]}, "messages"),
+    ({"messages": [{"role": "user"}]}, "messages"),
+    ({"messages": [{"role": "system", "content": None}]}, "messages"),
+    ({"messages": [{"role": "user", "content": "x"}] * 10_001}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x"}] * 1001}]}, "messages"),
+    ({"messages": [{"role": "user", "content": [{"type": "text", "text": None}]}]}, "messages"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"tools": "hammer"}, "tools"),
@@ -132,6 +145,8 @@ def test_wrong_paths_and_methods(served):
     assert answer.headers["allow"] == "POST"
     check_error(served.http.get("/v1/models/nobody"), 404, "model", "model_not_found")
     check_error(served.http.post("/detokenize", json={"tokens": [V]}), 400, "tokens")
+    too_many = served.http.post("/detokenize", json={"tokens": [5] * (LIMIT + 1)})
+    check_error(too_many, 400, "tokens", "context_length_exceeded")
     check_error(served.http.post("/tokenize", json={}), 400, "prompt")
     check_error(served.http.post("/tokenize", json={"prompt": "x", "model": "nobody"}), 404, "model", "model_not_found")
 
@@ -141,9 +156,30 @@ def test_a_hopeless_prompt_is_refused_unread(served):
     assert "1200000 characters" in check_error(answer, 400, "prompt", "context_length_exceeded")["message"]
 
 
-def test_a_body_too_large(served):
-    answer = served.http.post("/tokenize", content=b" " * (33 << 20))
-    check_error(answer, 413, None)
+@pytest.mark.parametrize(
+    "raw",
+    [b" " * (33 << 20), b'{"prompt": "x", "y": [' + b"0," * 2_000_001, b'{"prompt": "x", "y": [' + b"[]," * 200_001],
+    ids=["bytes", "values", "lists"],
+)
+def test_a_body_too_large(served, raw):
+    check_error(served.http.post("/tokenize", content=raw), 413, None)
+
+
+def test_what_cannot_run_is_refused_unread(served, monkeypatch):
+    """n and the number of choices are known before any prompt is read."""
+    monkeypatch.setattr(PromptReader, "read", lambda *_: pytest.fail("a prompt was read"))
+    check_error(served.http.post("/v1/completions", json=GOOD | {"n": 33}), 400, "n")
+    check_error(served.http.post("/v1/chat/completions", json=CHAT | {"n": 33}), 400, "n")
+    many = GOOD | {"prompt": ["x"] * 600, "models": ["trunk", "parrot"]}
+    check_error(served.http.post("/v1/completions", json=many), 400, "prompt")
+
+
+@pytest.mark.parametrize("path", ["/health", "/version", "/metrics", "/v1/models", "/v1/models/trunk", "/openapi.json"])
+def test_head_is_get_without_a_body(served, path):
+    answer = served.http.head(path)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers.get("content-type") == served.http.get(path).headers.get("content-type")
+    check_error(served.http.post(path), 405, None)
 
 
 FIELDS = [*GOOD, *dict.fromkeys(field for field, *_ in BAD_FIELDS), "echo", "messages", "tools", "chat_template_kwargs"]

@@ -6,12 +6,14 @@ import pathlib
 import re
 
 import numpy as np
+import peft
 import pytest
 import torch
+import transformers
 from safetensors.numpy import load_file, save_file
 
 from icarus_jax.weights.checkpoint import load_trunk
-from icarus_jax.weights.peft import Adapter, load_adapter, random_adapter, save_adapter
+from icarus_jax.weights.peft import Adapter, adapter_rank, load_adapter, random_adapter, save_adapter
 from tests.tiny import ALL_TARGETS, hf_model, tiny_adapter, tiny_model
 
 PROMPT = torch.tensor([[5, 17, 300, 42, 42, 7, 99, 260]])
@@ -160,7 +162,32 @@ def test_check_of_the_trunk(config):
     [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "bias='all'"),
-        ({"lora_alpha": "16"}, "lora_alpha='16' in adapter_config.json is no number"),
+        ({"lora_alpha": "16"}, "adapter_config.json says lora_alpha='16'; it is a number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan; it is a number"),
+        ({"lora_alpha": float("-inf")}, "lora_alpha=-inf"),
+        ({"lora_alpha": 10**400}, "lora_alpha=1000"),
+        ({"lora_alpha": True}, "lora_alpha=True"),
+        ({"lora_alpha": None}, "lora_alpha=None"),
+        ({"r": -4}, "r=-4; it is a whole number of 1 to"),
+        ({"r": 0}, "r=0"),
+        ({"r": 1 << 40}, "r=1099511627776"),
+        ({"r": 4.0}, r"r=4\.0"),
+        ({"r": [4]}, r"r=\[4\]"),
+        ({"rank_pattern": {"(": 4}}, r"'\(' in rank_pattern, which is no pattern"),
+        ({"rank_pattern": {"a{99999999999}": 4}}, "which is no pattern"),
+        ({"alpha_pattern": {"(?P<x": 4}}, "in alpha_pattern, which is no pattern"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, "inf for 'q_proj' in alpha_pattern; it is a number"),
+        ({"alpha_pattern": {"q_proj": "3"}}, "'3' for 'q_proj' in alpha_pattern"),
+        ({"rank_pattern": {"q_proj": -1}}, "-1 for 'q_proj' in rank_pattern; it is a whole number"),
+        ({"rank_pattern": ["q_proj"]}, r"rank_pattern=\['q_proj'\]; it is an object"),
+        ({"alpha_pattern": 7}, "alpha_pattern=7; it is an object"),
+        ({"use_rslora": "yes"}, "use_rslora='yes'; it is true or false"),
+        ({"icarus": "shared"}, "icarus='shared' in adapter_config.json; it is a kv of shared"),
+        ({"icarus": {"kv": "mine"}}, "'kv': 'mine'"),
+        ({"icarus": {"kv": ["shared"]}}, "'kv': "),
+        ({"icarus": {"trunk": 5}}, "'trunk': 5"),
+        ({"alora_invocation_tokens": "12"}, "alora_invocation_tokens='12'"),
+        ({"init_lora_weights": ["pissa"]}, "init_lora_weights=..pissa"),
         ({"lora_bias": True}, "lora_bias"),
         ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
@@ -179,7 +206,20 @@ def test_unsupported_settings_are_refused_by_name(changes, message, folder, conf
     file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
     with pytest.raises(ValueError, match=message) as error:
         load_adapter(str(saved), config)
-    assert "\n" not in str(error.value)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 1000
+
+
+@pytest.mark.parametrize("changes, rank", [({}, 4), ({"rank_pattern": {"q_proj": 9, "o_proj": 2}}, 9), (None, 8)])
+def test_the_rank_that_a_config_names(changes, rank, folder, tmp_path):
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    file = saved / "adapter_config.json"
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | changes if changes is not None else {"peft_type": "LORA"}))
+    assert adapter_rank(str(saved)) == rank  # 8 is PEFT's default
+    for wrong in ({"r": "4"}, {"r": None}, {"rank_pattern": {"(": 8}}, {"peft_type": "IA3"}):
+        file.write_text(json.dumps(settings | wrong))
+        with pytest.raises(ValueError, match=r"adapter_config\.json says|peft_type"):
+            adapter_rank(str(saved))
 
 
 Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
@@ -194,6 +234,23 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (None, {Q0.replace("q_proj", "c_proj") + ".lora_A.weight": (4, 48)}, "c_proj.*targets are k_proj, v_proj"),
         (None, {f"{Q0}.lora_A.weight": (4, 47)}, "self_attn.q_proj maps 47 to 48, the trunk's 48 to 48"),
         (None, {Q0.replace("layers.0", "layers.3") + ".lora_A.weight": (4, 48)}, "a layer that the trunk, of 3, lacks"),
+        (
+            None,
+            {f"base_model.model.vision_tower.{Q0[23:]}.lora_A.weight": (4, 48)},
+            "cannot use the tensor .*vision_tow",
+        ),
+        (
+            None,
+            {Q0.replace("model.layers", "model.encoder.layers") + ".lora_A.weight": (4, 48)},
+            "cannot use .*encoder",
+        ),
+        (None, {Q0.replace("layers", "vision_tower.layers") + ".lora_A.weight": (4, 48)}, "cannot use .*vision_tower"),
+        (None, {Q0.removeprefix("base_model.model.") + ".lora_A.weight": (4, 48)}, "cannot use .*base_model.model.mod"),
+        (None, {Q0.replace("self_attn", "mlp") + ".lora_A.weight": (4, 48)}, "cannot use the tensor .*mlp.q_proj"),
+        (None, {f"{Q0}.lora_A.other.weight": (4, 48)}, "cannot use the tensor .*other"),
+        (None, {Q0.replace("model.model.", "model.") + ".lora_A.weight": (4, 48)}, "q_proj has two lora_A"),
+        (None, {Q0.replace("layers.0", "layers.00") + ".lora_A.weight": (4, 48)}, "q_proj has two lora_A"),
+        (f"{Q0}.lora_A.weight", {f"{Q0}.lora_A.weight": ()}, "q_proj maps 1 to 48"),
         (f"{Q0}.lora_B.weight", {}, "q_proj has lora_A only"),
         ("", {}, "it has no tensors"),
     ],
@@ -206,6 +263,45 @@ def test_wrong_tensors_are_refused_by_name(remove, add, message, folder, config,
     with pytest.raises(ValueError, match=message) as error:
         load_adapter(str(saved), config)
     assert "\n" not in str(error.value)
+
+
+def test_the_decoder_alone_has_an_adapter_too(folder, config, tmp_path):
+    saved = tiny_adapter(folder, tmp_path)
+    model = peft.get_peft_model(
+        transformers.AutoModel.from_pretrained(folder),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=list(ALL_TARGETS)),
+    )
+    model.save_pretrained(tmp_path / "alone")
+    names = set(load_file(tmp_path / "alone" / "adapter_model.safetensors"))
+    weights = load_file(pathlib.Path(saved) / "adapter_model.safetensors")
+    renamed = {name.replace("base_model.model.model.", "base_model.model."): value for name, value in weights.items()}
+    assert names == set(renamed)  # as PEFT names them
+    save_file(renamed, tmp_path / "alone" / "adapter_model.safetensors")
+    got, want = load_adapter(str(tmp_path / "alone"), config), load_adapter(saved, config)
+    for target, pair in want.weights.items():
+        for mine, theirs in zip(got.weights[target], pair, strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e39])
+@pytest.mark.parametrize("side", ["A", "B"])
+def test_weights_that_are_no_numbers(value, side, folder, config, tmp_path):
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    file = saved / "adapter_model.safetensors"
+    weights = load_file(file)
+    weights[f"{Q0}.lora_{side}.weight"] = weights[f"{Q0}.lora_{side}.weight"].astype(np.float64)
+    weights[f"{Q0}.lora_{side}.weight"][1, 2] = value
+    save_file(weights, file)
+    with pytest.raises(ValueError, match=r"layers\.0\.self_attn\.q_proj has weights that are no numbers"):
+        load_adapter(str(saved), config)
+
+
+def test_weights_that_are_not_floating_point(folder, config, tmp_path):
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path))
+    file = saved / "adapter_model.safetensors"
+    save_file({name: values.astype(np.int8) for name, values in load_file(file).items()}, file)
+    with pytest.raises(ValueError, match=r"is I8; an adapter's tensors are F64, F32, F16, BF16"):
+        load_adapter(str(saved), config)
 
 
 def test_an_embedding_adapter_of_pefts_own_is_refused(folder, config, tmp_path):

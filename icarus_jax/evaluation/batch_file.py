@@ -1,0 +1,123 @@
+"""Reads OpenAI's batch files, and makes lines of OpenAI's batch output of the answers.
+
+A line that cannot be sent costs no other line its answer. It gets an error under its custom_id. A line without a
+custom_id of its own (broken JSON, say, or a custom_id that an earlier line has) can have no line in the output, so it
+is reported by its number.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Mapping
+from pathlib import Path
+from typing import Any
+
+from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, encode, parse_line
+from icarus_jax.evaluation.result_file import Line
+
+URLS = (COMPLETIONS, CHAT)
+_ID = "batch_req_"
+
+
+def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> Evaluation:
+    """Reads an OpenAI batch file: lines of {"custom_id", "method", "url", "body"}.
+
+    The result file has OpenAI's batch output format. A line's `response` is the API's answer, with its status. If there
+    is none, because the request cannot be sent or the server has failed on it twice, `response` is null and `error` is
+    {"code", "message"}. The id of each line is made from the request and from `served`, so that the lines of another
+    run can be recognised.
+
+    Args:
+        path: the batch file.
+        served: what answers the requests (models and weights), as JSON.
+        limit: how many of the first requests to run; 0: all.
+
+    Returns:
+        The evaluation of the requests. Its report names the lines without a custom_id of their own, and its notes say
+        what is wrong with each.
+
+    Raises:
+        ValueError: no line has a custom_id.
+    """
+    ids: dict[str, str] = {}
+    models: dict[Hashable, str] = {}
+    jobs: list[Job] = []
+    unusable: dict[int, str] = {}
+    for number, text in enumerate(path.read_bytes().splitlines(), 1):
+        if not text.strip():
+            continue
+        try:
+            line = parse_line(text)
+            custom_id = _custom_id(line, ids)
+            name = digest([served, line])
+        except (ValueError, RecursionError) as error:
+            unusable[number] = f"{path}:{number}: {error}"
+            continue
+        body = line.get("body")
+        ids[custom_id] = name
+        models[custom_id] = str(body.get("model") if isinstance(body, dict) else None)
+        jobs.append(_job(line, name, number))
+    if not jobs:
+        raise ValueError("; ".join([f"{path} holds no requests", *list(unusable.values())[:1]]))
+
+    def key(line: Line) -> Hashable:
+        custom_id = line.get("custom_id")
+        if not isinstance(custom_id, str) or custom_id not in ids or line.get("id") != _ID + ids[custom_id]:
+            raise ValueError(f"it holds the results of another run (custom_id {custom_id!r})")
+        return custom_id
+
+    def report(lines: list[Line]) -> dict[str, Any]:
+        requests = Counter(models[line["custom_id"]] for line in lines)
+        failed = Counter(models[line["custom_id"]] for line in lines if not _is_answered(line))
+        figures = {model: {"requests": count, "failed": failed[model]} for model, count in requests.items()}
+        totals = {"rows": len(lines), "failed": failed.total(), "unusable_lines": list(unusable)}
+        return {"task": "batch", **totals, "models": figures}
+
+    notes = [f"{note}; this line gets no answer" for note in unusable.values()]
+    return Evaluation(jobs[: limit or None], None, key, report, f'{{"id":"{_ID}'.encode(), notes)
+
+
+def _custom_id(line: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
+    custom_id = line.get("custom_id")
+    if not isinstance(custom_id, str) or not custom_id:
+        raise ValueError("custom_id must be a string")
+    if custom_id in seen:
+        raise ValueError(f"the custom_id {custom_id!r} is there twice, and names the first line")
+    return custom_id
+
+
+def _request(line: Mapping[str, Any]) -> bytes:
+    """Checks a request and returns its body."""
+    body = line.get("body")
+    if line.get("method") != "POST" or line.get("url") not in URLS:
+        raise ValueError(f"method must be POST, and url one of {', '.join(URLS)}")
+    if not isinstance(body, dict):
+        raise ValueError("body must be an object")
+    if body.get("stream"):
+        raise ValueError("body.stream is not possible in a batch")
+    return encode(body)
+
+
+def _job(line: Mapping[str, Any], name: str, number: int) -> Job:
+    custom_id = line["custom_id"]
+
+    def result(response: Line | None, error: Line | None) -> Line:
+        return {"id": _ID + name, "custom_id": custom_id, "response": response, "error": error}
+
+    def record(status: int, answer: Any) -> Line:
+        if status < 500:
+            return result({"status_code": status, "request_id": f"req_{name}", "body": answer}, None)
+        said = answer.get("error") if isinstance(answer, dict) else None
+        said = said if isinstance(said, dict) else {}
+        code, message = said.get("code") or "server_error", said.get("message") or f"the server answered {status}"
+        return result(None, {"code": str(code), "message": str(message)})
+
+    try:
+        return Job(custom_id, line["url"], _request(line), record)
+    except (ValueError, KeyError) as error:
+        settled = result(None, {"code": "invalid_request", "message": f"line {number}: {error}"})
+        return Job(custom_id, "", b"", record, settled)
+
+
+def _is_answered(line: Line) -> bool:
+    return line["response"] is not None and line["response"]["status_code"] == 200

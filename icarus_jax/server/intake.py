@@ -1,0 +1,172 @@
+"""From the body of a completion request to choices that the engine works on."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from icarus_jax.engine.engine import Engine
+from icarus_jax.scheduling.request import Request, SamplingParams
+from icarus_jax.server.agent_fields import Routing
+from icarus_jax.server.body import ApiError, parse
+from icarus_jax.server.detokenizer import Vocabulary
+from icarus_jax.server.exchange import current
+from icarus_jax.server.generation import Generation
+from icarus_jax.server.handoff import Handoff
+from icarus_jax.server.prompts import Prompt, PromptReader
+from icarus_jax.server.protocol import ChatRequest, CompletionRequest, Generate
+from icarus_jax.server.responses import ChatView, CompletionView
+from icarus_jax.server.streams import Choice
+
+COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
+MAX_CHOICES = 1024  # of one request: prompts times models times n
+
+
+class Intake:
+    """Reads and checks requests, and submits them to the engine.
+
+    Its methods take time by the size of a request. The server therefore calls them on a thread, and the event loop goes
+    on; nothing in them needs the loop.
+    """
+
+    def __init__(self, engine: Engine, vocabulary: Vocabulary, reader: PromptReader, eos_ids: frozenset[int]):
+        """Takes the parts that it works with.
+
+        Args:
+            engine: the engine that answers the requests.
+            vocabulary: translates between text and token ids.
+            reader: makes token ids of prompts, and checks them.
+            eos_ids: the ids of the tokens that end a text.
+        """
+        self._engine = engine
+        self._vocabulary = vocabulary
+        self._reader = reader
+        self._eos_ids = eos_ids
+
+    def completion(self, raw: bytes, generation: Generation) -> CompletionView:
+        """Submits a request to complete one prompt or several, with one model or several.
+
+        Args:
+            raw: the request's body.
+            generation: takes the choices.
+
+        Returns:
+            What writes the answer.
+
+        Raises:
+            ApiError: the request cannot be served.
+            RequestError: the engine or SamplingParams refuses it.
+        """
+        body = parse(CompletionRequest, raw)
+        self._check(body)
+        if len(body.prompt) * len(body.answering) * body.n > MAX_CHOICES:
+            raise ApiError(400, f"prompts times models times n is above {MAX_CHOICES}", "prompt")
+        prompts = [self._reader.read(prompt, "prompt", body.add_special_tokens) for prompt in body.prompt]
+        if not prompts:
+            raise ApiError(400, "prompt is empty; it must have at least one token", "prompt")
+        rooms = [self._reader.room(prompt, body.max_tokens) for prompt in prompts]
+        jobs = [
+            (prompt, self._params(body, min(COMPLETION_TOKENS, room)))
+            for prompt, room in zip(prompts, rooms, strict=True)
+        ]
+        self._submit(body, jobs, generation)
+        return CompletionView(body, self._vocabulary)
+
+    def chat(self, raw: bytes, generation: Generation) -> ChatView:
+        """Submits a request to continue a conversation, with one model or several.
+
+        Args:
+            raw: the request's body.
+            generation: takes the choices.
+
+        Returns:
+            What writes the answer.
+
+        Raises:
+            ApiError: the request cannot be served.
+            RequestError: the engine or SamplingParams refuses it.
+        """
+        body = parse(ChatRequest, raw)
+        self._check(body)
+        if len(body.answering) * body.n > MAX_CHOICES:
+            raise ApiError(400, f"models times n is above {MAX_CHOICES}", "n")
+        prompt = self._reader.read_chat(body)
+        field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        room = self._reader.room(prompt, body.asked_tokens(), field)
+        self._submit(body, [(prompt, self._params(body, room))], generation)
+        return ChatView(body, self._vocabulary)
+
+    def check_model(self, name: str | None, field: str = "model") -> None:
+        """Checks that a model is served.
+
+        Args:
+            name: the model's name; None passes.
+            field: the request's field that names it.
+
+        Raises:
+            ApiError: there is no such model.
+        """
+        if name is not None and name not in self._engine.models:
+            names = ", ".join(self._engine.models)
+            raise ApiError(404, f"the model {name[:64]!r} is not served; served: {names}", field, "model_not_found")
+
+    def _check(self, body: Generate) -> None:
+        self._check_routing(body)
+        most = self._engine.config.max_num_seqs
+        if body.n > most:  # the engine says so too, but only once the prompts have been read
+            raise ApiError(400, f"n is {body.n}; it must lie between 1 and {most}", "n")
+
+    def _check_routing(self, body: Routing) -> None:
+        """Raises ApiError if the body names a model that is not served, or models that it may not combine."""
+        for name in body.answering:
+            self.check_model(name, "model" if body.models is None else "models")
+        named = [("handoff", rule.model) for rule in body.handoff]
+        if body.session and body.session.next_model is not None:
+            named.append(("session", body.session.next_model))
+        models = self._engine.models
+        for field, name in named:
+            if name not in models:
+                message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
+                raise ApiError(400, message, field)
+        if body.reference_logprobs:
+            own = [rule.model for rule in body.handoff if models[rule.model].salt]  # they make K/V of their own
+            if own:
+                message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
+                raise ApiError(400, message, "handoff")
+        self._reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")
+
+    def _params(self, body: Generate, default_tokens: int) -> SamplingParams:
+        params = body.sampling_params(default_tokens)
+        self._reader.check_ids([token_id for token_id, _ in params.logit_bias], "logit_bias")
+        self._reader.check_ids(list(params.stop_token_ids), "stop_token_ids")
+        return params
+
+    def _submit(self, body: Generate, jobs: list[tuple[Prompt, SamplingParams]], generation: Generation) -> None:
+        writers = [model for model in body.answering for _ in range(body.n)]
+        generation.reserve(len(jobs) * len(writers), sum(len(prompt.ids) for prompt, _ in jobs))
+        for prompt, params in jobs:
+            first = len(generation.choices)
+            choices = [self._choice(i, model, prompt, params, body) for i, model in enumerate(writers, first)]
+            generation.submit(self._request(prompt, params, body), choices)
+
+    def _choice(self, index: int, model: str, prompt: Prompt, params: SamplingParams, body: Generate) -> Choice:
+        echo = isinstance(body, CompletionRequest) and body.echo
+        return Choice(index, model, prompt, params, self._vocabulary, self._eos_ids, body.skip_special_tokens, echo)
+
+    def _request(self, prompt: Prompt, params: SamplingParams, body: Generate) -> Request:
+        handoff = functools.partial(Handoff, body.handoff, self._vocabulary, body.skip_special_tokens, prompt.ids)
+        caller, session = current().caller, body.session.hint() if body.session else None
+        if session is not None:
+            session = dataclasses.replace(session, id=caller.session(session.id))
+        return Request(
+            models=body.answering,
+            prompt_ids=prompt.ids,
+            params=params,
+            n=body.n,
+            handoff=handoff if body.handoff else None,
+            reference_logprobs=body.reference_logprobs,
+            session=session,
+            tenant=caller.name,
+            weight=caller.weight,
+            cache_salt=body.cache_salt,
+        )
