@@ -226,3 +226,41 @@ def test_a_stalled_client_does_not_hold_the_exit():
             assert process.wait(60) == 0
     finally:
         process.kill()
+
+
+def test_a_server_that_is_killed_amid_a_hundred_streams():
+    """Every client sees that its stream has broken, and the next server starts clean."""
+    process, url = start_process(step_seconds=0.2)
+
+    async def read(client: httpx.AsyncClient, begun: asyncio.Semaphore) -> bool:
+        body = GOOD | {"max_tokens": 100, "stream": True}
+        try:
+            async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+                async for line in answer.aiter_lines():
+                    if line == "data: [DONE]":
+                        return False
+                    if line:
+                        begun.release()
+        except httpx.TransportError:
+            return True
+        return False
+
+    async def kill() -> list[bool]:
+        begun = asyncio.Semaphore(0)
+        limits = httpx.Limits(max_connections=None)
+        async with httpx.AsyncClient(timeout=None, limits=limits) as client:
+            streams = [asyncio.create_task(read(client, begun)) for _ in range(100)]
+            for _ in range(100):  # some streams have begun, perhaps not all
+                await begun.acquire()
+            process.kill()
+            return await asyncio.gather(*streams)
+
+    try:
+        assert asyncio.run(kill()) == [True] * 100
+    finally:
+        process.kill()
+    after, url = start_process(step_seconds=0.01)
+    try:
+        assert httpx.post(f"{url}/v1/completions", json=GOOD, timeout=600).status_code == 200
+    finally:
+        after.kill()
