@@ -38,10 +38,10 @@ ANSWER_FIELDS: dict[str, tuple[Any, ...]] = {
     "grammar": OFF,
     "guided_choice": OFF,
     "guided_grammar": OFF,
-    "guided_json": OFF,
+    "guided_json": (False, ""),  # {} asks for any JSON
     "guided_regex": OFF,
     "include_reasoning": (True,),
-    "json_schema": OFF,
+    "json_schema": (False, ""),
     "kv_transfer_params": OFF,
     "length_penalty": (1.0, *OFF),
     "logits_processors": OFF,
