@@ -27,17 +27,17 @@ class UsageError(ValueError):
 
 @contextlib.contextmanager
 def usage_errors(what: str = "") -> Iterator[None]:
-    """Turns the ValueError or OSError of a user's input into a UsageError.
+    """Turns the ValueError, TypeError or OSError of a user's input into a UsageError.
 
     Args:
         what: what the error is about, for example `config.engine`; the message begins with it.
 
     Raises:
-        UsageError: in place of a ValueError or OSError of the body.
+        UsageError: in place of a ValueError, TypeError or OSError of the body.
     """
     try:
         yield
     except UsageError:  # says already what it is about
         raise
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UsageError(f"{what}: {error}" if what else error) from error

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from icarus_jax import cli
 from icarus_jax.cli.defaults import TRUNK
+from icarus_jax.errors import usage_errors
 from icarus_jax.scheduling.request import SamplingParams
 
 if TYPE_CHECKING:
@@ -67,7 +68,8 @@ class LLM:
             config.trunk.update(source=trunk, name=Path(trunk).name)
         if trunk_name:
             config.trunk.name = trunk_name
-        config.engine.update(engine)
+        with usage_errors("engine options"):
+            config.engine.update(engine)
         cli.add_heads(config, [f"{name}={path}" for name, path in (heads or {}).items()])
         self._open(config)
 
@@ -256,7 +258,7 @@ class LLM:
         total = len(prompts) * len(names) * ask.n
         hidden = None if use_tqdm else True  # None: the bar is hidden unless stderr is a terminal
         with tqdm(total=total, unit="answer", file=sys.stderr, disable=hidden, leave=False) as bar:
-            return answer(self.engine, self._vocabulary, prompts, ask, bar)
+            return answer(self.engine, self._reader, prompts, ask, bar)
 
 
 def _listed(prompts: Prompts) -> list[Any]:

@@ -14,7 +14,14 @@ from icarus_jax.errors import RequestError, UsageError
 from tests import tiny
 from tests.engine import harness
 
-ENGINE = {"page_size": 4, "num_pages": 128, "max_num_seqs": 4, "max_num_batched_tokens": 32, "max_model_len": 128}
+ENGINE = {
+    "page_size": 4,
+    "num_pages": 128,
+    "max_num_seqs": 4,
+    "max_num_batched_tokens": 32,
+    "max_model_len": 128,
+    "writer_adapters": True,
+}
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 TEXT = "The quick brown fox jumps over the lazy dog"
 
@@ -126,7 +133,9 @@ def test_heads_come_and_go(llm, files):
         ({"prompts": "x" * 4000}, "prompts"),
         ({"prompts": ""}, "prompts"),
         ({"prompts": [[400]]}, "prompts"),
-        ({"prompts": TEXT, "models": "nobody"}, "model"),
+        ({"prompts": TEXT, "models": "nobody"}, "models"),
+        ({"prompts": TEXT, "handoff": [{"on": "", "model": "a"}]}, "handoff"),
+        ({"prompts": TEXT, "handoff": [{"on": 99999, "model": "a"}]}, "handoff"),
         ({"prompts": TEXT, "handoff": [{"on": "x", "model": "nobody"}]}, "handoff"),
         ({"prompts": TEXT, "handoff": [{"model": "a"}]}, "handoff"),
         ({"prompts": TEXT, "n": 0}, "n"),
@@ -150,7 +159,21 @@ def test_the_http_api_over_the_same_engine(llm, wanted):
     assert asyncio.run(ask())["choices"][0]["token_ids"] == wanted["a"]
 
 
+def test_forms_of_sampling_params():
+    assert SamplingParams(stop="END").stop == ("END",)
+    assert SamplingParams(logit_bias={5: 1.0}).logit_bias == ((5, 1.0),)
+
+
+def test_reference_logprobs_need_the_trunks_kv_behind_a_handoff_too(llm, files):
+    llm.load_head("own", files[1]["a"], "isolated")
+    with pytest.raises(RequestError, match="makes its own"):
+        llm.generate(TEXT, "a", GREEDY, handoff=[{"on": "x", "model": "own"}], reference_logprobs=True)
+    llm.unload_head("own")
+
+
 def test_what_cannot_be_opened(files):
+    with pytest.raises(UsageError, match="num_pages"):
+        LLM(files[0], num_pages="4096")
     with pytest.raises(UsageError, match=r"max_seqs.*did you mean max_num_seqs"):
         LLM(files[0], max_seqs=4)
     with pytest.raises(UsageError, match="nowhere"):

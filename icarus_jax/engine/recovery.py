@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import queue
+import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import jax
@@ -24,16 +25,24 @@ def is_whole(tree: Tree) -> bool:
     Raises:
         TimeoutError: The device does not answer.
     """
-    probe = ThreadPoolExecutor(1)  # a thread of its own, as the wait for a lost device has no end
+    answer: queue.SimpleQueue[Exception | None] = queue.SimpleQueue()
+
+    def wait() -> None:
+        try:
+            jax.block_until_ready(tree)
+            answer.put(None)
+        except Exception as error:
+            answer.put(error)
+
+    # A daemon, as the wait for a lost device has no end, and the process must be able to.
+    threading.Thread(target=wait, name="device-probe", daemon=True).start()
     try:
-        probe.submit(jax.block_until_ready, tree).result(timeout=PROBE_SECONDS)
-    except TimeoutError:
-        raise
-    except Exception as error:
+        error = answer.get(timeout=PROBE_SECONDS)
+    except queue.Empty:
+        raise TimeoutError(f"the device has not answered for {PROBE_SECONDS} s") from None
+    if error is not None:
         log.warning("arrays were lost in the failed step: %s", error)
         return False
-    finally:
-        probe.shutdown(wait=False)
     return not any(leaf.is_deleted() for leaf in jax.tree.leaves(tree))
 
 

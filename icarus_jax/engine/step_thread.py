@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import math
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -13,6 +15,7 @@ from icarus_jax.errors import RequestError
 
 log = logging.getLogger(__name__)
 
+STUCK_SECONDS = 600.0  # a step that runs for so long has no end: the device does not answer
 T = TypeVar("T")
 
 
@@ -20,7 +23,7 @@ class StepThread:
     """Runs steps as long as there is work, and between two steps the commands of other threads.
 
     Attributes:
-        failed: Whether a step has failed in a way that the engine cannot recover from. The thread has ended then.
+        failed: Whether a step has failed in a way that the engine cannot recover from, or does not end.
     """
 
     def __init__(
@@ -41,12 +44,18 @@ class StepThread:
                 'error'. It must run the commands that are left, too.
         """
         self._has_work, self._step, self._recover, self._end_all = has_work, step, recover, end_all
-        self.failed = False
+        self._failed = False
+        self._step_began = math.inf  # of the step under way, in seconds of time.monotonic()
         self._closing = False  # no new commands; the thread ends when there is no work left
         self._stopping = False  # the thread ends after the current step
         self._commands: deque[Callable[[], None]] = deque()
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether the thread has ended on a failure, or its step has been running for STUCK_SECONDS."""
+        return self._failed or time.monotonic() - self._step_began > STUCK_SECONDS
 
     def start(self) -> None:
         """Starts the thread."""
@@ -64,7 +73,7 @@ class StepThread:
             self._stopping = not drain
             self._changed.notify()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(timeout=1.0 if self.failed else None)  # a step that does not end is left behind
             self._thread = None
 
     def put(self, command: Callable[[], None], always: bool = False) -> None:
@@ -97,7 +106,7 @@ class StepThread:
         Raises:
             RequestError: New commands are refused, because the thread is ending or has failed.
         """
-        if self._thread is None or self._thread is threading.current_thread():
+        if self._thread is threading.current_thread() or (self._thread is None and not self._closing):
             return function()
         future: Future[T] = Future()
 
@@ -127,12 +136,15 @@ class StepThread:
             try:
                 self.run_commands()
                 if self._has_work():
+                    self._step_began = time.monotonic()
                     self._step()
+                    self._step_began = math.inf
             except Exception as error:
+                self._step_began = math.inf
                 log.exception("a step failed; the requests that it ran are ended")
                 if not self._recovers(error):
                     with self._changed:  # commands queued until now are run by _end_all, later ones are refused
-                        self.failed = True
+                        self._failed = True
                     return self._end_all("error")
         self._end_all("abort")
 

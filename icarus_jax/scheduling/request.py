@@ -69,8 +69,8 @@ class SamplingParams:
             prompt or the output (CTRL, arXiv 1909.05858). 1: no penalty.
         presence_penalty: Is subtracted from the logits of tokens that are in the output.
         frequency_penalty: Is subtracted from a token's logit once for each time that it is in the output.
-        logit_bias: Pairs (token id, bias); the bias, -100 to 100, is added to the token's logit.
-        stop: Strings that end the text.
+        logit_bias: Pairs (token id, bias), or a mapping; the bias, -100 to 100, is added to the token's logit.
+        stop: Strings that end the text, or one string.
         stop_token_ids: Tokens that end the text.
         include_stop_str_in_output: Whether the text keeps the stop string.
         ignore_eos: Whether the model's own end tokens are treated as any other token.
@@ -101,6 +101,10 @@ class SamplingParams:
     prompt_logprobs: int | None = _field(None, 0, MAX_LOGPROBS)
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str):  # vLLM takes one string, too
+            object.__setattr__(self, "stop", (self.stop,))
+        if isinstance(self.logit_bias, Mapping):
+            object.__setattr__(self, "logit_bias", tuple(self.logit_bias.items()))
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if value is not None and "range" in field.metadata:

@@ -129,17 +129,14 @@ class Scheduler:
         if not plan.preempted:
             self._admit(budget, plan)
         if not plan.work and self.waiting:  # nothing can run unless what is pinned yields
-            self.sessions.make_room(self.config.num_pages, pinned=True)
             self._admit(budget, plan, last_resort=True)
+            while not plan.work and self.sessions.release_next(pinned=True):
+                self._admit(budget, plan, last_resort=True)
         plan.loads, self.slots.loads = self.slots.loads, []
         return plan
 
     def _make_room(self, seq: Sequence, budget: Budget, plan: StepPlan) -> bool:
-        """Allocates the pages of the next writer rows, and preempts the sequences admitted last as needed.
-
-        Returns:
-            False if `seq` itself was preempted.
-        """
+        """Allocates the next writer rows' pages; preempts those admitted last. Returns False if `seq` itself went."""
         while not self._extend(seq, rows_to_write(seq, budget)):
             victim = self.running[-1]
             self._requeue(victim)
@@ -203,7 +200,7 @@ class Scheduler:
             idle = sum(self.pool.refs[page] == 0 for page in match.pages)  # num_free counts them until they are held
             if need + idle <= self.pool.num_free:
                 return match
-            if not self.sessions.release_next():
+            if not self.sessions.could_free(need + idle, match.pages) or not self.sessions.release_next():
                 return None
 
     def _enter(self, seq: Sequence, match: Match, covered: int, to_compute: list[bytes], plan: StepPlan) -> None:
@@ -290,7 +287,7 @@ class Scheduler:
         self.cache.name_pages(seq)
 
     def _leave(self, seq: Sequence, useful: bool = True) -> None:
-        """Removes a running sequence and releases its pages and its adapter slot."""
+        """Removes a running sequence; releases its pages and slot."""
         self.cache.add_tail(seq)
         self.running.remove(seq)
         self.slots.release(seq.model)

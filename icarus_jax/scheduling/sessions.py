@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 
 from icarus_jax.scheduling.page_pool import PagePool
 
@@ -77,6 +78,17 @@ class Sessions:
     def clear(self) -> None:
         """Ends every session without releasing its pages: the pool has lost them."""
         self._held.clear()
+
+    def could_free(self, pages: int, matched: Collection[int]) -> bool:
+        """Returns whether so many pages would be free if every session that expires were released.
+
+        Args:
+            pages: How many pages are needed; those of `matched` that nobody holds are counted in.
+            matched: Pages that would be held and not allocated. Those that a release frees are needed on top.
+        """
+        held = Counter(page for kept in self._held.values() if not math.isinf(kept.expires) for page in kept.pages)
+        freed = {page for page, holders in held.items() if self._pool.refs[page] == holders}
+        return self._pool.num_free + len(freed) >= pages + len(freed.intersection(matched))
 
     def release_next(self, pinned: bool = False) -> bool:
         """Releases the session that expires soonest.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -19,7 +20,7 @@ from icarus_jax.engine.engine import Engine
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.server.access_log import AccessLog
 from icarus_jax.server.agent_fields import ReleaseRequest
-from icarus_jax.server.auth import ADMIN_PATHS, Auth, Keys, admin_only
+from icarus_jax.server.auth import ADMIN_PATHS, Auth, Keys, OriginCheck, admin_only
 from icarus_jax.server.body import ApiError, parse, read_body
 from icarus_jax.server.delivery import event_stream, whole_response
 from icarus_jax.server.detokenizer import Vocabulary
@@ -29,7 +30,7 @@ from icarus_jax.server.generation import Generation
 from icarus_jax.server.half_close import HalfCloseProtocol
 from icarus_jax.server.head_loader import HeadLoader
 from icarus_jax.server.head_routes import HeadRoutes, LoadHead, LoadLoraAdapter, UnloadHead, UnloadLoraAdapter
-from icarus_jax.server.intake import Intake
+from icarus_jax.server.intake import Intake, check_model
 from icarus_jax.server.lifecycle import Drain, DrainingServer, Gate
 from icarus_jax.server.limits import Limits, header_timeout
 from icarus_jax.server.metrics import Metrics
@@ -99,7 +100,7 @@ class Api:
 
     async def show_model(self, name: str) -> Any:
         """Describes one served model; 404 if there is none of this name."""
-        self.intake.check_model(name)
+        check_model(name, self.engine)
         return self.card(self.engine.models[name])
 
     def card(self, model: Model) -> dict[str, Any]:
@@ -115,7 +116,7 @@ class Api:
 
     def _tokenize(self, raw: bytes) -> Response:
         body = parse(TokenizeRequest, raw)
-        self.intake.check_model(body.model)
+        check_model(body.model, self.engine)
         text = self.reader.render(body) if body.prompt is None else body.prompt
         ids = self.vocabulary.encode(text, body.with_special_tokens())
         pieces = [self.vocabulary.piece(i) for i in ids] if body.return_token_strs else None
@@ -128,7 +129,7 @@ class Api:
 
     def _detokenize(self, raw: bytes) -> Response:
         body = parse(DetokenizeRequest, raw)
-        self.intake.check_model(body.model)
+        check_model(body.model, self.engine)
         self.reader.check_count(len(body.tokens), "tokens")
         self.reader.check_ids(body.tokens, "tokens")
         text = self.vocabulary.tokenizer.decode(body.tokens, clean_up_tokenization_spaces=False)
@@ -234,6 +235,8 @@ def create_app(
     app.state.drain = Drain()
     if keys:
         app.add_middleware(Auth, keys=keys)
+    else:
+        app.add_middleware(OriginCheck, allowed=cors_origins)
     app.add_middleware(Gate, drain=app.state.drain)  # what is added later is called earlier
     if cors_origins:
         shown = ["X-Request-Id", "Retry-After"]
@@ -256,14 +259,14 @@ def run(app: FastAPI, engine: Engine, host: str, port: int, drain_seconds: float
         port: the TCP port to listen on.
         drain_seconds: how long requests in flight may take to end.
 
-    Raises:
-        SystemExit: the engine has failed.
     """
     app.state.drain.seconds = drain_seconds
     config = uvicorn.Config(app, host=host, port=port, http=HalfCloseProtocol, log_level="info", access_log=False)
     try:
         DrainingServer(config, app.state.drain, lambda: engine.failed).run()
     finally:
+        failed = engine.failed
         engine.shutdown(drain=app.state.drain.in_flight == 0)
-    if engine.failed:
-        sys.exit("the engine has failed; the log says why")
+    if failed:
+        print("the engine has failed; the log says why", file=sys.stderr, flush=True)
+        os._exit(1)  # not sys.exit: a thread that waits for the device would keep the process

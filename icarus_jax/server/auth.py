@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -200,3 +201,42 @@ def _lines(file: str) -> list[str]:
     if not keys:
         raise ValueError(f"{file} has no keys; write one a line, KEY or NAME:KEY")
     return keys
+
+
+class OriginCheck:
+    """ASGI middleware for a server without keys: only pages of this machine, and the allowed ones, may send requests.
+
+    Without it any web page that a user of this machine opens could use the server: a browser sends a simple POST
+    to another origin without asking first. Programs send no Origin and pass.
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str]):
+        """Wraps an app.
+
+        Args:
+            app: the ASGI app that answers the requests.
+            allowed: the origins that may send requests, such as 'https://example.com'; '*': all.
+        """
+        self._app, self._allowed = app, frozenset(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, as an ASGI app.
+
+        Args:
+            scope: the connection; requests other than HTTP are passed on.
+            receive: gives the client's messages.
+            send: takes the messages to the client.
+        """
+        origin = Headers(scope=scope).get("origin") if scope["type"] == "http" else None
+        if origin is None or origin in self._allowed or "*" in self._allowed or _is_local(origin):
+            return await self._app(scope, receive, send)
+        message = "pages of this origin may not use the server: name it in server.cors_origins, or use API keys"
+        await JSONResponse(error_body(403, message, code="origin_not_allowed"), 403)(scope, receive, send)
+
+
+def _is_local(origin: str) -> bool:
+    try:
+        host = urlsplit(origin).hostname or ""
+    except ValueError:
+        return False
+    return host == "localhost" or _is_loopback(host)

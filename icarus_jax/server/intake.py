@@ -96,44 +96,11 @@ class Intake:
         self._submit(body, [(prompt, self._params(body, room))], generation)
         return ChatView(body, self._vocabulary)
 
-    def check_model(self, name: str | None, field: str = "model") -> None:
-        """Checks that a model is served.
-
-        Args:
-            name: the model's name; None passes.
-            field: the request's field that names it.
-
-        Raises:
-            ApiError: there is no such model.
-        """
-        if name is not None and name not in self._engine.models:
-            names = ", ".join(self._engine.models)
-            raise ApiError(404, f"the model {name[:64]!r} is not served; served: {names}", field, "model_not_found")
-
     def _check(self, body: Generate) -> None:
-        self._check_routing(body)
+        check_routing(body, self._engine, self._reader)
         most = self._engine.config.max_num_seqs
         if body.n > most:  # the engine says so too, but only once the prompts have been read
             raise ApiError(400, f"n is {body.n}; it must lie between 1 and {most}", "n")
-
-    def _check_routing(self, body: Routing) -> None:
-        """Raises ApiError if the body names a model that is not served, or models that it may not combine."""
-        for name in body.answering:
-            self.check_model(name, "model" if body.models is None else "models")
-        named = [("handoff", rule.model) for rule in body.handoff]
-        if body.session and body.session.next_model is not None:
-            named.append(("session", body.session.next_model))
-        models = self._engine.models
-        for field, name in named:
-            if name not in models:
-                message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
-                raise ApiError(400, message, field)
-        if body.reference_logprobs:
-            own = [rule.model for rule in body.handoff if models[rule.model].salt]  # they make K/V of their own
-            if own:
-                message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
-                raise ApiError(400, message, "handoff")
-        self._reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")
 
     def _params(self, body: Generate, default_tokens: int) -> SamplingParams:
         params = body.sampling_params(default_tokens)
@@ -170,3 +137,48 @@ class Intake:
             weight=caller.weight,
             cache_salt=body.cache_salt,
         )
+
+
+def check_model(name: str | None, engine: Engine, field: str = "model") -> None:
+    """Checks that a model is served.
+
+    Args:
+        name: the model's name; None passes.
+        engine: the engine that serves it.
+        field: the request's field that names it.
+
+    Raises:
+        ApiError: there is no such model.
+    """
+    if name is not None and name not in engine.models:
+        names = ", ".join(engine.models)
+        raise ApiError(404, f"the model {name[:64]!r} is not served; served: {names}", field, "model_not_found")
+
+
+def check_routing(body: Routing, engine: Engine, reader: PromptReader) -> None:
+    """Checks the models that a request names, and whether they go together.
+
+    Args:
+        body: the request.
+        engine: the engine that is to answer it.
+        reader: knows the vocabulary.
+
+    Raises:
+        ApiError: a model is not served, or cannot be combined with what else the request asks for.
+    """
+    for name in body.answering:
+        check_model(name, engine, "model" if body.models is None else "models")
+    named = [("handoff", rule.model) for rule in body.handoff]
+    if body.session and body.session.next_model is not None:
+        named.append(("session", body.session.next_model))
+    models = engine.models
+    for field, name in named:
+        if name not in models:
+            message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
+            raise ApiError(400, message, field)
+    if body.reference_logprobs:
+        own = [rule.model for rule in body.handoff if models[rule.model].salt]  # they make K/V of their own
+        if own:
+            message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
+            raise ApiError(400, message, "handoff")
+    reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")

@@ -15,11 +15,12 @@ from tqdm import tqdm
 from icarus_jax.engine.engine import Engine
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.request import Request, SamplingParams, TokenLogprob, TokenOutput
-from icarus_jax.server.agent_fields import HandoffRule
+from icarus_jax.server.agent_fields import HandoffRule, Routing
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.handoff import Handoff
-from icarus_jax.server.prompts import Prompt
+from icarus_jax.server.intake import check_routing
+from icarus_jax.server.prompts import Prompt, PromptReader
 from icarus_jax.server.streams import Choice, Delta
 
 
@@ -78,9 +79,7 @@ class Ask:
             object.__setattr__(self, "params", dataclasses.replace(self.params, logprobs=0))
 
 
-def answer(
-    engine: Engine, vocabulary: Vocabulary, prompts: Sequence[Prompt], ask: Ask, bar: tqdm
-) -> list[RequestOutput]:
+def answer(engine: Engine, reader: PromptReader, prompts: Sequence[Prompt], ask: Ask, bar: tqdm) -> list[RequestOutput]:
     """Answers every prompt, in their order; aborts what still runs if it is interrupted.
 
     Raises:
@@ -90,9 +89,11 @@ def answer(
     run = _Run(engine, bar)
     try:
         with request_errors("handoff"):
-            rules = [HandoffRule.model_validate(dict(rule)) for rule in ask.handoff]
+            body = {"models": list(ask.models), "handoff": [dict(rule) for rule in ask.handoff]}
+            routing = Routing.model_validate(body | {"reference_logprobs": ask.reference_logprobs})
+            check_routing(routing, engine, reader)
         for prompt in prompts:
-            run.submit(prompt, ask, rules, vocabulary)
+            run.submit(prompt, ask, routing.handoff, reader.vocabulary)
         return run.results()
     finally:
         run.abort()
@@ -109,11 +110,6 @@ class _Run:
         self._running: dict[Choice, int] = {}  # -> sequence id
 
     def submit(self, prompt: Prompt, ask: Ask, rules: list[HandoffRule], vocabulary: Vocabulary) -> None:
-        served = self._engine.models
-        if unknown := [rule.model for rule in rules if rule.model not in served]:
-            raise RequestError(
-                f"handoff names {unknown[0]!r}, which is not served; served: {', '.join(served)}", "handoff"
-            )
         watch = functools.partial(Handoff, rules, vocabulary, True, prompt.ids) if rules else None
         request = Request(ask.models, prompt.ids, ask.params, ask.n, watch, ask.reference_logprobs)
         choices = [

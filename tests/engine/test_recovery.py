@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 
 import jax
 import pytest
 
+from icarus_jax.engine import step_thread
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.request import Request, SamplingParams, SessionHint
 from tests import tiny
@@ -180,3 +183,44 @@ def test_a_command_that_fails_is_not_the_others_fault(engine, wanted):
     engine._thread.put(lambda: 1 / 0)
     assert engine.release_session("none") is False
     check_it_goes_on(engine, wanted)
+
+
+def test_a_step_that_does_not_end_is_a_failure(engine, monkeypatch):
+    """A device may hang and raise nothing."""
+    entered, go = threading.Event(), threading.Event()
+    execute = engine.runner.execute
+
+    def hanging(batch):
+        entered.set()
+        go.wait(600)
+        return execute(batch)
+
+    monkeypatch.setattr(engine.runner, "execute", hanging)
+    seen = ask(engine)
+    assert entered.wait(600) and not engine.failed
+    monkeypatch.setattr(step_thread, "STUCK_SECONDS", 0.0)
+    assert engine.failed
+    monkeypatch.setattr(step_thread, "STUCK_SECONDS", 600.0)
+    go.set()
+    assert wait(seen) == "length" and not engine.failed
+
+
+def test_a_device_that_never_answers_does_not_hold_the_process():
+    code = (
+        "import threading, jax\n"
+        "from icarus_jax.engine import recovery\n"
+        "recovery.PROBE_SECONDS = 0.1\n"
+        "jax.block_until_ready = lambda tree: threading.Event().wait()\n"
+        "try: recovery.is_whole([])\n"
+        "except TimeoutError as error: raise SystemExit(3)\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], timeout=600).returncode == 3
+
+
+def test_a_closed_engine_takes_no_commands(files):
+    engine = harness.make_engine(files[0])
+    engine.runner.warmup = lambda progress: None
+    engine.start()
+    engine.shutdown(drain=False)
+    with pytest.raises(RequestError, match="shutting down"):
+        engine.release_session("x")

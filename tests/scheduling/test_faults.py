@@ -142,3 +142,26 @@ def test_an_invocation_that_stands_twice_in_one_page():
     other = add(scheduler, 1, model, [9, 9, 9, 9, 3, 8], max_tokens=1)  # from position 4
     step(scheduler)
     assert other.cached_tokens == 4
+
+
+def test_a_request_that_could_not_run_anyway_ends_no_session():
+    scheduler, trunk = Scheduler(CONFIG), Model("t", "base")
+    add(scheduler, 0, trunk, range(100, 120), max_tokens=1, session=RETAIN)
+    step(scheduler)
+    running = add(scheduler, 1, trunk, range(200, 240), max_tokens=20)
+    step(scheduler)
+    add(scheduler, 2, trunk, range(300, 360), max_tokens=1)  # 15 pages; 5 are the session's, 10 or more are in use
+    step(scheduler)
+    assert len(scheduler.sessions) == 1 and running.num_output == 2
+
+
+def test_no_more_pinned_sessions_go_than_are_in_the_way():
+    scheduler, trunk = Scheduler(CONFIG), Model("t", "base")
+    for i in range(4):
+        hint = SessionHint(str(i), float("inf"))
+        add(scheduler, i, trunk, range(100 * i, 100 * i + 16), max_tokens=1, session=hint)
+        step(scheduler)
+    assert len(scheduler.sessions) == 4 and scheduler.pool.num_free == 4
+    add(scheduler, 9, trunk, range(900, 920), max_tokens=1)  # 5 pages
+    step(scheduler)
+    assert len(scheduler.sessions) == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 
 import openai
@@ -186,3 +187,24 @@ def test_without_keys_no_other_machine_is_served(host):
         check_host(host, Keys(), allow_remote_without_keys=False)
     check_host(host, Keys(), allow_remote_without_keys=True)
     check_host(host, Keys(["key"]), allow_remote_without_keys=False)
+
+
+@pytest.mark.parametrize(
+    "origin, status",
+    [
+        (None, 200),
+        ("http://localhost:3000", 200),
+        ("http://127.0.0.1:8000", 200),
+        ("http://[::1]:8000", 200),
+        ("https://evil.example", 403),
+        ("http://127.0.0.1.evil.example", 403),
+        ("null", 403),
+        ("http://[", 403),
+    ],
+)
+def test_pages_of_strangers_cannot_use_a_server_without_keys(origin, status):
+    """A browser sends a simple POST to another origin without asking first."""
+    with serving() as served:
+        headers = {"Content-Type": "text/plain"} | ({"Origin": origin} if origin else {})
+        answer = served.http.post("/v1/completions", content=json.dumps(GOOD), headers=headers)
+        assert answer.status_code == status, answer.text
