@@ -101,7 +101,7 @@ class Soak:
             text = await self.ask(pair, leave)
         except (RuntimeError, httpx.HTTPError) as error:
             self.counts["error"] += 1
-            print(f"error: {error}", flush=True)
+            print(f"error: {error!r}", flush=True)
             return
         if text is not None:
             self.counts["right" if text == self.right[pair] else "wrong"] += 1

@@ -93,7 +93,8 @@ class Team:
                 return
             self.failure = reason
             tellers = list(self._on_failure)
-        log.critical("%s: the run on several hosts ends", reason)
+            # Under the lock: another thread that fails now would else end the process before the line is written.
+            log.critical("%s: the run on several hosts ends", reason)
         if not self.leads:
             self._tell_others(FAILED, reason.encode())
             _exit()
@@ -138,7 +139,9 @@ class Team:
 
     def _leave(self) -> None:
         """Ends the run as this process ends, before JAX waits for the other processes."""
-        if self.failure:
+        with self._failing:  # the line of a failure is written first
+            failed = bool(self.failure)
+        if failed:
             _exit()
         if self._ended:
             return
