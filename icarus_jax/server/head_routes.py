@@ -117,7 +117,7 @@ class HeadRoutes:
     async def _read(self, kind: type[B], http: HttpRequest) -> B:
         if not self._loader.folders:
             raise ApiError(403, OFF, code="head_loading_off")
-        return parse(kind, await read_body(http))
+        return await asyncio.to_thread(parse, kind, await read_body(http))
 
     def _load(self, name: str, path: str, **options: Any) -> Model:
         return self._loader.load(name, str(self._loader.find(path)), **options)
