@@ -180,7 +180,7 @@ def test_a_failed_request_ends_the_run_and_what_was_answered_stays(double, rows,
     evaluate(double, rows, out, ("trunk",), limit=2)
     with pytest.raises(ValueError, match=r"rows.jsonl:[1-4], model broken: the engine failed"):
         evaluate(double, rows, out, ("trunk", "broken"))
-    assert [line["row"] for line in read(out)[1:3]] == [0, 1]
+    assert sorted(line["row"] for line in read(out)[1:3]) == [0, 1]  # answers come in any order
     assert evaluate(double, rows, out, ("trunk",))["rows"] == 4
 
 
