@@ -138,7 +138,7 @@ class Soak:
             self.counts["reloads" if answer.status_code == 200 else "failed reloads"] += 1
 
     async def load(self, seconds: float, rate: float) -> None:
-        """Sends requests at `rate` a second, at random times, and waits for all of them."""
+        """Sends requests at `rate` a second, at random times, while heads are reloaded, and waits for all answers."""
         reloads = asyncio.create_task(self._reload())
         tasks: set[asyncio.Task] = set()
         end = time.monotonic() + seconds
@@ -162,21 +162,31 @@ def _resident_bytes(pid: int) -> int:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
 
 
+async def _watch(soak: Soak, pid: int, memory: list[int]) -> None:
+    """Writes down the server's memory, and prints what was answered, every minute."""
+    begin = time.monotonic()
+    while True:
+        memory.append(_resident_bytes(pid))
+        print(f"{time.monotonic() - begin:.0f} s: {dict(soak.counts)}, {memory[-1] >> 20} MiB", flush=True)
+        if soak.latencies:
+            print(f"the last 200 answers: {percentiles(soak.latencies[-200:])}", flush=True)
+        await asyncio.sleep(60.0)
+
+
 async def _run(soak: Soak, config: ConfigDict, pid: int) -> dict[str, Any]:
     await soak.answer_alone()
     rate = await soak.saturation(SATURATION_SECONDS, config.clients)
-    memory = [_resident_bytes(pid)]
-    begin = time.monotonic()
-    while (left := config.seconds - (time.monotonic() - begin)) > 0:
-        await soak.load(min(60.0, left), 2 * rate)
-        memory.append(_resident_bytes(pid))
-        print(f"{time.monotonic() - begin:.0f} s: {dict(soak.counts)}, {memory[-1] >> 20} MiB", flush=True)
+    memory: list[int] = []
+    watch = asyncio.create_task(_watch(soak, pid, memory))
+    await soak.load(config.seconds, 2 * rate)
+    watch.cancel()
     used = await soak.metric('icarus_kv_pages{state="used"}')
     asked = sum(soak.counts[kind] for kind in ("right", "wrong", "left", "refused", "error"))
     return {
         "seconds": config.seconds,
         "saturation_per_s": rate,
         "offered_per_s": 2 * rate,
+        "answered_per_s": (soak.counts["right"] + soak.counts["wrong"]) / config.seconds,
         "asked": asked,
         **soak.counts,
         "refused_share": soak.counts["refused"] / max(1, asked),

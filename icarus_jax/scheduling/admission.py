@@ -1,9 +1,10 @@
 """The order in which waiting sequences are admitted. Host only.
 
-The sequence with the most cached prompt tokens goes first. In an overloaded engine, first come, first served would let
-cached pages be evicted before the sequences that need them run, and they would be computed again. Among sequences with
-equally many cached pages, the earliest goes first. A limit on how often the first in line is overtaken keeps it from
-waiting for ever.
+Sequences all of whose full pages are cached go first, in order of arrival: there is next to nothing to compute for
+them, so that none of them need wait for another. Then comes the sequence with the most cached prompt tokens. In an
+overloaded engine, first come, first served would let cached pages be evicted before the sequences that need them run,
+and they would be computed again. Among sequences with equally many cached pages, the earliest goes first. A limit on
+how often the first in line is overtaken keeps it from waiting for ever.
 
 If several tenants wait, this is the order within each of them, and the tenants take turns (fair.py).
 """
@@ -60,12 +61,19 @@ def in_order(waiting: deque[Sequence], pool: PagePool, places: int, fair: FairSh
         for seq in lane:
             seq.page_keys = seq.chain.keys(seq.tokens, pool.page_size, seq.page_keys)
             cached[seq] = 0 if seq.private else pool.num_cached_of(seq.page_keys) * pool.page_size
-        lanes[tenant] = sorted(lane, key=lambda seq: -cached[seq])
+        lanes[tenant] = sorted(lane, key=lambda seq: _rank(seq, cached[seq], pool.page_size))
     order = _in_turns(lanes, tags, cached)
     if is_overdue(waiting[0], places):
         order.remove(waiting[0])
         order.insert(0, waiting[0])
     return order
+
+
+def _rank(seq: Sequence, cached: int, page_size: int) -> tuple[bool, int]:
+    """Returns what a tenant's sequences are sorted by; those of the same rank stay in order of arrival."""
+    if len(seq.tokens) - cached < page_size:
+        return False, 0
+    return True, -cached
 
 
 def _in_turns(lanes: dict[str, list[Sequence]], tags: dict[str, float], cached: dict[Sequence, int]) -> list[Sequence]:

@@ -1,6 +1,9 @@
 """The plan of one step: which rows it runs, and what it returns for each row.
 
 A *row* is one (token, position) of one sequence. A *writer* row stores K/V. A *reader* row only attends.
+
+A step may be planned while the one before it runs. The token that a running step samples is *pending*: its place in the
+sequence is known, and rows can be planned for it, but its id is on the device alone.
 """
 
 from __future__ import annotations
@@ -8,12 +11,15 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence as Seq
 
+from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import TokenLogprob, TokenOutput
 from icarus_jax.scheduling.sequence import Sequence
 
+SCORE_ROWS = 128  # a step may have this many reader rows and rows with logits, or max_num_seqs if that is more
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(slots=True)
 class Work:
     """What one step does for one sequence.
 
@@ -23,34 +29,33 @@ class Work:
 
     Attributes:
         seq: The sequence.
+        flight: The sequence's `flight` when the step was planned. The results count if it is still the same.
         start: The first position that a writer row stores.
         num_write: The number of writer rows.
         read_start: The first position of a reader row in the model's own slot.
         num_read: The number of these reader rows.
         logit_start: The first position whose logits are wanted.
         num_logits: The number of positions whose logits are wanted.
+        samples: Whether this step gives the sequence's next token.
         reference: Whether the trunk's own logits of the last position are wanted too. They are those of its writer
             row, or of an additional reader row in slot 0 if the position is stored already.
     """
 
     seq: Sequence
+    flight: int = 0
     start: int = 0
     num_write: int = 0
     read_start: int = 0
     num_read: int = 0
     logit_start: int = 0
     num_logits: int = 0
+    samples: bool = False
     reference: bool = False
 
     @property
     def reads_reference(self) -> bool:
         """Whether the reference row is an additional reader row."""
         return self.reference and self.num_write == 0 and self.seq.model.kind == "shared"
-
-    @property
-    def samples(self) -> bool:
-        """Whether this step gives the sequence's next token."""
-        return self.num_logits > 0 and self.logit_start + self.num_logits == len(self.seq.tokens)
 
 
 @dataclasses.dataclass
@@ -85,7 +90,7 @@ class StepPlan:
         return sum(w.num_logits + w.reference for w in self.work)
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class Budget:
     """How many more rows a step may have.
 
@@ -99,8 +104,14 @@ class Budget:
     readers: int
     logits: int
 
+    @classmethod
+    def of(cls, config: EngineConfig) -> Budget:
+        """Returns what a whole step may have."""
+        rows = max(SCORE_ROWS, config.max_num_seqs)
+        return cls(config.max_num_batched_tokens, rows, rows)
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(slots=True)
 class SampleRow:
     """What the sampler returns for one row with logits.
 
@@ -123,33 +134,59 @@ def rows_to_write(seq: Sequence, budget: Budget) -> int:
         seq: A sequence that is to run.
         budget: What is left of the step.
     """
-    return min(len(seq.tokens) - seq.num_computed, budget.writers)
+    return min(seq.length - seq.num_computed, budget.writers)
 
 
 def plan_rows(seq: Sequence, budget: Budget, plan: StepPlan) -> None:
     """Adds a sequence's rows to the plan, as many as the budget allows. docs/design.md, section 2, has the rules.
+
+    The sequence is taken to where the step will leave it. Its next token is pending until the step is committed.
 
     Args:
         seq: The sequence. It must have the pages for its writer rows already.
         budget: What is left of the step. The rows are taken from it.
         plan: The plan to add to.
     """
+    length, start = len(seq.tokens) + seq.pending, seq.num_computed
+    if length - start == 1 and seq.params.prompt_logprobs is None and not seq.reference:
+        return _plan_next_token(seq, budget, plan)
     num_write = rows_to_write(seq, budget)
-    end = seq.num_computed + num_write
-    first = seq.num_scored if seq.wants_score else len(seq.tokens) - 1
-    read_end = end if seq.model.kind == "shared" else seq.num_computed
+    end = start + num_write
+    first = seq.num_scored if seq.wants_score else length - 1
+    read_end = end if seq.model.kind == "shared" else start
     room = budget.logits - seq.reference
     if read_end > first:
         room = min(room, budget.readers - seq.reference)
     num_logits = max(0, min(end - first, room))
     num_read = max(0, min(first + num_logits, read_end) - first)
-    reference = seq.reference and num_logits > 0 and first + num_logits == len(seq.tokens)
-    if num_write or num_logits:
-        work = Work(seq, seq.num_computed, num_write, first, num_read, first, num_logits, reference)
-        plan.work.append(work)
-        budget.writers -= num_write
-        budget.readers -= num_read + work.reads_reference
-        budget.logits -= num_logits + reference
+    if not (num_write or num_logits):
+        return
+    samples = num_logits > 0 and first + num_logits == length
+    reference = samples and seq.reference
+    work = Work(seq, seq.flight, start, num_write, first, num_read, first, num_logits, samples, reference)
+    plan.work.append(work)
+    budget.writers -= num_write
+    budget.readers -= num_read + work.reads_reference
+    budget.logits -= num_logits + reference
+    seq.num_computed = end
+    seq.num_scored += min(num_logits, seq.prompt_len - 1 - first) if seq.wants_score else 0
+    seq.pending += samples
+
+
+def _plan_next_token(seq: Sequence, budget: Budget, plan: StepPlan) -> None:
+    """Adds a writer row, and the reader row of a `shared` head: the most common case of `plan_rows`, in fewer words."""
+    if not budget.writers:
+        return
+    start, reads = seq.num_computed, int(seq.model.kind == "shared")
+    samples = budget.logits > 0 and budget.readers >= reads
+    if not samples:
+        reads = 0
+    plan.work.append(Work(seq, seq.flight, start, 1, start, reads, start, int(samples), samples))
+    budget.writers -= 1
+    budget.readers -= reads
+    budget.logits -= samples
+    seq.num_computed = start + 1
+    seq.pending += samples
 
 
 def take_results(work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
@@ -163,12 +200,12 @@ def take_results(work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
         The output for the sequence's stream, still without a finish_reason; None if the step sampled nothing for it.
     """
     seq = work.seq
-    if seq.wants_score:
-        left = seq.prompt_len - 1 - work.logit_start  # rows that score the prompt's own next token
+    left = seq.prompt_len - 1 - work.logit_start  # rows that score the prompt's own next token
+    if seq.params.prompt_logprobs is not None and left > 0:
         seq.prompt_logprobs.extend(row.target for row in results[:left])
-        seq.num_scored = len(seq.prompt_logprobs)
     if not work.samples:
         return None
+    seq.pending -= 1
     output = TokenOutput(seq.seq_id, [], seq.model.name, cached_tokens=seq.cached_tokens or 0)
     if seq.params.prompt_logprobs is not None and not seq.num_output:
         output.prompt_logprobs = [None, *seq.prompt_logprobs]

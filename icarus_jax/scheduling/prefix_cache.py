@@ -9,6 +9,7 @@ from icarus_jax.scheduling.page_keys import Chain, page_key
 from icarus_jax.scheduling.page_pool import Match, PagePool
 from icarus_jax.scheduling.registry import NEVER
 from icarus_jax.scheduling.sequence import Sequence
+from icarus_jax.scheduling.sessions import Sessions
 
 
 class PrefixCache:
@@ -42,6 +43,37 @@ class PrefixCache:
         if seq.private:
             return Match([], None, 0)
         return self._pool.match(seq.chain, seq.tokens, seq.page_keys)
+
+    def match_with_room(self, seq: Sequence, sessions: Sessions) -> Match | None:
+        """Finds the sequence's cached pages, and makes room for the others.
+
+        Args:
+            seq: A waiting sequence.
+            sessions: Those that expire are released as far as room is needed.
+
+        Returns:
+            The cached pages, not held yet; None if there is no room.
+        """
+        while True:  # a session that is released may be the one that held the cached pages: they are counted anew
+            match = self.match(seq)
+            need = -(-len(seq.tokens) // self._pool.page_size) - len(match.pages)
+            idle = sum(self._pool.refs[page] == 0 for page in match.pages)  # num_free counts them until they are held
+            if need + idle <= self._pool.num_free:
+                return match
+            if not sessions.could_free(need + idle, match.pages) or not sessions.release_next():
+                return None
+
+    def written_for(self, model: str, match: Match) -> int:
+        """Returns how many of the cached tokens were first written for a model.
+
+        Args:
+            model: The model's name.
+            match: Cached pages.
+        """
+        tokens = self._pool.page_size * sum(self._pool.model_of(page) == model for page in match.pages)
+        if match.tail_page is not None and self._pool.model_of(match.tail_page) == model:
+            tokens += match.tail_len
+        return tokens
 
     def keys_to_compute(self, seq: Sequence, match: Match) -> list[bytes]:
         """Returns the keys of the pages that the sequence has to compute, a partly filled last one included.
@@ -77,23 +109,24 @@ class PrefixCache:
             before: How many of its tokens were stored before the step.
         """
         size = self._pool.page_size
-        if seq.private:
+        one_more = before >= seq.prompt_len and seq.num_stored == before + 1
+        if seq.private or (one_more and seq.num_stored % size):
             return
-        if seq.num_computed // size > len(seq.page_keys):
-            seq.page_keys = seq.chain.keys(seq.tokens[: seq.num_computed], size, seq.page_keys)
-        for i in range(before // size, seq.num_computed // size):
+        if seq.num_stored // size > len(seq.page_keys):
+            seq.page_keys = seq.chain.keys(seq.tokens[: seq.num_stored], size, seq.page_keys)
+        for i in range(before // size, seq.num_stored // size):
             parent = seq.chain.parent(seq.page_keys, i)
             self._pool.register(seq.page_table[i], parent, seq.tokens[i * size : (i + 1) * size], seq.model.name)
             self._pending.pop(seq.page_keys[i], None)
-        prefilled = before < seq.prompt_len or seq.num_computed - before > 1
-        if prefilled and seq.num_computed == len(seq.tokens):
+        prefilled = before < seq.prompt_len or seq.num_stored - before > 1
+        if prefilled and seq.num_stored == len(seq.tokens):
             self.add_tail(seq)
 
     def add_tail(self, seq: Sequence) -> None:
         """Caches the sequence's partly filled last page."""
         size = self._pool.page_size
-        full = seq.num_computed // size
-        tail = seq.tokens[full * size : seq.num_computed]
+        full = seq.num_stored // size
+        tail = seq.tokens[full * size : seq.num_stored]
         if tail and len(seq.page_keys) >= full and not seq.private:
             parent = seq.chain.parent(seq.page_keys, full)
             self._pool.register(seq.page_table[full], parent, tail, seq.model.name)

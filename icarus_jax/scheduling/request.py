@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.registry import Model
@@ -138,6 +139,27 @@ class SamplingParams:
         """Whether any penalty changes the logits. The sampler then needs the sequence's tokens."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @functools.cached_property
+    def features(self) -> Features:
+        """What the sampler must be able to do for these parameters."""
+        return Features(
+            random=not self.greedy,
+            filtered=not self.greedy and (self.top_k > 0 or self.top_p < 1 or self.min_p > 0),
+            penalised=self.has_penalties or bool(self.logit_bias),
+            logprobs=self.logprobs is not None,
+            min_tokens=self.min_tokens > 0,
+        )
+
+
+class Features(NamedTuple):
+    """What sampling parameters ask of the sampler; a step's program is chosen by it."""
+
+    random: bool  # tokens are drawn at random
+    filtered: bool  # from some of the tokens only
+    penalised: bool  # logits are changed by penalties or biases
+    logprobs: bool  # log-probabilities of generated tokens are wanted
+    min_tokens: bool  # end tokens are forbidden at first
+
 
 @dataclasses.dataclass(frozen=True)
 class SessionHint:
@@ -247,7 +269,7 @@ class TokenLogprob:
     top: tuple[tuple[int, float], ...] = ()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(slots=True)
 class TokenOutput:
     """What one step returns to the stream of one sequence.
 

@@ -29,8 +29,6 @@ from icarus_jax.scheduling.stats import SchedulerStats
 
 log = logging.getLogger(__name__)
 
-SCORE_ROWS = 128  # a step may have this many reader rows and rows with logits, or max_num_seqs if that is more
-
 
 class Scheduler:
     """Plans the steps of an engine. Not thread-safe.
@@ -64,6 +62,7 @@ class Scheduler:
         self.stats = SchedulerStats()
         self._fair = FairShare()
         self._entering: Sequence | None = None  # the waiting sequence that is being admitted
+        self._in_flight = 0  # plans that are not committed yet
 
     @property
     def has_work(self) -> bool:
@@ -72,6 +71,7 @@ class Scheduler:
 
     def add(self, seq: Sequence) -> None:
         """Puts a new sequence at the end of the queue."""
+        seq.most = min(seq.prompt_len + seq.params.max_tokens, self.config.max_model_len)
         self.cache.name_pages(seq)
         self.waiting.append(seq)
 
@@ -80,10 +80,7 @@ class Scheduler:
 
         It is the same end as that by an end token: what the sequence's session retains is retained.
         """
-        if seq.status is Status.WAITING:
-            self.waiting.remove(seq)
-            seq.status = Status.FINISHED
-        elif seq.status is Status.RUNNING:
+        if seq.status is not Status.FINISHED:
             self._finish(seq)
 
     def reset(self, keep_pages: bool) -> list[Sequence]:
@@ -104,7 +101,9 @@ class Scheduler:
         for seq in ended:
             seq.status, seq.page_table = Status.FINISHED, []
             self.cache.forget(seq)
-        self.running, self._entering = [], None
+        self.running, self._entering, self._in_flight = [], None, 0
+        for seq in self.waiting:  # one may have been preempted since its step was launched
+            seq.give_up_flight()
         if not keep_pages:
             self.sessions.clear()
         self.pool.rebuild(self.sessions.tables, keep_pages)
@@ -116,23 +115,26 @@ class Scheduler:
     def schedule(self) -> StepPlan:
         """Plans the next step and allocates the pages of its writer rows.
 
+        The step before it need not be committed: pages are free, and K/V is computed, by the time that a step runs.
+
         Returns:
-            The plan. It has no work if there are no sequences, or if none of them can run.
+            The plan. It has no work if there are no sequences, or if none of them can run before the next commit.
         """
         plan = StepPlan()
         self.sessions.expire()
-        rows = max(SCORE_ROWS, self.config.max_num_seqs)
-        budget = Budget(self.config.max_num_batched_tokens, rows, rows)
+        budget = Budget.of(self.config)
         for seq in list(self.running):
-            if seq.status is Status.RUNNING and self._make_room(seq, budget, plan):
+            runs = seq.status is Status.RUNNING and not seq.ends_in_flight
+            if runs and self._make_room(seq, budget, plan):
                 plan_rows(seq, budget, plan)
         if not plan.preempted:
             self._admit(budget, plan)
-        if not plan.work and self.waiting:  # nothing can run unless what is pinned yields
+        if not plan.work and self.waiting and not self._in_flight:  # nothing can run unless what is pinned yields
             self._admit(budget, plan, last_resort=True)
             while not plan.work and self.sessions.release_next(pinned=True):
                 self._admit(budget, plan, last_resort=True)
         plan.loads, self.slots.loads = self.slots.loads, []
+        self._in_flight += bool(plan.work)
         return plan
 
     def _make_room(self, seq: Sequence, budget: Budget, plan: StepPlan) -> bool:
@@ -149,6 +151,8 @@ class Scheduler:
     def _extend(self, seq: Sequence, num_write: int) -> bool:
         """Allocates the pages of the next `num_write` writer rows; returns False if there are too few."""
         need = -(-(seq.num_computed + num_write) // self.config.page_size) - len(seq.page_table)
+        if need <= 0:
+            return True
         if need > self.pool.num_free and not self.sessions.make_room(need):
             return False
         seq.page_table.extend(self.pool.allocate() for _ in range(need))
@@ -157,7 +161,7 @@ class Scheduler:
     def _requeue(self, seq: Sequence) -> None:
         """Puts a running sequence back at the head of the queue. Its pages stay in the cache until they are evicted."""
         self._leave(seq)
-        seq.status, seq.num_computed = Status.WAITING, 0
+        seq.status, seq.num_computed, seq.num_stored = Status.WAITING, 0, 0
         self.waiting.appendleft(seq)
 
     def _admit(self, budget: Budget, plan: StepPlan, last_resort: bool = False) -> None:
@@ -167,16 +171,15 @@ class Scheduler:
         for seq in admission.in_order(self.waiting, self.pool, places, self._fair):
             full = len(self.running) >= places or not budget.writers
             if full or min(budget.readers, budget.logits) < 1 + seq.reference:
-                return
+                break
             self._entering = seq
-            verdict = self._try_to_admit(seq, budget, plan, last_resort)
-            self._entering = None
-            if verdict is Verdict.NOBODY:
-                return
+            if self._try_to_admit(seq, budget, plan, last_resort) is Verdict.NOBODY:
+                break
+        self._entering = None
 
     def _try_to_admit(self, seq: Sequence, budget: Budget, plan: StepPlan, last_resort: bool) -> Verdict:
         """Admits a waiting sequence if there are pages and an adapter slot for it."""
-        match = self._match_with_room(seq)
+        match = self.cache.match_with_room(seq, self.sessions)
         if match is None:
             return Verdict.NOBODY
         covered = len(match.pages) * self.config.page_size + match.tail_len
@@ -192,31 +195,18 @@ class Scheduler:
         plan_rows(seq, budget, plan)
         return Verdict.ADMITTED
 
-    def _match_with_room(self, seq: Sequence) -> Match | None:
-        """Finds the sequence's cached pages, and makes room for the others. Returns None if there is no room."""
-        while True:  # a session that is released may be the one that held the cached pages: they are counted anew
-            match = self.cache.match(seq)
-            need = -(-len(seq.tokens) // self.config.page_size) - len(match.pages)
-            idle = sum(self.pool.refs[page] == 0 for page in match.pages)  # num_free counts them until they are held
-            if need + idle <= self.pool.num_free:
-                return match
-            if not self.sessions.could_free(need + idle, match.pages) or not self.sessions.release_next():
-                return None
-
     def _enter(self, seq: Sequence, match: Match, covered: int, to_compute: list[bytes], plan: StepPlan) -> None:
         """Moves a sequence from the queue to the running ones, on its cached pages."""
-        owners = [(self.pool.model_of(p), self.config.page_size) for p in match.pages]
-        if match.tail_page is not None:
-            owners.append((self.pool.model_of(match.tail_page), match.tail_len))
+        own = self.cache.written_for(seq.model.name, match)
         seq.page_table, copies = self.pool.take(match)
         plan.copies.extend(copies)
-        seq.num_computed, seq.status = covered, Status.RUNNING
+        seq.num_computed, seq.num_stored, seq.status = covered, covered, Status.RUNNING
         admission.admit(self.waiting, seq, self._fair)
         self.running.append(seq)
         self.cache.expect(seq, to_compute)
         if seq.cached_tokens is None:
             seq.cached_tokens = covered
-            self.stats.count_admission(seq, sum(n for model, n in owners if model == seq.model.name))
+            self.stats.count_admission(seq, own)
 
     # ---- commit
 
@@ -231,11 +221,17 @@ class Scheduler:
             The outputs for the streams of the sequences.
         """
         outputs = []
+        self._in_flight -= 1
         for work, results in zip(plan.work, rows, strict=True):
             seq = work.seq
-            self.stats.prefill_tokens += max(0, min(seq.prompt_len, work.start + work.num_write) - work.start)
-            before, seq.num_computed = seq.num_computed, work.start + work.num_write
-            self.cache.add_filled(seq, before)
+            if work.flight != seq.flight or seq.status is Status.FINISHED:
+                continue
+            end = work.start + work.num_write
+            if work.start < seq.prompt_len:
+                self.stats.prefill_tokens += min(seq.prompt_len, end) - work.start
+            if seq.status is Status.RUNNING:  # else it has lost its pages since then; what was sampled still counts
+                before, seq.num_stored = seq.num_stored, end
+                self.cache.add_filled(seq, before)
             output = self._accept(seq, work, results)
             if output is not None:
                 outputs.append(output)
@@ -246,7 +242,7 @@ class Scheduler:
             return None
         self.stats.generated_tokens += len(output.token_ids)
         self._fair.charge(seq, len(output.token_ids))
-        output.finish_reason = seq.finish_reason(self.config.max_model_len)
+        output.finish_reason = seq.finish_reason()
         if output.finish_reason:
             self._finish(seq)
         elif seq.handoff is not None:
@@ -266,11 +262,15 @@ class Scheduler:
             self._switch(seq, model)
 
     def _finish(self, seq: Sequence) -> None:
+        if seq.status is Status.WAITING:
+            self.waiting.remove(seq)
+            seq.status = Status.FINISHED
+            return
         hint, useful = seq.session, True
         if hint is not None:
             useful = not seq.chain.salt or hint.next_model in (None, seq.model.name)
             if hint.retain_s is not None:
-                stored = -(-seq.num_computed // self.config.page_size)  # pages further on hold nothing yet
+                stored = -(-seq.num_stored // self.config.page_size)  # pages further on hold nothing yet
                 self.sessions.retain(hint.id, seq.page_table[:stored], hint.retain_s)
         self._leave(seq, useful)
         seq.status = Status.FINISHED
@@ -278,11 +278,14 @@ class Scheduler:
     def _switch(self, seq: Sequence, model: Model) -> None:
         """Lets another model go on. If both models read the trunk's K/V, nothing is computed again."""
         self.stats.handoffs += 1
-        if not (seq.model.salt or model.salt) and self.slots.acquire(model):
+        seq.give_up_flight()
+        running = seq.status is Status.RUNNING
+        if running and not (seq.model.salt or model.salt) and self.slots.acquire(model):
             self.slots.release(seq.model)
             seq.model = model
             return
-        self._requeue(seq)
+        if running:
+            self._requeue(seq)
         seq.model = model
         self.cache.name_pages(seq)
 

@@ -41,8 +41,14 @@ class Sequence:
         weight: The tenant's share of the engine.
         private: Whether the sequence stays out of the prefix cache: it takes no pages from it and leaves none.
         status: Whether it waits, runs or has ended.
-        num_computed: How many of `tokens`, from the first on, have their K/V in the pages.
-        num_scored: For how many prompt positions the log-probabilities are known (`prompt_logprobs`).
+        pending: How many tokens after `tokens` the steps in flight will have sampled: 0 or 1; 2 while a step is planned
+            and the one before it is not committed yet.
+        num_computed: How many tokens, from the first on, have their K/V in the pages once all planned steps have run.
+        num_stored: How many of `tokens` have their K/V in the pages, as far as steps have been committed.
+        num_scored: For how many prompt positions the log-probabilities are known once all planned steps have run.
+        most: The most tokens that it can have; the scheduler sets it.
+        stops: The tokens that end it.
+        flight: Counts how often results of steps in flight were given up, as the sequence was preempted or handed over.
         cached_tokens: How many prompt tokens were cached when it was first admitted; None before that.
         overtaken: How many later arrivals were admitted while it was the first in line.
         page_table: Its pages, in order of position.
@@ -67,8 +73,13 @@ class Sequence:
     weight: float = 1.0
     private: bool = False
     status: Status = Status.WAITING
+    pending: int = 0
     num_computed: int = 0
+    num_stored: int = 0
     num_scored: int = 0
+    most: int = NEVER
+    stops: frozenset[int] = frozenset()
+    flight: int = 0
     cached_tokens: int | None = None
     overtaken: int = 0
     page_table: list[int] = dataclasses.field(default_factory=list)
@@ -79,6 +90,7 @@ class Sequence:
 
     def __post_init__(self):
         self.prompt_len = self.prompt_len or len(self.tokens)
+        self.stops = frozenset(self.params.stop_token_ids) | (frozenset() if self.params.ignore_eos else self.eos_ids)
 
     def writer_slots(self, start: int, num: int) -> list[int]:
         """Returns the adapter slots of the writer rows of the positions [start, start + num)."""
@@ -93,6 +105,21 @@ class Sequence:
         return [self.model.slot] * num if self.model.kind == "shared" else self.writer_slots(start, num)
 
     @property
+    def length(self) -> int:
+        """How many tokens there are, the pending ones included."""
+        return len(self.tokens) + self.pending
+
+    def give_up_flight(self) -> None:
+        """Gives up the results of the steps in flight. What they would have sampled is sampled again."""
+        self.flight += 1
+        self.pending, self.num_scored = 0, len(self.prompt_logprobs)
+
+    @property
+    def ends_in_flight(self) -> bool:
+        """Whether the pending token is its last one, whatever it is."""
+        return self.pending > 0 and len(self.tokens) + self.pending >= self.most
+
+    @property
     def num_output(self) -> int:
         """How many tokens have been generated."""
         return len(self.tokens) - self.prompt_len
@@ -102,18 +129,11 @@ class Sequence:
         """Whether log-probabilities of prompt tokens are still missing. The row of token i - 1 scores token i."""
         return self.params.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
 
-    def finish_reason(self, max_model_len: int) -> str | None:
-        """Returns why the sequence ends with its last token: 'stop', 'length', or None if it goes on.
-
-        Args:
-            max_model_len: The largest number of tokens of prompt and output together.
-        """
-        params, last = self.params, self.tokens[-1]
-        stops = last in params.stop_token_ids or (last in self.eos_ids and not params.ignore_eos)
-        if stops and self.num_output and self.num_output >= params.min_tokens:
+    def finish_reason(self) -> str | None:
+        """Returns why the sequence ends with its last token: 'stop', 'length', or None if it goes on."""
+        if self.tokens[-1] in self.stops and self.num_output and self.num_output >= self.params.min_tokens:
             return "stop"
-        full = len(self.tokens) >= max_model_len
-        return "length" if full or self.num_output >= params.max_tokens else None
+        return "length" if len(self.tokens) >= self.most else None
 
 
 def make_sequences(

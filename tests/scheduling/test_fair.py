@@ -137,7 +137,8 @@ def test_the_first_in_line_is_overtaken_only_so_often():
 @pytest.mark.parametrize("waiting", [5, LOOKAHEAD, LOOKAHEAD + 7])
 @pytest.mark.parametrize("overtaken", [0, PATIENCE])
 def test_the_order_of_one_tenant(waiting, overtaken):
-    """The overdue one, then those with more cached pages, then the earlier ones; of a long queue its two ends."""
+    """The overdue one, then those without a page to compute, then those with more cached pages, then the earlier ones;
+    of a long queue its two ends."""
     rng = random.Random(waiting)
     traffic = Traffic(dataclasses.replace(CONFIG, max_num_seqs=1))
     prompts = [[i] * 12 for i in range(4)]
@@ -151,7 +152,9 @@ def test_the_order_of_one_tenant(waiting, overtaken):
     for seq in queue:
         if len(seq.tokens) % 4 == 0 and pages[seq]:  # its last page ends with the new token
             pages[seq] -= 1
-    expected = sorted(near, key=lambda seq: (not overtaken or seq is not queue[0], -pages[seq]))
+    ready = {seq: len(seq.tokens) - 4 * pages[seq] < 4 for seq in queue}
+    order = lambda seq: (not overtaken or seq is not queue[0], not ready[seq], 0 if ready[seq] else -pages[seq])  # noqa: E731
+    expected = sorted(near, key=order)
     scheduler = traffic.scheduler
     assert in_order(scheduler.waiting, scheduler.pool, 1, FairShare()) == expected
 

@@ -1,6 +1,6 @@
 """Random traffic with faults against the scheduler: every invariant at every step, over many seeds.
 
-`python -m tests.scheduling.test_random SEED STEPS` runs one seed and prints what went on.
+`python -m tests.scheduling.test_random SEED STEPS [overlap]` runs one seed and prints what went on.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import pytest
 
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.page_pool import OutOfPages
+from icarus_jax.scheduling.prefix_cache import PrefixCache
 from icarus_jax.scheduling.registry import NO_SLOT, Model
 from icarus_jax.scheduling.request import SamplingParams, SessionHint
 from icarus_jax.scheduling.scheduler import Scheduler
 from icarus_jax.scheduling.sequence import Sequence, Status
+from icarus_jax.scheduling.sessions import Sessions
 from tests.scheduling.test_scheduler import NAMES, Device, check_tokens, make_models, switch_from
 
 STEPS = 250  # of a seed
@@ -25,9 +27,12 @@ FAILED_ONCE = (142, 145)
 
 
 class Simulation:
-    """Traffic of one seed: agents with sessions, fan-out, handoffs, aborts, reloads, pressure, and failing steps."""
+    """Traffic of one seed: agents with sessions, fan-out, handoffs, aborts, reloads, pressure, and failing steps.
 
-    def __init__(self, seed: int):
+    overlap: Steps are launched before the one before them is committed.
+    """
+
+    def __init__(self, seed: int, overlap: bool):
         self.rng = rng = random.Random(seed)
         self.now = 0.0
         pages = rng.randint(14, 44)
@@ -40,7 +45,7 @@ class Simulation:
             enable_prefix_caching=rng.random() < 0.9,
         )
         self.scheduler = Scheduler(size, rng.randint(1, 4), clock=lambda: self.now)
-        self.device = Device(self.scheduler)
+        self.device = Device(self.scheduler, overlap)
         self.models = make_models()
         self.texts = [[rng.randrange(10) for _ in range(40)] for _ in range(3)]
         self.live: dict[int, tuple[Sequence, Model]] = {}
@@ -145,7 +150,8 @@ class Simulation:
 
     def fail_on_the_device(self) -> None:
         """The program fails after it has written some rows."""
-        plan, size = self.scheduler.schedule(), self.scheduler.config.page_size
+        size = self.scheduler.config.page_size
+        plan = self.scheduler.schedule()
         for src, dst in plan.copies:
             for i in range(size):
                 self.device.held[dst, i] = self.device.held.get((src, i))
@@ -160,6 +166,7 @@ class Simulation:
         if not keep:
             self.device.held.clear()
         self.device.slots.clear()
+        self.device.lose_flight()
         ended = self.scheduler.reset(keep_pages=keep)
         assert all(seq.status is Status.FINISHED for seq in ended)
         for seq in ended:
@@ -196,21 +203,22 @@ class InjectedFault(OutOfPages):
     """A fault of the test's own."""
 
 
-def simulate(seed: int, steps: int = STEPS) -> Simulation:
-    simulation = Simulation(seed)
+def simulate(seed: int, overlap: bool, steps: int = STEPS) -> Simulation:
+    simulation = Simulation(seed, overlap)
     simulation.run(steps)
     return simulation
 
 
+@pytest.mark.parametrize("overlap", [False, True])
 @pytest.mark.parametrize("seed", [*FAILED_ONCE, *range(12)])
-def test_traffic(seed):
-    simulation = simulate(seed)
+def test_traffic(seed, overlap):
+    simulation = simulate(seed, overlap)
     assert simulation.finished and simulation.failures
 
 
 @pytest.mark.full
 def test_100_000_steps():
-    simulations = [simulate(seed) for seed in range(100, 100 + 100_000 // STEPS)]
+    simulations = [simulate(seed, seed % 2 == 1) for seed in range(100, 100 + 100_000 // STEPS)]
     assert sum(s.steps for s in simulations) >= 100_000
     assert sum(s.finished for s in simulations) > 10_000 and sum(s.failures for s in simulations) > 1_000
 
@@ -218,20 +226,19 @@ def test_100_000_steps():
 def test_it_finds_a_session_that_frees_the_pages_just_matched(monkeypatch):
     """The fault of an earlier version, planted again: pages were counted before the sessions that held them went."""
 
-    def counted_once(scheduler: Scheduler, seq: Sequence):
-        match = scheduler.cache.match(seq)
-        need = -(-len(seq.tokens) // scheduler.config.page_size) - len(match.pages)
-        idle = sum(scheduler.pool.refs[page] == 0 for page in match.pages)
-        room = need + idle <= scheduler.pool.num_free or scheduler.sessions.make_room(need + idle)
-        return match if room else None
+    def counted_once(cache: PrefixCache, seq: Sequence, sessions: Sessions):
+        pool, match = cache._pool, cache.match(seq)
+        need = -(-len(seq.tokens) // pool.page_size) - len(match.pages)
+        idle = sum(pool.refs[page] == 0 for page in match.pages)
+        return match if need + idle <= pool.num_free or sessions.make_room(need + idle) else None
 
-    monkeypatch.setattr(Scheduler, "_match_with_room", counted_once)
+    monkeypatch.setattr(PrefixCache, "match_with_room", counted_once)
     with pytest.raises((AssertionError, OutOfPages)) as found:
         for seed in range(100):
-            simulate(seed)
+            simulate(seed, overlap=False)
     assert not isinstance(found.value, InjectedFault)
 
 
 if __name__ == "__main__":
-    done = simulate(int(sys.argv[1]), int(sys.argv[2]))
+    done = simulate(int(sys.argv[1]), sys.argv[3:] == ["overlap"], int(sys.argv[2]))
     print(f"{done.steps} steps, {done.finished} sequences finished, {done.failures} steps failed")

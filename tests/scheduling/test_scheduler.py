@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.admission import LOOKAHEAD, PATIENCE
 from icarus_jax.scheduling.page_pool import Chain, OutOfPages, PagePool, page_key
-from icarus_jax.scheduling.plan import SampleRow
+from icarus_jax.scheduling.plan import SampleRow, StepPlan, Work
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import SamplingParams, SessionHint, TokenLogprob
 from icarus_jax.scheduling.scheduler import Scheduler
@@ -34,15 +34,31 @@ def next_token(tokens: list[int], model: Model) -> int:
 
 
 class Device:
-    """Pages that hold (writer's salt, token, position), slots that hold models; each step is checked, then done."""
+    """Pages that hold (writer's salt, token, position), slots that hold models; each step is checked, then done.
 
-    def __init__(self, scheduler: Scheduler):
-        self.scheduler, self.held, self.slots = scheduler, {}, {}
+    overlap: As in the engine, a step is planned and launched before the one before it is committed. The scheduler then
+    does not know the token that a sequence is fed.
+    """
+
+    def __init__(self, scheduler: Scheduler, overlap: bool = False):
+        self.scheduler, self.overlap, self.held, self.slots = scheduler, overlap, {}, {}
+        self.in_flight: tuple[StepPlan, list[list[SampleRow]]] | None = None
+        self.sampled: dict[Sequence, int] = {}  # by the step in flight
 
     def run(self) -> None:
-        s, size = self.scheduler, self.scheduler.config.page_size
+        s = self.scheduler
         plan = s.schedule()
-        assert plan.work, "has work, plans none"
+        assert plan.work or self.in_flight, "has work, plans none"
+        launched = (plan, self.launch(plan)) if plan.work else None
+        commit, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
+        self.outputs = s.commit(*commit) if commit else []
+
+    def lose_flight(self) -> None:
+        """The steps in flight are lost."""
+        self.in_flight, self.sampled = None, {}
+
+    def launch(self, plan: StepPlan) -> list[list[SampleRow]]:
+        s, size = self.scheduler, self.scheduler.config.page_size
         for model in plan.loads:
             assert 1 <= model.slot <= s.slots.num_slots
             self.slots[model.slot] = model
@@ -52,29 +68,41 @@ class Device:
                 self.held[dst, i] = before.get((src, i))
         assert plan.num_writers <= s.config.max_num_batched_tokens
         assert len(plan.work) == len({w.seq.seq_id for w in plan.work}) <= s.config.max_num_seqs
-        made = lambda seq, i: (seq.model.salt if i >= seq.adapted_from else "", seq.tokens[i], i)  # noqa: E731
+        texts = {w.seq: self.text(w.seq, w.start + w.num_write) for w in plan.work}
+        made = lambda seq, i: (seq.model.salt if i >= seq.adapted_from else "", texts[seq][i], i)  # noqa: E731
         for work in plan.work:
             seq = work.seq
             assert seq.model.kind == "base" or self.slots[seq.model.slot] is seq.model, "its head is not in its slot"
-            assert work.start == seq.num_computed
+            assert seq.num_stored <= work.start and seq.num_computed == work.start + work.num_write
             for position in range(work.start, work.start + work.num_write):
                 page = seq.page_table[position // size]
                 assert s.pool.refs[page] == 1, "a shared page is written"
                 self.held[page, position % size] = made(seq, position)
-        rows = []
-        for work in plan.work:
-            seq, end = work.seq, work.start + work.num_write
-            for position in range(end):  # what the rows attend to is this very prefix
-                assert self.held[seq.page_table[position // size], position % size] == made(seq, position)
-            assert not work.num_logits or work.logit_start + work.num_logits <= end
-            if seq.model.kind == "shared":  # logits come from the head's own reader rows
-                assert (work.read_start, work.num_read) == (work.logit_start, work.num_logits)
-            assert work.reference == (seq.reference and work.samples)
-            scores = [TokenLogprob(i, 0.0) for i in range(work.logit_start, work.logit_start + work.num_logits)]
-            rows.append([SampleRow(next_token(seq.tokens, seq.model), None, score) for score in scores])
-            if work.reference:
-                rows[-1].append(SampleRow(-1, None, TokenLogprob(0, -seq.num_output)))
-        self.outputs = s.commit(plan, rows)
+        self.sampled = {}
+        return [self.results(work, texts[work.seq], made) for work in plan.work]
+
+    def text(self, seq: Sequence, end: int) -> list[int]:
+        """The sequence's tokens up to `end`; the last may be known to the device alone."""
+        known = seq.tokens[: max(end, 1)]
+        return known if len(known) >= end else [*known, self.sampled[seq]]
+
+    def results(self, work: Work, text: list[int], made) -> list[SampleRow]:
+        seq, end, size = work.seq, work.start + work.num_write, self.scheduler.config.page_size
+        for position in range(end):  # what the rows attend to is this very prefix
+            assert self.held[seq.page_table[position // size], position % size] == made(seq, position)
+        assert not work.num_logits or work.logit_start + work.num_logits <= end
+        if seq.model.kind == "shared":  # logits come from the head's own reader rows
+            assert (work.read_start, work.num_read) == (work.logit_start, work.num_logits)
+        assert work.reference == (seq.reference and work.samples)
+        token = next_token(text, seq.model)
+        scores = [TokenLogprob(i, 0.0) for i in range(work.logit_start, work.logit_start + work.num_logits)]
+        rows = [SampleRow(token, None, score) for score in scores]
+        if work.samples:
+            assert len(text) == work.logit_start + work.num_logits
+            self.sampled[seq] = token
+        if work.reference:
+            rows.append(SampleRow(-1, None, TokenLogprob(0, seq.prompt_len - len(text))))
+        return rows
 
 
 def add(scheduler: Scheduler, seq_id: int, model: Model, prompt: list[int], **params) -> Sequence:
@@ -112,13 +140,14 @@ SESSIONS = {
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(events, max_size=40), st.integers(12, 40), st.integers(1, 4), st.booleans())
-def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, caching):
-    """The four kinds, fan-out, handoffs, aborts, reloads, sessions, pressure on pages and slots."""
+@given(st.lists(events, max_size=40), st.integers(12, 40), st.integers(1, 4), st.booleans(), st.booleans())
+def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, caching, overlap):
+    """The four kinds, fan-out, handoffs, aborts, reloads, sessions, pressure on pages and slots; steps one by one, and
+    overlapped."""
     now = [0.0]
     config = dataclasses.replace(CONFIG, num_pages=num_pages, enable_prefix_caching=caching)
     scheduler = Scheduler(config, num_slots, clock=lambda: now[0])
-    device, seqs, scored, started = Device(scheduler), [], {}, []
+    device, seqs, scored, started = Device(scheduler, overlap), [], {}, []
     models = make_models()
     references: dict[int, list[float]] = {}
     writers: dict[int, list[tuple[int, str]]] = {}
@@ -205,7 +234,7 @@ def test_first_come_first_served_and_chunked():
     scheduler = Scheduler(CONFIG)
     long, short = (
         add(scheduler, 0, Model("trunk", "base"), range(30), max_tokens=2),
-        add(scheduler, 1, Model("trunk", "base"), [9, 9], max_tokens=2),
+        add(scheduler, 1, Model("trunk", "base"), [9] * 6, max_tokens=2),
     )
     plan = scheduler.schedule()
     assert [(w.seq, w.num_write, w.num_logits) for w in plan.work] == [(long, 12, 0)] and short.status is Status.WAITING
@@ -224,6 +253,22 @@ def test_who_finds_most_in_the_cache_goes_first():
         device.run()
         ended += [seqs.index(seq) for seq in seqs if seq.status is Status.FINISHED and seqs.index(seq) not in ended]
     assert ended == [2, 4, 1, 0, 3]
+
+
+def test_those_with_nothing_to_compute_go_in_order_of_arrival():
+    """Under a load that never ends, a short prompt would else wait for all longer ones that are cached."""
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=1))
+    device = Device(scheduler)
+    prompts = [range(5), [8] * 13, [7, 7]]
+    for i, prompt in enumerate(prompts):
+        add(scheduler, i, Model("trunk", "base"), prompt, max_tokens=1)
+    run_all(scheduler, device)
+    seqs = [add(scheduler, 3 + i, Model("trunk", "base"), prompts[i % 3], max_tokens=1) for i in range(9)]
+    ended = []
+    while scheduler.has_work:
+        device.run()
+        ended += [i for i, seq in enumerate(seqs) if seq.status is Status.FINISHED and i not in ended]
+    assert ended == list(range(9))
 
 
 def test_nobody_waits_for_ever():
