@@ -141,6 +141,7 @@ class EngineConfig:
         writer_adapters: Whether `isolated` and `activated` heads can be loaded later. If the engine starts with such a
             head, they can in any case.
         check_reuse: Debug mode: the fraction of requests whose reused pages are recomputed and compared.
+        async_scheduling: Whether a step is planned and launched while the one before it runs.
         mesh: The devices as DATAxMODEL. `model` splits weights and KV heads, `data` splits the rows of a step.
     """
 
@@ -157,6 +158,7 @@ class EngineConfig:
     max_lora_rank: int = 0
     writer_adapters: bool = False
     check_reuse: float = 0.0
+    async_scheduling: bool = True
     mesh: str = "1x1"
 
     def __post_init__(self):

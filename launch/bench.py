@@ -6,6 +6,7 @@
     python launch/bench.py peers --config=multi.py:8     writes trunk and heads as files for vLLM and llama.cpp
     python launch/bench.py prefix                        the prefill saved if eight heads take turns in a conversation
     python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads, against eight isolated requests
+    python launch/bench.py host --sequences=32,256,1024 --context=2048   the host's work of a step, without a device
     python launch/bench.py soak                          twice the load that the server can carry, with reloads
     python launch/bench.py cpu                           the CPU kernels against XLA's programs
     python launch/bench.py kernels                       instruction bundles of the TPU kernels; no TPU is needed
@@ -42,6 +43,13 @@ def bench_step(config: ConfigDict) -> dict:
 
     cli.add_heads(config, _HEADS.value or [])
     return step.run(config, [int(s) for s in _SEQUENCES.value], _CONTEXT.value, _STEPS.value)
+
+
+def bench_host(config: ConfigDict) -> dict:
+    """Times the host's work of decode steps, with a double in the device's place."""
+    from icarus_jax.bench import host
+
+    return host.run(config, [int(s) for s in _SEQUENCES.value], _CONTEXT.value, _STEPS.value)
 
 
 def bench_serve(config: ConfigDict) -> dict:
@@ -104,6 +112,7 @@ def bench_kernels(config: ConfigDict) -> dict:
 # name -> (the function to run, its default config)
 COMMANDS = {
     "step": (bench_step, "multi.py:8"),
+    "host": (bench_host, "multi.py"),
     "serve": (bench_serve, "bench.py"),
     "prefix": (bench_serve, "bench.py:prefix"),
     "calibrate": (bench_calibrate, "bench.py"),

@@ -15,11 +15,12 @@ import numpy as np
 from flax import nnx
 from jax.stages import Lowered
 
-from icarus_jax.aot.cost import Account, account, pool_complaint, shard_bytes, shard_shape
+from icarus_jax.aot.cost import Account, account, gpu_complaint, pool_complaint, shard_bytes, shard_shape
 from icarus_jax.aot.topology import Topology, compiling_for
 from icarus_jax.config import TARGETS, EngineConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket, make_buckets
 from icarus_jax.engine.programs import Programs
+from icarus_jax.models.block import PROJECTIONS
 from icarus_jax.models.head_bank import HeadBank, make_bank
 from icarus_jax.models.sharding import MeshLayout, make_mesh_layout
 from icarus_jax.models.trunk import Trunk
@@ -167,8 +168,11 @@ class Check:
         model = self.plan.model
         outside = 2.0 * bucket.logits * model.hidden_size * self.vocab_shard if bucket else 0.0
         turns = model.num_layers if bucket else 1
-        found = account(compiled, shard_shape(self.programs.kv_pages), turns, outside)
+        stacks = [shard_shape(self.programs.weights[0]["blocks"][name].get_value()) for name in PROJECTIONS]
+        found = account(compiled, shard_shape(self.programs.kv_pages), turns, outside, stacks)
         complaint = pool_complaint(found, self.pool_bytes)
+        if bucket and self.programs.kernels == "gpu":
+            complaint = complaint or gpu_complaint(found)
         if found.memory > self.usable:
             complaint = f"needs {found.memory / 1e9:.2f} GB of {self.usable / 1e9:.2f}"
         return Compiled(name, bucket, found, complaint)

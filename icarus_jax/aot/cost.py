@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from icarus_jax.aot import hlo_text
+from icarus_jax.aot import hlo_text, launches
 
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
@@ -34,6 +34,10 @@ class Account:
         cycles: The TPU compiler's estimate of cycles, without kernels and collectives.
         collectives: The number of collectives of each kind in the program's text.
         pool_copies: The lines of the text that copy an array of the page pool's shape.
+        weight_copies: The instructions that copy a layer out of the weights of all layers.
+        dynamic_loops: The loops whose number of iterations is known on the device alone.
+        launches: What one iteration of the loop launches: kernels, calls of libraries and copies. It means something on
+            a GPU.
     """
 
     arguments: int
@@ -46,6 +50,9 @@ class Account:
     cycles: int
     collectives: dict[str, int]
     pool_copies: tuple[str, ...]
+    weight_copies: tuple[str, ...] = ()
+    dynamic_loops: tuple[str, ...] = ()
+    launches: int = 0
 
     @classmethod
     def unknown(cls) -> Account:
@@ -73,7 +80,13 @@ def shard_bytes(tree: Any) -> int:
     return sum(int(np.prod(shard_shape(x))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
-def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: float = 0.0) -> Account:
+def account(
+    compiled: Any,
+    pool: Sequence[int],
+    turns: int = 1,
+    flops_outside: float = 0.0,
+    stacks: Collection[tuple[int, ...]] = (),
+) -> Account:
     """Reads the cost of a compiled program.
 
     Args:
@@ -81,6 +94,7 @@ def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: f
         pool: The shape of the page pool on one device.
         turns: Iterations of the program's loop over layers. XLA's count of FLOPs has one iteration only.
         flops_outside: The FLOPs outside of that loop.
+        stacks: The shapes of the weights of products [L, din, dout, ..] on one device.
 
     Returns:
         The account.
@@ -100,6 +114,9 @@ def account(compiled: Any, pool: Sequence[int], turns: int = 1, flops_outside: f
         cycles=once + turns * each,
         collectives=dict(sorted(Counter(COLLECTIVE.findall(text)).items())),
         pool_copies=tuple(line.strip() for line in text.splitlines() if shape.search(line)),
+        weight_copies=launches.layer_copies(text, stacks),
+        dynamic_loops=launches.dynamic_loops(text),
+        launches=launches.launches(text)[1],
     )
 
 
@@ -117,4 +134,20 @@ def pool_complaint(account: Account, pool_bytes: int) -> str:
         return f"the pool is copied: {account.pool_copies[0][:100]}"
     if account.temporaries > pool_bytes / POOL_SHARE:
         return f"{account.temporaries >> 20} MiB of temporaries beside a pool of {pool_bytes >> 20} MiB"
+    return ""
+
+
+def gpu_complaint(account: Account) -> str:
+    """Says why a step is slower on a GPU than it has to be.
+
+    Args:
+        account: The program's account.
+
+    Returns:
+        The reason; '' if the program neither waits for the host nor copies weights.
+    """
+    if account.dynamic_loops:
+        return f"the host is asked at each iteration of {', '.join(account.dynamic_loops)}"
+    if account.weight_copies:
+        return f"a layer's weights are copied: {', '.join(account.weight_copies)}"
     return ""

@@ -209,16 +209,23 @@ def memory_traffic(text: str) -> tuple[int, int]:
                         total += _read(instruction, at, whole, computations)
         return total
 
-    return count(computations[entry]), sum(map(count, _opened(computations[entry], computations)))
+    return count(computations[entry]), sum(map(count, opened(computations[entry], computations)))
 
 
-def _opened(computation: Computation, computations: dict[str, Computation]) -> Iterator[Computation]:
+def opened(computation: Computation, computations: dict[str, Computation]) -> Iterator[Computation]:
     """Yields the computations that a computation's loops, branches and calls run, also nested ones."""
     for instruction in computation.values():
-        if instruction.opcode in OPENED:
-            for name in re.findall(r"(?:body|to_apply|branch_computations)=\{?%([\w.\-]+)", instruction.rest):
-                yield computations[name]
-                yield from _opened(computations[name], computations)
+        for body in bodies(instruction, computations):
+            yield body
+            yield from opened(body, computations)
+
+
+def bodies(instruction: Instruction, computations: dict[str, Computation]) -> list[Computation]:
+    """Returns the computations that a loop, a branch or a call runs; of any other instruction none."""
+    if instruction.opcode not in OPENED:
+        return []
+    names = re.findall(r"(?:body|to_apply|branch_computations)=\{?%([\w.\-]+)", instruction.rest)
+    return [computations[name] for name in names]
 
 
 def estimated_cycles(text: str) -> tuple[int, int]:
@@ -238,4 +245,4 @@ def estimated_cycles(text: str) -> tuple[int, int]:
         found = (CYCLES.search(i.rest) for i in computation.values() if i.opcode not in OPENED)
         return sum(cycles for match in found if match and (cycles := int(match[1])) < NO_ESTIMATE)
 
-    return count(computations[entry]), sum(map(count, _opened(computations[entry], computations)))
+    return count(computations[entry]), sum(map(count, opened(computations[entry], computations)))

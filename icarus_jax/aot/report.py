@@ -118,7 +118,7 @@ def head_lines(name: str, check: Check, topology: Topology) -> Iterator[str]:
 
 PROGRAM_HEAD = (
     f"{'program':<38}{'weights':>9}{'pages':>8}{'temp MiB':>9}{'fits':>6}{'GFLOP':>9}{'MB moved':>10}{'x fewest':>9}"
-    f"{'Mcycles':>9}  collectives"
+    f"{'Mcycles':>9}{'launches':>9}  collectives"
 )
 
 
@@ -136,7 +136,8 @@ def program_line(check: Check, done: Compiled) -> str:
     ratio = f"{a.bytes / fewest:>9.3f}" if fewest and check.counted else f"{'-':>9}"
     collectives = ", ".join(f"{n} {kind}" for kind, n in a.collectives.items()) or "-"
     cycles = f"{a.cycles / 1e6:>9.2f}" if check.counted else f"{'-':>9}"
-    return f"{done.name:<38}{numbers}{moved}{ratio}{cycles}  {collectives}"
+    launches = f"{a.launches:>9}" if bucket and check.programs.kernels == "gpu" else f"{'-':>9}"  # in each layer
+    return f"{done.name:<38}{numbers}{moved}{ratio}{cycles}{launches}  {collectives}"
 
 
 def memory_lines(check: Check, done: Sequence[Compiled]) -> Iterator[str]:

@@ -31,7 +31,8 @@ from pallas_kernels.interpret import interpret_mode
 EXAMPLES = "v5e:2x4 (also v4, v5p, v6e, tpu7x), v5e:1x1, h100 or h100:8"
 # libtpu's name of a kind of chip -> its name in CHIPS, the number of dimensions of its slices, the devices per chip
 TPUS = {"v4": ("v4", 3, 2), "v5e": ("v5e", 2, 1), "v5p": ("v5p", 3, 1), "v6e": ("v6e", 2, 1), "tpu7x": ("v7x", 3, 2)}
-# XLA's description of an H100 (SXM5): data sheet figures, in the form of the target_config files of openxla/xla.
+# XLA's description of an H100 (SXM5): data sheet figures, in the form of the target_config files of openxla/xla. By the
+# versions XLA decides what it records in CUDA graphs: without them, no call of cuBLAS.
 H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152 shared_memory_per_core: 233472
@@ -40,6 +41,7 @@ gpu_device_info {
   memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072
   shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  driver_version: "13.0.0" runtime_version: "13.0.0" compile_time_toolkit_version: "13.0.0"
   registers_per_core_limit: 65536 registers_per_block_limit: 65536
 }
 platform_name: "CUDA"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
 
 from icarus_jax.config import EngineConfig
-from icarus_jax.scheduling.scheduler import SCORE_ROWS
-from pallas_kernels.paged_attention.work import FEW_ROWS, SequenceRows, WorkShape
+from icarus_jax.scheduling.plan import SCORE_ROWS
+from pallas_kernels.paged_attention.work import FEW_ROWS, RowTable, WorkShape, work_needed
 
 # Writer rows of the smallest prefill bucket. Each next one has twice as many, up to max_num_batched_tokens.
 PREFILL_WRITERS = 64
@@ -35,55 +38,39 @@ class Bucket:
         """Whether all tiles are for shared prefixes. That is so for decode steps; prefills need tiles of their own."""
         return self.work.max_tiles <= min(GROUP_TILES, self.writers // 2)
 
-    def fits(self, need: Need) -> bool:
-        """Returns whether a plan fits this bucket.
+
+class BucketTable:
+    """Finds the cheapest bucket that a step fits."""
+
+    def __init__(self, buckets: Sequence[Bucket]):
+        """Notes the sizes of the buckets.
 
         Args:
-            need: What the plan needs.
+            buckets: The buckets, the cheapest first.
         """
-        counts = (self.writers, self.readers, self.logits, self.work.max_items, self.work.max_tiles)
-        return all(have >= want for have, want in zip(counts, dataclasses.astuple(need), strict=True))
+        self._buckets = list(buckets)
+        self._sizes = np.array([(b.writers, b.readers, b.logits) for b in buckets])
 
+    def find(self, writers: int, readers: int, logits: int, table: RowTable, page_size: int) -> Bucket:
+        """Finds the bucket of a step.
 
-@dataclasses.dataclass(frozen=True)
-class Need:
-    """What one plan needs of a bucket.
+        Args:
+            writers: The number of writer rows.
+            readers: The number of reader rows.
+            logits: The number of rows with logits.
+            table: All rows by sequence.
+            page_size: Tokens per page.
 
-    Attributes:
-        writers: Writer rows.
-        readers: Reader rows.
-        logits: Rows with logits.
-        items: Items of attention work, if no prefix is shared.
-        tiles: Tiles of attention work for prefills.
-    """
-
-    writers: int
-    readers: int
-    logits: int
-    items: int
-    tiles: int
-
-
-def work_needed(sequences: list[SequenceRows], shape: WorkShape, page_size: int) -> tuple[int, int]:
-    """Counts the items and tiles that the attention work of a step is cut into (`build_work`).
-
-    Args:
-        sequences: The rows of each sequence.
-        shape: The sizes of items and tiles.
-        page_size: Tokens per page.
-
-    Returns:
-        The number of items if no prefix is shared, which is the largest number; and the number of tiles of prefills.
-    """
-    block = shape.item_pages * page_size
-    items = tiles = 0
-    for seq in sequences:
-        n, r = len(seq.rows), shape.item_rows
-        if n <= FEW_ROWS or not shape.max_tiles:
-            items += sum(int(seq.positions[min(i + r, n) - 1]) // block + 1 for i in range(0, n, r))
-        else:
-            tiles += -(-n // shape.tile_rows)
-    return items, tiles
+        Returns:
+            The cheapest bucket that it fits.
+        """
+        large_enough = (self._sizes >= (writers, readers, logits)).all(1)
+        for i in np.flatnonzero(large_enough):
+            bucket = self._buckets[i]
+            items, tiles = work_needed(table, bucket.work, page_size)
+            if items <= bucket.work.max_items and tiles <= bucket.work.max_tiles:
+                return bucket
+        raise AssertionError(f"no bucket holds {writers} writers, {readers} readers, {logits} logits")
 
 
 def _work_shape(config: EngineConfig, writers: int, readers: int, decode: bool, kernels: str) -> WorkShape:

@@ -1,17 +1,10 @@
-"""The engine: one thread that schedules, prepares, executes and commits steps.
-
-plan    = scheduler.schedule()        # host only: which rows, which pages
-batch   = runner.prepare(plan)        # NumPy arrays, padded to a bucket
-rows    = runner.execute(batch)       # forward and sampler; only the KV pages are donated
-outputs = scheduler.commit(plan, rows)
-"""
+"""The engine: takes requests from any thread, and runs steps on a thread of its own (stepper.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
 import logging
-import time
 from collections.abc import Callable, Iterable, Mapping
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
@@ -20,6 +13,7 @@ from icarus_jax.engine.reuse_check import ReuseCheck
 from icarus_jax.engine.runner import Runner, make_runner
 from icarus_jax.engine.stats import EngineStats
 from icarus_jax.engine.step_thread import StepThread
+from icarus_jax.engine.stepper import Stepper
 from icarus_jax.models.full_heads import FullHead
 from icarus_jax.models.head_bank import Factors
 from icarus_jax.models.sharding import Weight
@@ -67,7 +61,8 @@ class Engine:
         self.stats = EngineStats(pages_total=config.num_pages)
         self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}
-        self._thread = StepThread(lambda: self.scheduler.has_work, self.step, self._recover, self._end_all)
+        self._stepper = Stepper(self.scheduler, runner, self._reuse, self.stats, self._deliver)
+        self._thread = StepThread(lambda: self.has_work, self.step, self._recover, self._end_all)
         self._ids = itertools.count()  # any thread may call `next` on it
 
     @classmethod
@@ -76,7 +71,7 @@ class Engine:
         config: EngineConfig,
         model_config: ModelConfig,
         params: Mapping[str, Weight],
-        heads: dict[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
+        heads: Mapping[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
     ) -> Engine:
@@ -147,8 +142,8 @@ class Engine:
             ValueError: The adapter does not fit the adapter slots, or there are none.
             RequestError: The engine takes no more commands.
         """
-        self.runner.check_head(head, factors)
-        self._thread.call(lambda: self._load(head, factors))
+        fitted = self.runner.fit_head(head, factors)
+        self._thread.call(lambda: self._load(head, fitted))
 
     def unload_head(self, name: str) -> None:
         """Stops serving a head. Requests that are running finish.
@@ -243,6 +238,7 @@ class Engine:
             False if it cannot go on: the device no longer answers, or other hosts have run another part of the step.
         """
         self.stats.step_failures += 1
+        self._stepper.give_up_flight()
         self._reuse.clear()
         answers, pages_kept = self.runner.recover()
         for seq in self.scheduler.reset(keep_pages=pages_kept):
@@ -269,27 +265,11 @@ class Engine:
             log.exception("the receiver of sequence %d failed; the sequence is ended", output.seq_id)
             self._abort([output.seq_id])
 
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs, or a step is in flight."""
+        return self._stepper.has_work
+
     def step(self) -> None:
-        """Runs one step, as the top of this file shows."""
-        begin = time.perf_counter()
-        plan = self.scheduler.schedule()
-        if not plan.work:
-            if self._reuse.give_up():
-                return
-            raise AssertionError("the scheduler has sequences, and can run none of them")
-        self._reuse.after_schedule(plan)
-        for model in plan.loads:
-            self.runner.load_head(model.slot, model.factors)
-        self.runner.copy_pages(plan.copies)
-        batch = self.runner.prepare(plan)
-        ready = time.perf_counter()
-        rows = self.runner.execute(batch)
-        done = time.perf_counter()
-        self._reuse.before_commit(plan)
-        self.stats.slot_loads += len(plan.loads)
-        for output in self.scheduler.commit(plan, rows):
-            self._deliver(output)
-        self.stats.steps += 1
-        self.stats.device_seconds += done - ready
-        self.stats.host_seconds += ready - begin + time.perf_counter() - done
-        self.stats.update(self.scheduler)
+        """Launches the next step, and commits the one before it (stepper.py)."""
+        self._stepper.step()

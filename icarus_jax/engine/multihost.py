@@ -34,7 +34,7 @@ from icarus_jax.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
-CALLS = ("warmup", "copy_pages", "compare_pages", "load_head", "execute")  # the Runner's methods that run programs
+CALLS = ("warmup", "copy_pages", "compare_pages", "load_head", "launch")  # the Runner's methods that run programs
 INVITATION_BYTES = 256  # the size of the message with process 0's address
 JOIN_SECONDS, LOST_SECONDS = 300.0, 10.0
 FEW_BYTES = 4096  # the largest message to process 0: others only say that they are there
@@ -106,12 +106,12 @@ class Leader:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._runner, name)
+        if name == "results":  # waits for the device, and needs nobody else's call
+            return functools.partial(self._run, value)
         return functools.partial(self._call, name, value) if name in CALLS else value
 
     def _call(self, name: str, method: Callable, *args: Any) -> Any:
         """Makes a call in all processes.
-
-        The call itself runs on a thread of its own. It may wait for another host's devices, and that host may be lost.
 
         Raises:
             ConnectionError: Another process is lost.
@@ -120,6 +120,16 @@ class Leader:
             return None
         # Only process 0 shows progress: warmup's argument is a progress bar, and is not sent.
         self._team.send(host_messages.encode((name, *(() if name == "warmup" else args))))
+        return self._run(method, *args)
+
+    def _run(self, method: Callable, *args: Any) -> Any:
+        """Makes a call in this process.
+
+        The call itself runs on a thread of its own. It may wait for another host's devices, and that host may be lost.
+
+        Raises:
+            ConnectionError: Another process is lost.
+        """
         future: Future = Future()
         self._pending = future
         self._jobs.put((future, functools.partial(method, *args)))

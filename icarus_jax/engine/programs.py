@@ -6,6 +6,7 @@ them for devices that it does not have.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,14 +20,15 @@ from jax.stages import Lowered
 
 from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket
-from icarus_jax.engine.sampler import SampleInputs, sample
+from icarus_jax.engine.sample_inputs import VARIANTS, packed_width, unpack
+from icarus_jax.engine.sampler import Samples, sample
+from icarus_jax.engine.step_batch import empty_step, rows_in
 from icarus_jax.models.head_bank import Factors, HeadBank, load_slot
 from icarus_jax.models.sharding import KV_PAGES_AXES, MeshLayout
-from icarus_jax.models.trunk import Rows, Trunk
-from pallas_kernels.paged_attention import build_work
+from icarus_jax.models.trunk import Trunk
+from icarus_jax.scheduling.plan import SCORE_ROWS
 
 COPY_ROWS = 8  # pages copied, or pairs compared, in one call
-VARIANTS = ("greedy", "sample", "logprobs")
 # Options for `forward`, by platform. On TPU v7x XLA would otherwise want 16-bit weights in tiles of 16 x 128. Weights
 # that are spread over several devices cannot be placed so, and every step would begin with a copy of all of them.
 COMPILER_OPTIONS = {"tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
@@ -42,14 +44,16 @@ class Programs:
         weights: The shapes, dtypes and shardings of (the trunk's state, the bank's state).
         kv_pages: The shape, dtype and sharding of the KV pages, [L, num_pages, K, page_size, 2H].
         logits: The sharding of the logits f32[S, V].
-        forward: (weights, kv_pages, Rows) -> (logits, kv_pages). The pages are donated.
+        last_tokens: The shape, dtype and sharding of the tokens that the last step has sampled, i32[most logits].
+        forward: (bucket, weights, kv_pages, last_tokens, step) -> (logits, kv_pages). The pages are donated. `step` is
+            the step's inputs (step_batch.rows_in).
         load_head: (bank's state, slot i32[], factors) -> bank's state, with the adapter in the slot. The state is
             donated.
         copy_pages: (kv_pages, src i32[COPY_ROWS], dst i32[COPY_ROWS]) -> kv_pages. The pages are donated. A pair whose
             dst is num_pages is padding.
         compare_pages: (kv_pages, a i32[COPY_ROWS], b i32[COPY_ROWS]) -> for each pair: whether the pages are equal,
             their largest difference, and the largest magnitude in a.
-        samplers: For each of VARIANTS: (logits, SampleInputs or None) -> Samples.
+        samplers: For each of VARIANTS: (logits, last_tokens, packed inputs) -> (Samples, last_tokens).
     """
 
     def __init__(
@@ -77,6 +81,8 @@ class Programs:
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
         self.kv_pages = jax.ShapeDtypeStruct(shape, config.kv_dtype, sharding=layout.named(KV_PAGES_AXES, shape))
         self.logits = layout.named(("samples", "vocab"), (1, model.vocab_size))
+        most = max(SCORE_ROWS, config.max_num_seqs)
+        self.last_tokens = jax.ShapeDtypeStruct((most,), np.int32, sharding=layout.named())
         self._jit_programs(layout)
 
     def _jit_programs(self, layout: MeshLayout) -> None:
@@ -84,8 +90,9 @@ class Programs:
         pages, everywhere = self.kv_pages.sharding, layout.named()
         self.forward = jax.jit(
             functools.partial(self._run_trunk, layout),
-            donate_argnums=1,
-            in_shardings=(weights, pages, everywhere),
+            static_argnums=0,
+            donate_argnums=2,
+            in_shardings=(weights, pages, everywhere, everywhere),
             out_shardings=(self.logits, pages),
             compiler_options=COMPILER_OPTIONS.get(layout.platform),
         )
@@ -100,17 +107,28 @@ class Programs:
         self.compare_pages = of_pages(_compare_pages, out_shardings=everywhere)
         self.samplers = {
             variant: jax.jit(
-                functools.partial(sample, logprobs=variant == "logprobs"),
-                in_shardings=(self.logits, everywhere),
+                functools.partial(_sample, variant),
+                in_shardings=(self.logits, everywhere, everywhere),
                 out_shardings=everywhere,
             )
             for variant in VARIANTS
         }
 
     def _run_trunk(
-        self, layout: MeshLayout, weights: Any, kv_pages: jax.Array, rows: Rows
+        self,
+        layout: MeshLayout,
+        bucket: Bucket,
+        weights: Any,
+        kv_pages: jax.Array,
+        last_tokens: jax.Array,
+        step: jax.Array,
     ) -> tuple[jax.Array, jax.Array]:
         trunk, bank = nnx.merge(self._trunk_def, weights[0]), nnx.merge(self._bank_def, weights[1])
+        # Every device has all of `step`. Left alone, XLA might split its parts, and fetch them from other devices.
+        everywhere = functools.partial(lax.with_sharding_constraint, shardings=layout.named())
+        rows = jax.tree.map(everywhere, rows_in(step, bucket, self.num_active(bucket)))
+        fed = last_tokens[jnp.maximum(-1 - rows.tokens, 0)]
+        rows = dataclasses.replace(rows, tokens=jnp.where(rows.tokens < 0, fed, rows.tokens))
         return trunk(bank, kv_pages, rows, layout=layout, adapt_writers=self._adapt_writers, kernels=self.kernels)
 
     def _put_head(self, state: Any, slot: jax.Array, factors: Factors) -> Any:
@@ -126,14 +144,14 @@ class Programs:
         """
         return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
 
-    def no_active(self, bucket: Bucket) -> np.ndarray:
-        """Makes zeros i32[U]: a place for each of the adapter slots that a step of this shape can use at most.
+    def num_active(self, bucket: Bucket) -> int:
+        """Returns U, the number of adapter slots that a step of this shape can use at most.
 
         Args:
             bucket: The shape of the step.
         """
         rows = bucket.readers + (bucket.writers if self._adapt_writers else 0)
-        return np.zeros(min(rows, self._max_num_seqs, self.num_slots), np.int32)
+        return min(rows, self._max_num_seqs, self.num_slots)
 
     def lower(self, bucket: Bucket) -> Lowered:
         """Lowers the forward program of a bucket.
@@ -141,12 +159,8 @@ class Programs:
         Args:
             bucket: The shape of the step.
         """
-        b = bucket.writers + bucket.readers
-        work = build_work([], bucket.work, self.page_size)
-        zeros = functools.partial(np.zeros, dtype=np.int32)
-        nowhere = np.full(bucket.writers, -1, np.int32)
-        rows = Rows(zeros(b), zeros(b), self.no_active(bucket), nowhere, zeros(bucket.logits), work)
-        return self.forward.lower(self.weights, self.kv_pages, rows)
+        step = empty_step(bucket, self.num_active(bucket))
+        return self.forward.lower(bucket, self.weights, self.kv_pages, self.last_tokens, step)
 
     def others(self, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Callable[[], Lowered]]]:
         """Lists the programs other than `forward`.
@@ -159,21 +173,26 @@ class Programs:
         """
         for size in sorted({bucket.logits for bucket in buckets}):
             logits = jax.ShapeDtypeStruct((size, self._vocab), jnp.float32, sharding=self.logits)
-            inputs = SampleInputs.neutral(size, self._context, self._vocab)
             for variant, sampler in self.samplers.items():
-                arguments = (logits, None if variant == "greedy" else inputs)
-                yield f"sample {size}, {variant}", functools.partial(sampler.lower, *arguments)
+                packed = np.zeros((size, packed_width(self._context, variant)), np.int32)
+                yield f"sample {size}, {variant}", functools.partial(sampler.lower, logits, self.last_tokens, packed)
         ids = np.zeros(COPY_ROWS, np.int32)
         yield "copy_pages", functools.partial(self.copy_pages.lower, self.kv_pages, ids, ids)
         yield "compare_pages", functools.partial(self.compare_pages.lower, self.kv_pages, ids, ids)
         if self.num_slots:
-            factor = lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), jnp.float32)  # noqa: E731
+            factor = lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype)  # noqa: E731
             bank = self.weights[1]
             factors = {
                 target: (factor(bank[target]["a"].get_value()), factor(bank[target]["b"].get_value()))
                 for target in bank
             }
             yield "load_head", functools.partial(self.load_head.lower, bank, np.int32(1), factors)
+
+
+def _sample(variant: str, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array) -> tuple[Samples, jax.Array]:
+    """Samples, and returns the tokens in the shape of last_tokens too, for the next step."""
+    samples = sample(logits, unpack(packed, variant), last_tokens, variant=variant)
+    return samples, last_tokens.at[: len(samples.tokens)].set(samples.tokens)
 
 
 def _page(kv_pages: jax.Array, index: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from icarus_jax.engine.stats import EngineStats
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.scheduling.scheduler import Scheduler
-from icarus_jax.scheduling.sequence import Sequence
+from icarus_jax.scheduling.sequence import Sequence, Status
 
 TOLERANCE = 1e-3  # the largest difference that counts as rounding, as a share of the page's largest magnitude
 
@@ -63,7 +63,8 @@ class ReuseCheck:
         """
         for work in plan.work:
             reused = self._running.get(work.seq)
-            if reused is None or work.start + work.num_write < len(work.seq.tokens):
+            ended = work.start + work.num_write == len(work.seq.tokens)
+            if reused is None or not ended or work.seq.status is not Status.RUNNING:  # it may have lost its pages
                 continue
             for identical, difference, scale in self.runner.compare_pages(reused, work.seq.page_table):
                 self.stats.reuse_pages_checked += 1

@@ -12,21 +12,23 @@ import numpy as np
 from flax import nnx
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
-from icarus_jax.engine.buckets import Bucket, Need, make_buckets, work_needed
+from icarus_jax.engine.buckets import Bucket, BucketTable, make_buckets
+from icarus_jax.engine.page_tables import PageTables
 from icarus_jax.engine.programs import COPY_ROWS, Programs
 from icarus_jax.engine.recovery import is_whole, replace_lost
-from icarus_jax.engine.sampler import SampleInputs
-from icarus_jax.engine.step_batch import StepBatch, results_by_work, sampling_inputs, sequence_rows
+from icarus_jax.engine.sample_batch import sampling_inputs
+from icarus_jax.engine.sample_inputs import packed_width, unpack
+from icarus_jax.engine.sampler import Samples
+from icarus_jax.engine.step_batch import PlanRows, StepBatch, empty_step, results_by_work, rows_in
 from icarus_jax.models.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors, make_bank
 from icarus_jax.models.sharding import MeshLayout, Weight, make_mesh_layout
-from icarus_jax.models.trunk import Rows, Trunk, place_weights
+from icarus_jax.models.trunk import Trunk, place_weights
 from icarus_jax.scheduling.plan import SampleRow, StepPlan
-from pallas_kernels.paged_attention import build_work
+from icarus_jax.scheduling.sequence import Sequence as SequenceState
+from pallas_kernels.paged_attention.work import fill_work
 
 log = logging.getLogger(__name__)
-
-NO_PAGES = np.zeros(0, np.int32)  # where only the number of rows matters
 
 
 class Runner:
@@ -68,60 +70,40 @@ class Runner:
         self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
         self.adapt_writers = adapt_writers
         self._forward: dict[Bucket, Callable] = {}  # the compiled forward programs
+        self._bucket_table = BucketTable(self.buckets)
+        self._page_tables = PageTables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
+        self._last_tokens = self._programs.zeros(self._programs.last_tokens)  # of the last step's rows with logits
+        self._last_rows: dict[SequenceState, int] = {}  # for each sequence that it sampled for, the row
+
+    def num_active(self, bucket: Bucket) -> int:
+        """Returns how many adapter slots a step of this shape can use at most; `step_batch.rows_in` needs it."""
+        return self._programs.num_active(bucket)
 
     # ---- prepare
 
     def prepare(self, plan: StepPlan) -> StepBatch:
-        """Turns a plan into NumPy arrays, padded to the cheapest bucket that it fits.
+        """Turns a plan into arrays, padded to the cheapest bucket that it fits.
+
+        Plans must be prepared in the order in which they are launched: a token that the step before samples is named
+        by its row there.
 
         Args:
             plan: A plan with work.
         """
-        bucket = self._choose(plan)
-        t = bucket.writers
-        b = t + bucket.readers
-        tokens, slots = np.zeros(b, np.int32), np.zeros(b, np.int32)
-        kv_cells, sample_rows = np.full(t, -1, np.int32), np.zeros(bucket.logits, np.int32)
-        sequences, counts = [], []
-        writer, reader, logit = 0, t, 0
-        page_size = self.config.page_size
-        for work in plan.work:
-            seq, n, m = work.seq, work.num_write, work.num_read
-            tokens[writer : writer + n] = seq.tokens[work.start : work.start + n]
-            tokens[reader : reader + m] = seq.tokens[work.read_start : work.read_start + m]
-            slots[writer : writer + n] = seq.writer_slots(work.start, n)
-            slots[reader : reader + m] = seq.reader_slots(work.read_start, m)
-            written = np.arange(work.start, work.start + n)
-            pages = np.asarray(seq.page_table, np.int32)
-            kv_cells[writer : writer + n] = pages[written // page_size] * page_size + written % page_size
-            for position in range(work.logit_start, work.logit_start + work.num_logits):
-                read = position - work.read_start
-                sample_rows[logit] = reader + read if 0 <= read < m else writer + position - work.start
-                logit += 1
-            if work.reads_reference:
-                tokens[reader + m] = seq.tokens[-1]
-                sample_rows[logit] = reader + m
-            elif work.reference:
-                sample_rows[logit] = writer + n - 1 if n else sample_rows[logit - 1]
-            logit += work.reference
-            sequences.append(sequence_rows(work, writer, reader, pages))
-            counts.append(work.num_logits + work.reference)
-            writer, reader = writer + n, reader + m + work.reads_reference
-        active = self._programs.no_active(bucket)
-        in_use = np.unique(slots[slots > 0])
-        active[: len(in_use)] = in_use[: len(active)]  # `active` is empty if the head is fully fine-tuned
-        rows = Rows(tokens, slots, active, kv_cells, sample_rows, build_work(sequences, bucket.work, page_size))
-        sampling, variant = sampling_inputs(plan, bucket.logits, self.config.max_model_len, self.model.vocab_size)
-        return StepBatch(bucket, rows, sampling, variant, counts)
-
-    def _choose(self, plan: StepPlan) -> Bucket:
-        sequences = [sequence_rows(work, 0, 0, NO_PAGES) for work in plan.work]
-        logits = plan.num_logits
-        for bucket in self.buckets:
-            items, tiles = work_needed(sequences, bucket.work, self.config.page_size)
-            if bucket.fits(Need(plan.num_writers, plan.num_readers, logits, items, tiles)):
-                return bucket
-        raise AssertionError(f"no bucket holds {plan.num_writers} writers, {plan.num_readers} readers, {logits} logits")
+        places, num_pages = self._page_tables.update([work.seq for work in plan.work])
+        planned = PlanRows(plan, self._page_tables.pages[places], num_pages)
+        num_logits, page_size = int(planned.logits.sum()), self.config.page_size
+        bucket = self._bucket_table.find(planned.writers, planned.readers, num_logits, planned.table, page_size)
+        num_active = self.num_active(bucket)
+        step = empty_step(bucket, num_active)
+        rows = rows_in(step, bucket, num_active)
+        planned.fill(rows, self._last_rows, page_size)
+        fill_work(rows.work, planned.table_in(bucket), bucket.work, page_size)
+        sampling, variant = sampling_inputs(
+            plan, bucket.logits, self.config.max_model_len, self.model.vocab_size, self._last_rows
+        )
+        self._last_rows = planned.drawing_rows(plan)
+        return StepBatch(bucket, step, sampling, variant, planned.logits.tolist())
 
     # ---- execute
 
@@ -159,8 +141,8 @@ class Runner:
             results += found[: part.shape[1]]
         return results
 
-    def check_head(self, head: HeadConfig, factors: Factors) -> None:
-        """Checks whether a head can be loaded into an adapter slot.
+    def fit_head(self, head: HeadConfig, factors: Factors) -> Factors:
+        """Brings a head into the form of an adapter slot, once, so that it can be copied to the device at any time.
 
         Args:
             head: The head's name and kind.
@@ -168,13 +150,16 @@ class Runner:
 
         Raises:
             ValueError: It cannot. The message says why, and which option would allow it.
+
+        Returns:
+            The adapter as `load_head` takes it: padded to the size of a slot, in the bank's dtype.
         """
         if not self.num_slots:
             raise ValueError(f"head {head.name!r}: there are no adapter slots; start with --config.engine.max_loras=N")
         if head.kv != "shared" and not self.adapt_writers:
             raise ValueError(f"head {head.name!r} is {head.kv}: start with --config.engine.writer_adapters=True")
         try:
-            fit_factors(self.model, factors, self.rank, self.targets)
+            return fit_factors(self.model, factors, self.rank, self.targets, self.config.dtype)
         except ValueError as error:
             raise ValueError(f"head {head.name!r}: {error}") from None
 
@@ -183,25 +168,38 @@ class Runner:
 
         Args:
             slot: The slot, 1 to A.
-            factors: The adapter.
+            factors: What `fit_head` made of the adapter.
         """
-        fitted = fit_factors(self.model, factors, self.rank, self.targets)
-        if fitted:
-            self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), fitted))
+        if factors:
+            self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), dict(factors)))
 
-    def execute(self, batch: StepBatch) -> list[list[SampleRow]]:
-        """Runs a step.
+    def launch(self, batch: StepBatch) -> Samples:
+        """Starts a step, after the ones that were started before it, and does not wait for its end.
 
         Args:
             batch: What `prepare` made of the plan.
 
         Returns:
+            What it samples, on the device. `results` waits for it.
+        """
+        program = self._forward.get(batch.bucket) or functools.partial(self._programs.forward, batch.bucket)
+        logits, self.kv_pages = program(self.weights, self.kv_pages, self._last_tokens, batch.step)
+        samples, self._last_tokens = self._programs.samplers[batch.variant](logits, self._last_tokens, batch.sampling)
+        for array in jax.tree.leaves(samples):
+            array.copy_to_host_async()
+        return samples
+
+    def results(self, batch: StepBatch, samples: Samples) -> list[list[SampleRow]]:
+        """Waits for the end of a step.
+
+        Args:
+            batch: The step.
+            samples: What `launch` returned for it.
+
+        Returns:
             For each work of the plan its rows with logits, in order.
         """
-        program = self._forward.get(batch.bucket, self._programs.forward)
-        logits, self.kv_pages = program(self.weights, self.kv_pages, batch.rows)
-        samples = jax.device_get(self._programs.samplers[batch.variant](logits, batch.sampling))
-        return results_by_work(samples, batch)
+        return results_by_work(jax.device_get(samples), batch)
 
     def recover(self) -> tuple[bool, bool]:
         """Makes the device's arrays whole again after a step that failed halfway.
@@ -218,6 +216,7 @@ class Runner:
         try:
             (trunk, bank), kv_pages = self.weights, self.kv_pages
             pages_kept, self.kv_pages = replace_lost(kv_pages, lambda: programs.zeros(programs.kv_pages))
+            _, self._last_tokens = replace_lost(self._last_tokens, lambda: programs.zeros(programs.last_tokens))
             # If the adapters are lost: every head is copied into its slot anew.
             _, bank = replace_lost(bank, lambda: jax.tree.map(programs.zeros, programs.weights[1]))
             self.weights = (trunk, bank)
@@ -246,9 +245,11 @@ class Runner:
         for size in sorted({b.logits for b in self.buckets}):
             shape = (size, self.model.vocab_size)
             logits = self._programs.zeros(jax.ShapeDtypeStruct(shape, np.float32, sharding=self._programs.logits))
-            x = SampleInputs.neutral(size, self.config.max_model_len, self.model.vocab_size)
             for variant, sampler in self._programs.samplers.items():
-                sampler(logits, None if variant == "greedy" else x)
+                width = packed_width(self.config.max_model_len, variant)
+                inputs = np.zeros((size, width), np.int32)
+                unpack(inputs, variant).reset(self.model.vocab_size)
+                sampler(logits, self._last_tokens, inputs)
 
     def temporary_bytes(self) -> tuple[int, int]:
         """Returns the temporary bytes of the largest decode program, and the bytes of the KV pages.

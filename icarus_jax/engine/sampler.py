@@ -2,8 +2,11 @@
 
 A random draw depends only on the sequence's seed and the token's position, never on the other sequences of the batch.
 
-Top-k and top-p need no sort. Both keep the tokens whose probability reaches a threshold. The exact threshold is found
-by bisection on the bits of a float32. Tokens that tie with the last one kept are kept too.
+Top-k and top-p need no sort. Both keep the tokens whose probability reaches a threshold, which is found exactly, digit
+by digit of a float32's bits, in few readings. Tokens that tie with the last one kept are kept too.
+
+What a step needs is known before it is launched: each of VARIANTS is a program of its own, without conditionals. Its
+inputs are packed into one array (sample_inputs.py).
 """
 
 from __future__ import annotations
@@ -17,80 +20,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from icarus_jax.scheduling.request import MAX_LOGIT_BIAS, MAX_LOGPROBS, MAX_STOPS
+from icarus_jax.engine.sample_inputs import VARIANTS, SampleInputs
+from icarus_jax.scheduling.request import MAX_LOGPROBS
 
-# W, the entries of a row's biases: those of logit_bias, and the stop tokens and end tokens that min_tokens forbids.
-BIAS_WIDTH = MAX_LOGIT_BIAS + 2 * MAX_STOPS
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass
-class SampleInputs:
-    """How to sample each of S rows. `SamplingParams` describes the parameters.
-
-    C is the context length, V the vocabulary size, W = BIAS_WIDTH.
-
-    Attributes:
-        temperature: f32[S]. 0: take the likeliest token.
-        top_k: i32[S]. 0: all tokens.
-        top_p: f32[S].
-        min_p: f32[S].
-        repetition: f32[S], the repetition penalty.
-        presence: f32[S], the presence penalty.
-        frequency: f32[S], the frequency penalty.
-        seed: u32[S].
-        position: i32[S], the position of the token to be drawn.
-        history: i32[S, C], the sequence's tokens: prompt, then output. V marks padding. Only penalties need it.
-        prompt_len: i32[S], how many tokens of `history` are the prompt.
-        bias_ids: i32[S, W], the tokens whose logits are changed. V marks padding.
-        bias: f32[S, W], what is added to their logits.
-        target: i32[S], a token whose log-probability is wanted.
-        follow: i32[S], a row whose drawn token is the target instead; -1: none.
-    """
-
-    temperature: np.ndarray
-    top_k: np.ndarray
-    top_p: np.ndarray
-    min_p: np.ndarray
-    repetition: np.ndarray
-    presence: np.ndarray
-    frequency: np.ndarray
-    seed: np.ndarray
-    position: np.ndarray
-    history: np.ndarray
-    prompt_len: np.ndarray
-    bias_ids: np.ndarray
-    bias: np.ndarray
-    target: np.ndarray
-    follow: np.ndarray
-
-    @classmethod
-    def neutral(cls, rows: int, context: int, vocab: int) -> SampleInputs:
-        """Makes the inputs of greedy sampling without penalties and biases.
-
-        Args:
-            rows: S, the number of rows.
-            context: C, the context length in tokens.
-            vocab: V, the vocabulary size.
-        """
-        full = lambda value, dtype=np.float32: np.full(rows, value, dtype)  # noqa: E731
-        return cls(
-            temperature=full(0),
-            top_k=full(0, np.int32),
-            top_p=full(1),
-            min_p=full(0),
-            repetition=full(1),
-            presence=full(0),
-            frequency=full(0),
-            seed=full(0, np.uint32),
-            position=full(0, np.int32),
-            history=np.full((rows, context), vocab, np.int32),
-            prompt_len=full(0, np.int32),
-            bias_ids=np.full((rows, BIAS_WIDTH), vocab, np.int32),
-            bias=np.zeros((rows, BIAS_WIDTH), np.float32),
-            target=full(0, np.int32),
-            follow=full(-1, np.int32),
-        )
+DIGIT = 3  # bits of a threshold found in one reading; more need more sums a reading, which then is no longer the limit
+WEIGHT_BITS = 30  # of a float32 in [0, 2), as an integer
+WHOLE = 2.0**30  # a row's probabilities are rounded to integers that add up to about this
 
 
 @jax.tree_util.register_dataclass
@@ -113,41 +48,57 @@ class Samples:
     top_logprobs: Any = None
 
 
-def _row_sum(x: jax.Array) -> jax.Array:
-    """Sums over the last axis. It is a product with ones, because XLA vectorises that on CPUs, but not a reduction."""
-    return jnp.dot(x, jnp.ones(x.shape[-1], x.dtype), precision="highest")
+def _threshold(weights: jax.Array, mass: Callable[[], jax.Array], goal: jax.Array) -> jax.Array:
+    """Finds each row's largest threshold t, f32[S], for which the mass of the tokens with weights >= t reaches a goal.
 
-
-def _threshold(probs: jax.Array, enough: Callable[[jax.Array], jax.Array]) -> jax.Array:
-    """Finds each row's largest threshold t for which `enough(probs >= t)`, by bisection on the bits of t.
+    Each turn of the loop finds a digit of t, by the sums for all values that the digit may have. They are sums of
+    integers, in one reduction: exact in any order, one kernel on a GPU, and on a CPU several times faster than floats.
 
     Args:
-        probs: f32[S, V], values in [0, 1].
-        enough: Takes the mask bool[S, V] of the tokens kept, returns bool[S]. A lower threshold must not make it False.
-
-    Returns:
-        f32[S].
+        weights: f32[S, V], values in [0, 1].
+        mass: Makes the tokens' masses, i32[S, V] or smaller, at least 0. It is called within the loop, so that a GPU
+            computes them anew where it needs them: as an array they would double what is read.
+        goal: i32[S], above 0. If all tokens together do not reach it, t is 0.
     """
+    as_float = lambda bits: lax.bitcast_convert_type(bits, jnp.float32)[:, None]  # noqa: E731
+    add = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]  # noqa: E731
 
-    def halve(_, bounds):
-        low, high = bounds  # `enough` is True at low and False at high
-        middle = low + (high - low) // 2
-        t = lax.bitcast_convert_type(middle, jnp.float32)
-        good = enough(probs >= t[:, None])
-        return jnp.where(good, middle, low), jnp.where(good, high, middle)
+    def find(i: jax.Array, low: jax.Array) -> jax.Array:
+        shift = WEIGHT_BITS - DIGIT * (i + 1)
+        masses, digits = mass(), range(1, 1 << DIGIT)
+        kept = [jnp.where(weights >= as_float(low + (digit << shift)), masses, 0) for digit in digits]
+        sums = lax.reduce(kept, [np.int32(0)] * len(kept), add, (1,))
+        return low + (sum((x >= goal).astype(jnp.int32) for x in sums) << shift)
 
-    rows = probs.shape[0]
-    above_one = int(np.float32(1.5).view(np.int32))
-    low, _ = lax.fori_loop(0, 31, halve, (jnp.zeros(rows, jnp.int32), jnp.full(rows, above_one, jnp.int32)))
-    return lax.bitcast_convert_type(low, jnp.float32)
+    found = lax.fori_loop(0, WEIGHT_BITS // DIGIT, find, jnp.zeros(len(weights), jnp.int32))
+    return lax.bitcast_convert_type(found, jnp.float32)
+
+
+def _keep(scaled: jax.Array, x: SampleInputs) -> jax.Array:
+    """Returns which tokens may be drawn, bool[S, V]: top-k, then top-p of what is left, and min-p."""
+    weights = jnp.exp(scaled - jnp.max(scaled, -1, keepdims=True))  # probabilities up to a factor of each row
+    k = jnp.where(x.top_k > 0, x.top_k, scaled.shape[-1])
+    floor_k = _threshold(weights, lambda: jnp.int32(1), k)
+    left = jnp.where(weights >= floor_k[:, None], weights, 0.0)
+    scale = WHOLE / jnp.sum(left, -1, keepdims=True)
+    mass = lambda: jnp.round(left * scale).astype(jnp.int32)  # noqa: E731
+    goal = jnp.ceil(x.top_p * jnp.sum(mass(), -1).astype(jnp.float32)).astype(jnp.int32)
+    floor_p = jnp.where(x.top_p < 1, _threshold(left, mass, goal), 0.0)
+    return weights >= jnp.maximum(jnp.maximum(floor_k, floor_p), x.min_p)[:, None]
+
+
+def _with_fed(x: SampleInputs, last_tokens: jax.Array) -> SampleInputs:
+    """Puts the tokens that only the device knows into `history`."""
+    place = jnp.where(x.fed_at < 0, x.history.shape[1], x.fed_at)  # outside: nothing is put in
+    history = x.history.at[jnp.arange(len(place)), place].set(last_tokens[x.fed], mode="drop")
+    return dataclasses.replace(x, history=history)
 
 
 def _penalise(logits: jax.Array, x: SampleInputs) -> jax.Array:
     """Applies the repetition penalty (CTRL; prompt and output), and presence and frequency penalties (output only)."""
-    rows, vocab = logits.shape
-    index = jnp.arange(rows)[:, None]
+    index = jnp.arange(len(logits))[:, None]
     in_output = (jnp.arange(x.history.shape[1]) >= x.prompt_len[:, None]).astype(jnp.float32)
-    zeros = jnp.zeros((rows, vocab), jnp.float32)
+    zeros = jnp.zeros_like(logits)
     counts = zeros.at[index, x.history].add(in_output, mode="drop")
     seen = zeros.at[index, x.history].set(1.0, mode="drop") > 0
     repetition = jnp.where(seen, x.repetition[:, None], 1.0)
@@ -155,54 +106,60 @@ def _penalise(logits: jax.Array, x: SampleInputs) -> jax.Array:
     return logits - counts * x.frequency[:, None] - (counts > 0) * x.presence[:, None]
 
 
-def _keep(scaled: jax.Array, x: SampleInputs) -> jax.Array:
-    """Returns which tokens may be drawn, bool[S, V]: top-k, then top-p of what is left, and min-p."""
-    vocab = scaled.shape[-1]
-    top = jnp.max(scaled, -1, keepdims=True)
-    weights = jnp.exp(scaled - top)  # in [0, 1]: probabilities up to a factor of each row
-    k = jnp.where(x.top_k > 0, jnp.minimum(x.top_k, vocab), vocab).astype(jnp.float32)
-    by_k = lambda: _threshold(weights, lambda m: _row_sum(m.astype(jnp.float32)) >= k)  # noqa: E731
-    floor_k = lax.cond(jnp.any(x.top_k > 0), by_k, lambda: jnp.zeros_like(k))
-    left = jnp.where(weights >= floor_k[:, None], weights, 0.0)
-    goal = x.top_p * _row_sum(left)
-    by_p = lambda: _threshold(left, lambda m: _row_sum(jnp.where(m, left, 0.0)) >= goal)  # noqa: E731
-    floor_p = lax.cond(jnp.any(x.top_p < 1), by_p, lambda: jnp.zeros_like(k))
-    floor_p = jnp.where(x.top_p < 1, floor_p, 0.0)
-    return weights >= jnp.maximum(jnp.maximum(floor_k, floor_p), x.min_p)[:, None]
+def _scores(logits: jax.Array, x: SampleInputs, does: frozenset[str]) -> jax.Array:
+    """Returns f32[S, V], in each row the largest for the token to be picked: a draw is a maximum (Gumbel's trick)."""
+    if "penalised" in does:
+        rows = jnp.arange(len(logits))[:, None]
+        logits = _penalise(logits, x).at[rows, x.bias_ids].add(x.bias, mode="drop")
+    if "random" not in does:
+        return logits
 
-
-def _draw(logits: jax.Array, x: SampleInputs) -> jax.Array:
-    """Draws tokens i32[S] at random from those that may be drawn, by the Gumbel-max trick."""
-    scaled = logits / jnp.maximum(x.temperature, 1e-6)[:, None]
-    keep = _keep(scaled, x)
-
-    def noise(seed, position):
+    def noise(seed: jax.Array, position: jax.Array) -> jax.Array:
         return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), logits.shape[-1:])
 
-    return jnp.argmax(jnp.where(keep, scaled + jax.vmap(noise)(x.seed, x.position), -jnp.inf), -1)
+    scaled = logits / jnp.maximum(x.temperature, 1e-6)[:, None]
+    noisy = scaled + jax.vmap(noise)(x.seed, x.position)
+    if "filtered" in does:
+        noisy = jnp.where(_keep(scaled, x), noisy, -jnp.inf)
+    return jnp.where(x.temperature[:, None] > 0, noisy, logits)
 
 
-def sample(logits: jax.Array, x: SampleInputs | None, *, logprobs: bool) -> Samples:
+def _likeliest(logits: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Finds each row's largest logits f32[S, count] and their tokens, 16 at a time: a GPU sorts rows for more."""
+    rows, found = jnp.arange(len(logits))[:, None], []
+    for start in range(0, count, 16):
+        found.append(lax.top_k(logits, min(16, count - start)))
+        logits = logits.at[rows, found[-1][1]].set(-jnp.inf)
+    best, ids = zip(*found, strict=True)
+    return jnp.concatenate(best, -1), jnp.concatenate(ids, -1)
+
+
+def _first_largest(scores: jax.Array) -> jax.Array:
+    """Returns the first of each row's largest scores, i32[S]. On CPUs jnp.argmax is a scalar loop, noise included."""
+    here = scores == jnp.max(scores, -1, keepdims=True)
+    last = scores.shape[-1] - 1  # of a row of NaN
+    return jnp.min(jnp.where(here, jnp.arange(last + 1, dtype=jnp.int32), last), -1)
+
+
+def sample(logits: jax.Array, x: SampleInputs, last_tokens: jax.Array | None = None, *, variant: str) -> Samples:
     """Picks a token for each row.
 
     Args:
         logits: f32[S, V].
-        x: How to sample. None: take the likeliest token of every row; no log-probabilities can be had then.
-        logprobs: Whether log-probabilities are wanted.
+        x: How to sample. 'greedy' needs nothing of it.
+        last_tokens: i32[..], the tokens that the step before has sampled, by row; None: no row is fed one.
+        variant: One of VARIANTS. What it does not do is ignored.
     """
-    if x is None:
-        return Samples(jnp.argmax(logits, -1).astype(jnp.int32))
-    penalised = jnp.any((x.repetition != 1) | (x.presence != 0) | (x.frequency != 0))
-    chosen = lax.cond(penalised, _penalise, lambda y, _: y, logits, x)
-    rows = jnp.arange(logits.shape[0])[:, None]
-    chosen = chosen.at[rows, x.bias_ids].add(x.bias, mode="drop")
-    greedy = jnp.argmax(chosen, -1)
-    drawn = lax.cond(jnp.any(x.temperature > 0), _draw, lambda *_: greedy, chosen, x)
-    tokens = jnp.where(x.temperature > 0, drawn, greedy).astype(jnp.int32)
-    if not logprobs:
+    does = VARIANTS[variant]
+    if "penalised" in does and last_tokens is not None:
+        x = _with_fed(x, last_tokens)
+    tokens = _first_largest(_scores(logits, x, does))
+    if "logprobs" not in does:
         return Samples(tokens)
-    raw = jax.nn.log_softmax(logits, -1)
-    pick = lambda ids: jnp.take_along_axis(raw, ids[:, None], -1)[:, 0]  # noqa: E731
+    top = jnp.max(logits, -1, keepdims=True)
+    norm = jnp.log(jnp.sum(jnp.exp(logits - top), -1, keepdims=True))
+    pick = lambda ids: jnp.take_along_axis(logits, ids[:, None], -1)  # noqa: E731
+    logprob = lambda values: values - top - norm  # noqa: E731
     target = jnp.where(x.follow < 0, x.target, tokens[x.follow])
-    best, ids = lax.top_k(raw, min(MAX_LOGPROBS, raw.shape[-1]))
-    return Samples(tokens, pick(tokens), pick(target), ids, best)
+    best, ids = _likeliest(logits, min(MAX_LOGPROBS, logits.shape[-1]))
+    return Samples(tokens, logprob(pick(tokens))[:, 0], logprob(pick(target))[:, 0], ids, logprob(best))

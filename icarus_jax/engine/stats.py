@@ -37,8 +37,8 @@ class EngineStats:
         sessions: Gauge: sessions that hold pages.
         running: Gauge: running sequences.
         waiting: Gauge: waiting sequences.
-        host_seconds: Time spent on scheduling, preparing and committing steps.
-        device_seconds: Time spent on executing steps.
+        host_seconds: Time in which the device waited for the host, at most (flight.py).
+        device_seconds: The other time while there was work.
     """
 
     requests: int = 0

@@ -1,20 +1,29 @@
-"""Between a step's plan and its arrays: rows for attention, inputs of the sampler, and the sampler's results."""
+"""Between a step's plan and its arrays: rows, attention work, inputs of the sampler, and the sampler's results.
+
+A step's inputs are one int32 array, which goes to the device in one transfer. `rows_in` says where everything lies in
+it, on the host and within the program.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from operator import attrgetter
+from typing import Any
 
 import numpy as np
 
 from icarus_jax.engine.buckets import Bucket
-from icarus_jax.engine.sampler import SampleInputs, Samples
+from icarus_jax.engine.sample_inputs import unpack
+from icarus_jax.engine.sampler import Samples
 from icarus_jax.models.trunk import Rows
-from icarus_jax.scheduling.plan import SampleRow, StepPlan, Work
+from icarus_jax.scheduling.plan import SampleRow, StepPlan
 from icarus_jax.scheduling.request import TokenLogprob
 from icarus_jax.scheduling.sequence import Sequence
-from pallas_kernels.paged_attention import SequenceRows
-
-BAN = -1e30  # the bias of a token that must not be drawn
+from pallas_kernels.paged_attention import WorkList
+from pallas_kernels.paged_attention.work import RowTable, Runs, empty_work
 
 
 @dataclasses.dataclass
@@ -23,98 +32,219 @@ class StepBatch:
 
     Attributes:
         bucket: The shape of the step.
-        rows: The inputs of the forward program.
-        sampling: The inputs of the sampler; None for plain greedy sampling.
-        variant: The sampler to use, one of programs.VARIANTS.
+        step: i32[n], the inputs of the forward program; `rows_in` finds them.
+        sampling: i32[S, width], the packed inputs of the sampler; no columns for plain greedy sampling.
+        variant: The sampler to use, one of sampler.VARIANTS.
         counts: How many rows with logits each work of the plan has, in the plan's order.
     """
 
     bucket: Bucket
-    rows: Rows
-    sampling: SampleInputs | None
+    step: np.ndarray
+    sampling: np.ndarray
     variant: str
     counts: list[int]
 
 
-def sequence_rows(work: Work, writer: int, reader: int, pages: np.ndarray) -> SequenceRows:
-    """Makes the attention rows of one sequence, in order of position.
+# ---- the one array
+
+
+def _fields(bucket: Bucket, num_active: int) -> Iterator[tuple[int, ...]]:
+    """Yields the shapes of the fields of Rows, in the order in which `rows_in` takes them."""
+    rows, work = bucket.writers + bucket.readers, bucket.work
+    yield from ((rows,), (rows,), (num_active,), (bucket.writers,), (bucket.logits,), (work.rows,))
+    for runs, places, pages in (
+        (work.max_items, work.item_rows, work.item_pages),
+        (work.max_tiles, work.tile_rows, work.pages_per_seq),
+    ):
+        yield from ((runs, places), (runs, places), (runs, pages), (runs,), (runs,), ())
+    yield from ((work.rows, work.parts), ())
+
+
+def step_size(bucket: Bucket, num_active: int) -> int:
+    """Returns n, the number of int32 of a step's inputs.
 
     Args:
-        work: What the step does for the sequence.
-        writer: The index of its first writer row in the batch.
-        reader: The index of its first reader row in the batch.
-        pages: i32[P], its page table.
+        bucket: The shape of the step.
+        num_active: U, the number of adapter slots that it may use.
     """
-    written = np.arange(work.start, work.start + work.num_write, dtype=np.int32)
-    num_read = work.num_read + work.reads_reference
-    if not num_read:
-        return SequenceRows(written - work.start + writer, written, pages)
-    read = np.arange(work.read_start, work.read_start + num_read, dtype=np.int32)
-    rows = np.concatenate([written - work.start + writer, read - work.read_start + reader])
-    read[work.num_read :] = work.logit_start + work.num_logits - 1  # the reference row is at the last position, too
-    positions = np.concatenate([written, read])
-    order = np.argsort(positions, kind="stable")
-    return SequenceRows(rows[order], positions[order], pages)
+    return sum(math.prod(shape) for shape in _fields(bucket, num_active))
 
 
-def sampling_inputs(plan: StepPlan, num_rows: int, context: int, vocab: int) -> tuple[SampleInputs | None, str]:
-    """Makes the inputs of the sampler.
+def rows_in(step: Any, bucket: Bucket, num_active: int) -> Rows:
+    """Finds the inputs of a step in its array.
 
     Args:
-        plan: The plan of the step.
-        num_rows: S, the number of rows with logits, padding included.
-        context: C, the context length in tokens.
-        vocab: V, the vocabulary size.
+        step: i32[n], a NumPy array, or a JAX array within a program.
+        bucket: The shape of the step.
+        num_active: U, the number of adapter slots that it may use.
 
     Returns:
-        The inputs, or None for plain greedy sampling; and the sampler to use, one of programs.VARIANTS.
+        The rows; of a NumPy array they are views. A token below 0 is one that the step before has sampled: -1 - i
+        stands for that of its row i with logits.
     """
-    params = [work.seq.params for work in plan.work]
-    plain = all(p.greedy and not (p.has_penalties or p.logit_bias or p.min_tokens) for p in params)
-    wants_logprobs = any(
-        work.seq.params.logprobs is not None or work.seq.wants_score or work.reference for work in plan.work
-    )
-    if plain and not wants_logprobs:
-        return None, "greedy"
-    x = SampleInputs.neutral(num_rows, context, vocab)
-    row = 0
-    for work in plan.work:
-        for position in range(work.logit_start, work.logit_start + work.num_logits):
-            _fill(x, row, work.seq, position)
-            row += 1
-        if work.reference:
-            x.follow[row] = row - 1
-            row += 1
-    return x, "logprobs" if wants_logprobs else "sample"
+    parts, at = [], 0
+    for shape in _fields(bucket, num_active):
+        size = math.prod(shape)
+        parts.append(step[at : at + size].reshape(shape))
+        at += size
+    tokens, slots, active, kv_cells, sample_rows, positions, *work = parts
+    items, tiles = Runs(*work[:6]), Runs(*work[6:12])
+    return Rows(tokens, slots, active, kv_cells, sample_rows, WorkList(positions, items, tiles, *work[12:]))
 
 
-def _fill(x: SampleInputs, row: int, seq: Sequence, position: int) -> None:
-    """Sets the sampling inputs of a row whose logits are those of `position`."""
-    if position + 1 < seq.prompt_len:  # the row scores the prompt's own next token; nothing is drawn
-        x.target[row] = seq.tokens[position + 1]
-        return
-    p = seq.params
-    x.temperature[row] = p.temperature
-    x.top_k[row] = max(p.top_k, 0)
-    x.top_p[row] = p.top_p
-    x.min_p[row] = p.min_p
-    x.repetition[row] = p.repetition_penalty
-    x.presence[row] = p.presence_penalty
-    x.frequency[row] = p.frequency_penalty
-    x.seed[row] = seq.seed & 0xFFFFFFFF
-    x.position[row] = position + 1
-    x.prompt_len[row] = seq.prompt_len
-    if p.has_penalties:
-        x.history[row, : len(seq.tokens)] = seq.tokens
-    bias = list(p.logit_bias)
-    if seq.num_output < p.min_tokens:
-        stops = set(p.stop_token_ids)
-        if not p.ignore_eos:
-            stops |= seq.eos_ids
-        bias += [(token, BAN) for token in stops]
-    for i, (token, value) in enumerate(bias):
-        x.bias_ids[row, i] = token
-        x.bias[row, i] = value
+@functools.lru_cache(maxsize=256)
+def _empty_step(bucket: Bucket, num_active: int) -> np.ndarray:
+    """Returns the inputs of a step without work; not to be changed."""
+    step = np.zeros(step_size(bucket, num_active), np.int32)
+    rows = rows_in(step, bucket, num_active)
+    rows.kv_cells[...] = -1
+    empty = empty_work(bucket.work)
+    for runs, values in ((rows.work.items, empty.items), (rows.work.tiles, empty.tiles)):
+        runs.rows[...], runs.positions[...] = values.rows, values.positions
+    rows.work.positions[...], rows.work.parts[...] = empty.positions, empty.parts
+    return step
+
+
+def empty_step(bucket: Bucket, num_active: int) -> np.ndarray:
+    """Makes the inputs i32[n] of a step without work.
+
+    Args:
+        bucket: The shape of the step.
+        num_active: U, the number of adapter slots that it may use.
+    """
+    return _empty_step(bucket, num_active).copy()
+
+
+# ---- a plan's rows
+
+_RANGES = attrgetter("start", "num_write", "read_start", "num_read", "logit_start", "num_logits")
+_MODELS = attrgetter("model.slot", "adapted_from")
+
+
+def _within(counts: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, .. for each of the ranges of these lengths, one range after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
+class PlanRows:
+    """The rows of a plan as vectors. Q is the number of its sequences, in the plan's order.
+
+    Attributes:
+        sequences: The sequences.
+        writers: The number of writer rows.
+        readers: The number of reader rows.
+        logits: i32[Q], the number of rows with logits of each sequence, reference rows included.
+        table: All rows by sequence and position. Readers come after writers: their rows are counted on from `writers`.
+    """
+
+    def __init__(self, plan: StepPlan, pages: np.ndarray, num_pages: np.ndarray):
+        """Works out the rows.
+
+        Args:
+            plan: A plan with work.
+            pages: i32[Q, P], the page tables of its sequences.
+            num_pages: i32[Q], the number of pages of each.
+        """
+        self._work = plan.work
+        self.sequences = [work.seq for work in plan.work]
+        ranges = np.array(list(map(_RANGES, plan.work)), np.int64).T
+        self._start, self._num_write, self._read_start, self._num_read, self._logit_start, self._num_logits = ranges
+        reference = np.array([work.reference for work in plan.work])
+        self._extra = np.array([work.reference and work.reads_reference for work in plan.work], np.int64)
+        self.logits = self._num_logits + reference
+        every = np.arange(len(plan.work))
+        num_read = self._num_read + self._extra
+        self._writer = np.repeat(every, self._num_write)  # the sequence of each writer row
+        self._reader = np.repeat(every, num_read)
+        self.writers, self.readers = len(self._writer), len(self._reader)
+        self._written = self._start[self._writer] + _within(self._num_write)  # positions
+        within = _within(num_read)
+        self._is_extra = within == self._num_read[self._reader]  # at the last position, as the row before it
+        self._read = self._read_start[self._reader] + within - self._is_extra
+        sequence = np.concatenate([self._writer, self._reader])
+        positions = np.concatenate([self._written, self._read])
+        order = np.lexsort((positions, sequence))
+        i32 = np.int32
+        sequence, positions = sequence[order].astype(i32), positions[order].astype(i32)
+        self.table = RowTable(sequence, order.astype(i32), positions, pages, num_pages)
+
+    def table_in(self, bucket: Bucket) -> RowTable:
+        """Returns the table with the rows as they are counted in a bucket, whose readers come after its writers.
+
+        Args:
+            bucket: The shape of the step.
+        """
+        rows = self.table.rows
+        moved = np.where(rows < self.writers, rows, rows + (bucket.writers - self.writers)).astype(np.int32)
+        return dataclasses.replace(self.table, rows=moved)
+
+    def drawing_rows(self, plan: StepPlan) -> dict[Sequence, int]:
+        """Returns for each sequence whose next token the step samples the row with logits that does it.
+
+        Args:
+            plan: The plan.
+        """
+        last = (np.cumsum(self.logits) - self.logits + self._num_logits - 1).tolist()
+        return {work.seq: row for work, row in zip(plan.work, last, strict=True) if work.samples}
+
+    def fill(self, rows: Rows, last_rows: dict[Sequence, int], page_size: int) -> None:
+        """Writes everything but the attention work into a step's arrays.
+
+        Args:
+            rows: The arrays, which are empty.
+            last_rows: For each sequence whose last token is pending, the row with logits that has sampled it.
+            page_size: Tokens per page.
+        """
+        self._fill_tokens(rows.tokens, len(rows.kv_cells), last_rows)
+        slot, adapted_from = np.array(list(map(_MODELS, self.sequences)), np.int64).T
+        shared = np.array([seq.model.kind == "shared" for seq in self.sequences])
+        writer, reader, readers = self._writer, self._reader, slice(len(rows.kv_cells), None)
+        rows.slots[: self.writers] = np.where(self._written >= adapted_from[writer], slot[writer], 0)
+        adapted = (shared[reader] | (self._read >= adapted_from[reader])) & ~self._is_extra
+        rows.slots[readers][: self.readers] = np.where(adapted, slot[reader], 0)
+        page = self.table.page_tables[writer, self._written // page_size]
+        rows.kv_cells[: self.writers] = page * page_size + self._written % page_size
+        in_use = np.unique(rows.slots)
+        in_use = in_use[in_use > 0]
+        rows.active[: len(in_use)] = in_use[: len(rows.active)]  # `active` is empty if the head is fully fine-tuned
+        self._fill_sample_rows(rows.sample_rows, len(rows.kv_cells))
+
+    def _fill_tokens(self, tokens: np.ndarray, first_reader: int, last_rows: dict[Sequence, int]) -> None:
+        """Tokens that the host knows are copied; the others are named by the row that has sampled them."""
+        known = np.array([len(seq.tokens) for seq in self.sequences])
+        fed = np.array([-1 - last_rows.get(seq, 0) for seq in self.sequences])
+        newest = np.array([seq.tokens[-1] for seq in self.sequences])
+        for sequence, positions, begin in ((self._writer, self._written, 0), (self._reader, self._read, first_reader)):
+            ours = tokens[begin : begin + len(sequence)]
+            ours[:] = np.where(positions >= known[sequence], fed[sequence], newest[sequence])
+            older = np.flatnonzero(positions < known[sequence] - 1)
+            # Those of a sequence are consecutive rows at consecutive positions.
+            begins = np.flatnonzero(np.diff(sequence[older], prepend=-1))
+            for row, count in zip(older[begins], np.diff(begins, append=len(older)), strict=True):
+                first = positions[row]
+                ours[row : row + count] = self.sequences[sequence[row]].tokens[first : first + count]
+
+    def _fill_sample_rows(self, sample_rows: np.ndarray, first_reader: int) -> None:
+        """A position's logits are those of its reader row if it has one, else those of its writer row."""
+        counts = self.logits
+        owner, within = np.repeat(np.arange(len(counts)), counts), _within(counts)
+        is_reference = within == self._num_logits[owner]
+        position = self._logit_start[owner] + within - is_reference
+        num_read = self._num_read + self._extra
+        first_write = np.cumsum(self._num_write) - self._num_write
+        first_read = first_reader + np.cumsum(num_read) - num_read
+        read = position - self._read_start[owner]
+        is_read = (read >= 0) & (read < self._num_read[owner])
+        written = first_write[owner] + position - self._start[owner]
+        row = np.where(is_read, first_read[owner] + read, written)
+        # The trunk's own logits: of an additional reader row, or of the writer row; a trunk's reader row has them too.
+        has_writer = self._num_write[owner] > 0
+        reference = np.where(has_writer, written, row)
+        reference = np.where(self._extra[owner] > 0, first_read[owner] + self._num_read[owner], reference)
+        sample_rows[: len(row)] = np.where(is_reference, reference, row)
+
+
+# ---- results
 
 
 def results_by_work(samples: Samples, batch: StepBatch) -> list[list[SampleRow]]:
@@ -127,18 +257,20 @@ def results_by_work(samples: Samples, batch: StepBatch) -> list[list[SampleRow]]
     Returns:
         For each work of the plan its rows with logits, in order.
     """
-    rows = []
-    first = 0
-    for count in batch.counts:
-        rows.append([_sample_row(samples, batch.sampling, i) for i in range(first, first + count)])
-        first += count
-    return rows
+    tokens = samples.tokens.tolist()
+    if samples.logprob is None:
+        rows = [SampleRow(token) for token in tokens[: sum(batch.counts)]]
+    else:
+        targets = unpack(batch.sampling, batch.variant).target
+        rows = [_scored_row(samples, int(targets[i]), i) for i in range(sum(batch.counts))]
+    if len(rows) == len(batch.counts) and 0 not in batch.counts:
+        return [[row] for row in rows]
+    remaining = iter(rows)
+    return [[next(remaining) for _ in range(count)] for count in batch.counts]
 
 
-def _sample_row(samples: Samples, x: SampleInputs | None, i: int) -> SampleRow:
+def _scored_row(samples: Samples, target: int, i: int) -> SampleRow:
     token = int(samples.tokens[i])
-    if samples.logprob is None or x is None:
-        return SampleRow(token)
     top = tuple(zip(samples.top_ids[i].tolist(), samples.top_logprobs[i].tolist(), strict=True))
-    target = TokenLogprob(int(x.target[i]), float(samples.target_logprob[i]), top)
-    return SampleRow(token, TokenLogprob(token, float(samples.logprob[i]), top), target)
+    scored = TokenLogprob(target, float(samples.target_logprob[i]), top)
+    return SampleRow(token, TokenLogprob(token, float(samples.logprob[i]), top), scored)

@@ -84,12 +84,11 @@ def _on_one_device(
 ) -> tuple[jax.Array, jax.Array]:
     """Appends, attends and merges on a device. Arrays are the device's shares; `page_size` is that of whole pages."""
     offset = lax.axis_index(layout.rules.kv_tokens) * kv_pages.shape[3]  # of the first token of each page held here
-    writers = len(kv_cells)
     kv_pages = kv_append(
         kv_pages,
         layer,
-        k[:writers],
-        v[:writers],
+        k,
+        v,
         kv_cells,
         page_stride=page_size,
         page_offset=offset,

@@ -15,16 +15,66 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax import lax
+from jax.flatten_util import ravel_pytree
+from jax.sharding import PartitionSpec
 
 from icarus_jax.config import ModelConfig
 from icarus_jax.models.head_bank import Adapters
 from icarus_jax.models.layers import Tables, rms_norm, rope
+from icarus_jax.models.sharding import PARAM_AXES, MeshLayout
 from pallas_kernels.linear import Panels, linear
 from pallas_kernels.paged_attention.work import Array
 
 Pin = Callable[[jax.Array], jax.Array]  # sets how rows [B, D] lie on the mesh
 BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
+NORMS = ("attn_norm", "q_norm", "k_norm", "mlp_norm")  # those of BLOCK_PARAMS that are weights of an RMSNorm
 PROJECTIONS = ("qkv", "o", "gate_up", "down")  # those of BLOCK_PARAMS that are matrix products
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshLinear:
+    """The op `linear` on the mesh: each device multiplies by its part of a weight.
+
+    Where the weight is split by din, the parts are added up.
+
+    Attributes:
+        layout: The mesh.
+        implementation: The implementation of the op.
+    """
+
+    layout: MeshLayout
+    implementation: str
+
+    def __call__(self, name: str, x: jax.Array, weights: jax.Array | Panels, layer: Array) -> jax.Array:
+        """Multiplies rows by one layer of a projection.
+
+        Args:
+            name: The projection, one of PROJECTIONS.
+            x: [B, din], the rows.
+            weights: [L, din, dout, ..]; on a single device also Panels.
+            layer: i32[], the layer.
+
+        Returns:
+            [B, dout, ..]; for Panels [B, dout].
+        """
+        if isinstance(weights, Panels) or self.layout.mesh.size == 1:
+            return linear(x, weights, layer, implementation=self.implementation)
+        layers, din, *dout = self.layout.spec(PARAM_AXES[name], weights.shape)
+        (rows,) = self.layout.spec(("rows",), x.shape[:1])
+
+        def local(x: jax.Array, weights: jax.Array, layer: Array) -> jax.Array:
+            out = linear(x, weights, layer, implementation=self.implementation)
+            return lax.psum(out, din) if din else out
+
+        sharded = jax.shard_map(
+            local,
+            mesh=self.layout.mesh,
+            in_specs=(PartitionSpec(rows, din), PartitionSpec(layers, din, *dout), PartitionSpec()),
+            out_specs=PartitionSpec(rows, *dout),
+            check_vma=False,  # as for the other kernels: a pallas_call does not declare how it varies over the mesh
+        )
+        return sharded(x, weights, layer)
 
 
 @jax.tree_util.register_dataclass
@@ -35,12 +85,14 @@ class Stacked:
     Attributes:
         weights: [L, din, dout, ..], or Panels.
         layer: i32[], the layer.
-        kernels: The implementation of `linear`.
+        name: The projection, one of PROJECTIONS.
+        linear: The product.
     """
 
     weights: jax.Array | Panels
     layer: Array
-    kernels: str = dataclasses.field(metadata={"static": True})
+    name: str = dataclasses.field(metadata={"static": True})
+    linear: MeshLinear = dataclasses.field(metadata={"static": True})
 
 
 def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
@@ -54,7 +106,7 @@ def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
         [B, dout, ..]; for Panels [B, dout].
     """
     if isinstance(weight, Stacked):
-        return linear(x, weight.weights, weight.layer, implementation=weight.kernels)
+        return weight.linear(weight.name, x, weight.weights, weight.layer)
     return jnp.tensordot(x, weight[...], 1)  # the weight is not reshaped, because it may be split by F on the mesh
 
 
@@ -79,17 +131,21 @@ class Block(nnx.Module):
         for name in BLOCK_PARAMS:
             setattr(self, name, nnx.data(nnx.Param(params[name]) if name in params else None))
 
-    def at(self, layer: Array, kernels: str) -> Block:
+    def at(self, layer: Array, linear: MeshLinear) -> Block:
         """Returns the block of one layer. Its projections are not taken out of the stacks of all layers' weights.
 
         Args:
             layer: i32[], the layer.
-            kernels: The implementation of the ops.
+            linear: The product with a projection.
         """
         stacks = {name: param.get_value() for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
-        block = Block({name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS})
+        layers = {name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS}
+        # One small kernel takes out all the norms, as rms_norm uses them. Left to itself, XLA:GPU makes copies whose
+        # addresses depend on the layer, and for them the host has to rewrite the CUDA graph of a layer before each one.
+        vectors, unravel = ravel_pytree({name: layers[name].astype(jnp.float32) for name in NORMS if name in layers})
+        block = Block(layers | unravel(lax.optimization_barrier(vectors)))
         for name in PROJECTIONS:
-            setattr(block, name, nnx.data(Stacked(stacks[name], layer, kernels)))
+            setattr(block, name, nnx.data(Stacked(stacks[name], layer, name, linear)))
         return block
 
     def attention_inputs(

@@ -20,12 +20,13 @@ import numpy as np
 from flax import nnx
 
 from icarus_jax.config import HeadConfig, ModelConfig
-from icarus_jax.models.block import BLOCK_PARAMS, Block, Pin
+from icarus_jax.models.block import BLOCK_PARAMS, Block, MeshLinear, Pin
 from icarus_jax.models.head_bank import Adapters, Factors
 from icarus_jax.models.layers import Tables, rms_norm
 from icarus_jax.models.sharding import Weight
 from icarus_jax.models.trunk import Trunk
 from icarus_jax.weights.checkpoint import TrunkCheckpoint, load_trunk, save_orbax
+from icarus_jax.weights.reading import read_json, whole
 from pallas_kernels.paged_attention.work import Array
 
 OWN_PARAMS = (*BLOCK_PARAMS, "final_norm")  # the head's own parameters; it shares the trunk's embed and lm_head
@@ -74,21 +75,31 @@ def load_full_head(folder: str, kv: str, trunk: TrunkCheckpoint, dtype: str) -> 
         dtype: The dtype of the weights: 'float32' or 'bfloat16'.
 
     Raises:
-        ValueError: It was trained to make K/V of its own, or on another trunk, or `kv` is not 'shared'.
+        ValueError: A file of it is broken, it was trained to make K/V of its own or on another trunk, or `kv` is not
+            'shared'.
     """
-    mark = json.loads((pathlib.Path(folder).expanduser() / MARK).read_text())
-    if mark["kv"] != "shared":
+    trained, identity = _read_mark(pathlib.Path(folder).expanduser() / MARK)
+    if trained != "shared":
         raise ValueError(
             f"{folder} makes K/V of its own: it is a model by itself, served with --config.trunk.source={folder}"
         )
     if kv != "shared":
         raise ValueError(f"{folder} was trained to read the trunk's K/V: it can be served as kv='shared' alone")
-    if mark["trunk"] != trunk.identity:
+    if identity != trunk.identity:
         raise ValueError(
-            f"{folder} was trained on the trunk {mark['trunk'][:12]}, not on the one loaded, {trunk.identity[:12]}"
+            f"{folder} was trained on the trunk {identity[:12]}, not on the one loaded, {trunk.identity[:12]}"
         )
     stored = load_trunk(folder, dtype).params
     return FullHead({name: stored[name] for name in OWN_PARAMS if name in stored})
+
+
+def _read_mark(file: pathlib.Path) -> tuple[str, str]:
+    """Returns how a head was trained, and the identity of its trunk."""
+    with whole(file, "is no mark of a head"):
+        mark = read_json(file)
+        if mark["kv"] not in ("shared", "isolated") or not isinstance(mark["trunk"], str):
+            raise ValueError("kv is 'shared' or 'isolated', and trunk the identity of a trunk")
+        return mark["kv"], mark["trunk"]
 
 
 def make_trunk(
@@ -138,9 +149,9 @@ class PairedBlock(Block):
         """Pairs the trunk's weights with the head's."""
         self.trunk, self.own = trunk, own
 
-    def at(self, layer: Array, kernels: str) -> PairedBlock:
+    def at(self, layer: Array, linear: MeshLinear) -> PairedBlock:
         """Returns the pair of one layer; see `Block.at`."""
-        return PairedBlock(self.trunk.at(layer, kernels), self.own.at(layer, kernels))
+        return PairedBlock(self.trunk.at(layer, linear), self.own.at(layer, linear))
 
     def attention_inputs(
         self,

@@ -129,6 +129,8 @@ class LayerBank:
         factors = getattr(self.bank, target)
         if factors is None or first == out.shape[0]:
             return out
+        if self.implementation == "gpu":
+            first = 0  # the kernel skips rows without an adapter; to cut them off would be one more kernel
         share = self._share(target, x[first:], factors.a[...], factors.b[...], slots[first:])
         return out + share if first == 0 else jnp.concatenate([out[:first], out[first:] + share])
 
@@ -164,7 +166,9 @@ class LayerBank:
         return sharded(x, a, b, self.layer, slots, self.active)
 
 
-def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Sequence[str]) -> Factors:
+def fit_factors(
+    config: ModelConfig, factors: Factors, rank: int, targets: Sequence[str], dtype: DTypeLike = np.float32
+) -> Factors:
     """Brings an adapter into the form of a bank's slot.
 
     Args:
@@ -172,9 +176,10 @@ def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Seque
         factors: The adapter.
         rank: r, the bank's rank.
         targets: The projections that the bank's adapters may change.
+        dtype: The bank's dtype.
 
     Returns:
-        For each of `targets` A f32[L, r, din] and B f32[L, r, dout], padded with zeros.
+        For each of `targets` A [L, r, din] and B [L, r, dout] in the bank's dtype, padded with zeros.
 
     Raises:
         ValueError: The adapter's rank is larger, it changes another projection, a shape is wrong, or a value is not
@@ -190,8 +195,8 @@ def fit_factors(config: ModelConfig, factors: Factors, rank: int, targets: Seque
     fitted = {}
     for target in targets:
         din, dout = config.target_shapes[target]
-        a = np.zeros((config.num_layers, rank, din), np.float32)
-        b = np.zeros((config.num_layers, rank, dout), np.float32)
+        a = np.zeros((config.num_layers, rank, din), dtype)
+        b = np.zeros((config.num_layers, rank, dout), dtype)
         if target in factors:
             fa, fb = factors[target]
             if (*fa.shape[:2], fb.shape[0], fb.shape[2]) != (len(a), din, len(b), dout):

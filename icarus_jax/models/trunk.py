@@ -18,7 +18,7 @@ from jax import lax
 
 from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.models.attention import append_and_attend
-from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block
+from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block, MeshLinear
 from icarus_jax.models.head_bank import HeadBank, LayerBank
 from icarus_jax.models.layers import rms_norm, rope_tables
 from icarus_jax.models.sharding import MeshLayout, Weight
@@ -62,7 +62,7 @@ def place_weights(
         layout: The mesh.
         config: The engine's sizes: the dtype, and the implementation of the ops.
     """
-    packed = kernel_reads_layers(layout, layout.kernels(config.kernels))
+    packed = layout.mesh.size == 1 and layout.kernels(config.kernels) == "cpu"
     vocabulary = "lm_head" if "lm_head" in params else "embed"  # logits are a product with its transpose
 
     def put(name: str) -> jax.Array | Panels:
@@ -79,13 +79,14 @@ def place_weights(
 def kernel_reads_layers(layout: MeshLayout, kernels: str) -> bool:
     """Returns whether products read a layer's weights from the stack of all layers, without taking them out.
 
-    Only the kernel for a single CPU device does so. XLA takes each layer's weights out, in a layout that it chooses.
+    The kernels for GPUs and for a single CPU device do so. XLA takes each layer's weights out, in a layout that it
+    chooses: on a TPU without a copy, as part of the product.
 
     Args:
         layout: The mesh.
         kernels: The implementation of the ops.
     """
-    return kernels == "cpu" and layout.mesh.size == 1
+    return kernels == "gpu" or (kernels == "cpu" and layout.mesh.size == 1)
 
 
 class Trunk(nnx.Module):
@@ -164,14 +165,14 @@ class Trunk(nnx.Module):
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)
         stay = kernel_reads_layers(layout, kernels)
+        multiply = MeshLinear(layout, kernels)
 
         def pin(x: jax.Array) -> jax.Array:
             return layout.constrain(x, "rows", "embed")
 
-        def layer(carry: Any, inputs: Any) -> tuple[Any, None]:
-            x, kv = carry
-            index, block_state = inputs
-            block: Block = self.blocks.at(index, kernels) if stay else nnx.merge(block_def, block_state)
+        def layer(carry: Any, block_state: Any) -> tuple[Any, None]:
+            index, x, kv = carry
+            block: Block = self.blocks.at(index, multiply) if stay else nnx.merge(block_def, block_state)
             adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
             q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables, pin)
             attended, kv = append_and_attend(
@@ -188,10 +189,9 @@ class Trunk(nnx.Module):
             )
             x = pin(x + block.attention_output(adapters, attended, rows.slots, first))
             x = pin(x + block.mlp(config, adapters, x, rows.slots, first))
-            return (x, kv), None
+            return (index + 1, x, kv), None
 
-        x = pin(self.embedded(rows.tokens))
-        inputs = (jnp.arange(config.num_layers), None if stay else block_state)
-        (x, kv_pages), _ = lax.scan(layer, (x, kv_pages), inputs)
+        first_layer = jnp.int32(0), pin(self.embedded(rows.tokens)), kv_pages
+        (_, x, kv_pages), _ = lax.scan(layer, first_layer, None if stay else block_state, config.num_layers)
         sampled = layout.constrain(x[rows.sample_rows], "samples", "embed")
         return self.logits(self.normed(sampled, rows.slots[rows.sample_rows])), kv_pages

@@ -43,8 +43,8 @@ _COUNTERS = (
     ("icarus_reuse_pages_different", "reuse_pages_different", "... with a difference beyond rounding: a fault."),
     ("icarus_engine_step_failures", "step_failures", "Steps that failed and ended the requests that they ran."),
     ("icarus_engine_steps", "steps", "Engine steps."),
-    ("icarus_engine_host_seconds", "host_seconds", "Seconds spent scheduling, preparing and committing steps."),
-    ("icarus_engine_device_seconds", "device_seconds", "Seconds spent executing steps."),
+    ("icarus_engine_host_seconds", "host_seconds", "Seconds in which the device waited for the host."),
+    ("icarus_engine_device_seconds", "device_seconds", "Other seconds while there was work."),
 )
 _GAUGES = (
     ("icarus_num_requests_running", "running", "Sequences running."),

@@ -1,6 +1,7 @@
 """Writes of new K/V into the pages: the public op and the choice of implementation.
 
-Letters: those of docs/design.md. The last axis of a page holds K and then V, so its width is 2H.
+Letters: those of docs/design.md, and B rows, of which the first T are writers. The last axis of a page holds K and then
+V, so its width is 2H.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 def kv_append(
     kv_pages: Real[Array, "L num_pages K page_size width"],
     layer: Int[Array, ""] | int,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
     kv_cells: Int[Array, " T"],
     *,
     kv_scales: Float[Array, "L K 2"] | None = None,
@@ -46,8 +47,8 @@ def kv_append(
         kv_pages: [L, num_pages, K, page_size, 2H] in float32, bfloat16, int8 or float8_e4m3fn. The pages of all
             layers, with K in 0:H of the last axis and V in H:2H.
         layer: i32[]. The index of the layer to write.
-        k: [T, K, H], floating-point. The new keys.
-        v: [T, K, H] in k's dtype. The new values.
+        k: [B, K, H], floating-point. The new keys. Rows from T on are not stored; the caller need not cut them off.
+        v: [B, K, H] in k's dtype. The new values, likewise.
         kv_cells: i32[T]. The cell of each row, or -1 for a row that is not stored (padding). No two rows may have the
             same cell.
         kv_scales: f32[L, K, 2]. The factors by which readers multiply the stored K ([..., 0]) and V ([..., 1]); the
@@ -67,7 +68,8 @@ def kv_append(
         ValueError: The shapes do not fit each other, or `implementation` is unknown.
     """
     layers, _, kv_heads, page_size, width = kv_pages.shape
-    if k.shape != v.shape or k.shape[1:] != (kv_heads, width // 2) or kv_cells.shape != k.shape[:1]:
+    rows = len(kv_cells)
+    if k.shape != v.shape or k.shape[1:] != (kv_heads, width // 2) or len(k) < rows:
         raise ValueError(f"k {k.shape}, v {v.shape}, cells {kv_cells.shape} do not fit kv_pages {kv_pages.shape}")
     if kv_scales is not None and kv_scales.shape != (layers, kv_heads, 2):
         raise ValueError(f"kv_scales {kv_scales.shape} do not fit kv_pages {kv_pages.shape}: [L, K, 2] is needed")

@@ -12,8 +12,8 @@ from pallas_kernels.arrays import Array
 def kv_append(
     kv_pages: Real[Array, "L num_pages K page_size width"],
     layer: Int[Array, ""] | int,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
     kv_cells: Int[Array, " T"],
     kv_scales: Float[Array, "L K 2"] | None,
     page_stride: int,

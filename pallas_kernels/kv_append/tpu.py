@@ -21,16 +21,17 @@ from jaxtyping import Float, Int, Real
 
 from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
-from pallas_kernels.kv_append.xla import local_cells, packed
+from pallas_kernels.kv_append.xla import local_cells, scaled
 
+SUBLANES = 8  # rows of a float32 tile
 TILE_BYTES = 32  # bytes of one lane of a packed tile: 8 rows of float32, 16 of bfloat16, 32 of 8-bit numbers
 RING = 16  # the most buffers of the ring
 RING_BYTES = 4 << 20  # limit for all buffers of the ring; there are at least two
 ROWS_BYTES = 2 << 20  # limit for the new rows of one grid step; double buffering takes twice that of VMEM
 
 
-def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
-    ring, page_size, step_rows = buffer.shape[0], kv_hbm.shape[3], new_ref.shape[0]
+def _kernel(layer, cells, k_ref, v_ref, _, kv_hbm, buffer, begins, slabs, read_done, write_done, *, slab, rows):
+    (ring, kv_heads, _, width), page_size, step_rows = buffer.shape, kv_hbm.shape[3], k_ref.shape[0]
     origin = pl.program_id(0) * step_rows
     end = jnp.minimum(origin + step_rows, rows)
 
@@ -62,6 +63,12 @@ def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, 
         at = lax.rem(job, ring)
         return pltpu.make_async_copy(buffer.at[at], place(job), write_done.at[at])
 
+    def new(row):
+        """Returns K and V of a row of this grid step, side by side: f32[K, 1, 2H]."""
+        sides = [ref[pl.ds(row, 1)] for ref in (k_ref, v_ref)]
+        heads = (slice(h * width // 2, (h + 1) * width // 2) for h in range(kv_heads))
+        return jnp.stack([jnp.concatenate([side[:, head] for side in sides], axis=1) for head in heads])
+
     def change(job):
         read(job).wait()
         at = lax.rem(job, ring)
@@ -70,7 +77,7 @@ def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, 
         def _(row):
             old = buffer[at]
             ours = lax.broadcasted_iota(jnp.int32, old.shape, 1) == cells[row] - slabs[job] * slab  # never if -1
-            buffer[at] = jnp.where(ours, new_ref[row - origin][:, None, :].astype(old.dtype), old)
+            buffer[at] = jnp.where(ours, new(row - origin).astype(old.dtype), old)
 
         write(job).start()
 
@@ -96,8 +103,8 @@ def _kernel(layer, cells, new_ref, _, kv_hbm, buffer, begins, slabs, read_done, 
 def kv_append(
     kv_pages: Real[Array, "L num_pages K page_size width"],
     layer: Int[Array, ""] | int,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
     kv_cells: Int[Array, " T"],
     kv_scales: Float[Array, "L K 2"] | None,
     page_stride: int,
@@ -109,20 +116,22 @@ def kv_append(
     if not rows:
         return kv_pages
     cells = local_cells(kv_cells.astype(jnp.int32), page_size, page_stride, page_offset)
-    new = packed(k, v, layer, kv_scales, dtype)
+    # Rows are float32, because one row of a smaller type cannot be read by itself. All heads are in one axis, because
+    # XLA would pad an axis of few heads.
+    k, v = (side.reshape(len(side), -1) for side in scaled(k, v, layer, kv_scales, dtype))
     tile = TILE_BYTES // dtype.itemsize
     slab = tile if page_size % tile == 0 else page_size
     slab_bytes = kv_heads * slab * width * dtype.itemsize
-    row_bytes = kv_heads * width * new.dtype.itemsize
+    row_bytes = kv_heads * width * 4
     ring = max(2, min(RING, RING_BYTES // slab_bytes))
-    step_rows = min(rows, 1 << (max(ROWS_BYTES // row_bytes, 1).bit_length() - 1))
+    step_rows = min(len(k), max(SUBLANES, 1 << (max(ROWS_BYTES // row_bytes, 1).bit_length() - 1)))
     return pl.pallas_call(
         functools.partial(_kernel, slab=slab, rows=rows),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(pl.cdiv(rows, step_rows),),
             in_specs=[
-                pl.BlockSpec((step_rows, kv_heads, width), lambda i, *_: (i, 0, 0)),
+                *[pl.BlockSpec((step_rows, kv_heads * width // 2), lambda i, *_: (i, 0))] * 2,
                 pl.BlockSpec(memory_space=pl.ANY),
             ],
             out_specs=pl.BlockSpec(memory_space=pl.ANY),
@@ -135,9 +144,9 @@ def kv_append(
             ],
         ),
         out_shape=jax.ShapeDtypeStruct(kv_pages.shape, dtype),
-        input_output_aliases={3: 0},
+        input_output_aliases={4: 0},
         compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",)),
         cost_estimate=pl.CostEstimate(flops=0, bytes_accessed=rows * (2 * slab_bytes + row_bytes), transcendentals=0),
         interpret=interpret_params("tpu"),
         name="icarus_kv_append",
-    )(jnp.asarray(layer, jnp.int32).reshape(1), cells, new, kv_pages)
+    )(jnp.asarray(layer, jnp.int32).reshape(1), cells, k, v, kv_pages)

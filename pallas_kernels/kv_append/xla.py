@@ -15,38 +15,37 @@ from jaxtyping import Float, Int, Real
 from pallas_kernels.arrays import Array
 
 
-def packed(
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+def scaled(
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
     layer: Int[Array, ""] | int,
     kv_scales: Float[Array, "L K 2"] | None,
     dtype: Any,
-) -> Float[jax.Array, "T K width"]:
-    """Joins and scales new K and V as they are to be stored.
+) -> tuple[Float[jax.Array, "B K H"], Float[jax.Array, "B K H"]]:
+    """Scales new K and V as they are to be stored, so that the caller has only to convert them.
 
     Args:
-        k: [T, K, H]. The new keys.
-        v: [T, K, H]. The new values.
+        k: [B, K, H]. The new keys.
+        v: [B, K, H]. The new values.
         layer: i32[]. The index of the layer, for `kv_scales`.
         kv_scales: f32[L, K, 2], or None for 1. K and V are divided by these.
         dtype: The dtype of the pages, as a `np.dtype`.
 
     Returns:
-        [T, K, 2H] in `dtype`, if that has 16 or 32 bits. For an 8-bit dtype, f32[T, K, 2H] that is already clipped to
-        the dtype's range, and for int8 rounded, so that the caller has only to convert it.
+        K and V, f32[B, K, H] each. For an 8-bit dtype they are clipped to its range, and for int8 rounded.
     """
-    if dtype.itemsize > 1 and kv_scales is None:
-        return jnp.concatenate([k, v], axis=-1).astype(dtype)
-    new = jnp.stack([k, v], axis=2).astype(jnp.float32)  # [T, K, 2, H]
-    if kv_scales is not None:
-        new = new / kv_scales[layer][..., None]
-    if dtype.itemsize == 1:
+
+    def prepare(new: Array, side: int) -> jax.Array:
+        new = new.astype(jnp.float32)
+        if kv_scales is not None:
+            new = new / kv_scales[layer, :, side, None]
+        if dtype.itemsize > 1:
+            return new
         integer = jnp.issubdtype(dtype, jnp.integer)
         info = jnp.iinfo(dtype) if integer else jnp.finfo(dtype)
-        new = jnp.clip(jnp.rint(new) if integer else new, float(info.min), float(info.max))
-    else:
-        new = new.astype(dtype)
-    return new.reshape(*k.shape[:2], -1)
+        return jnp.clip(jnp.rint(new) if integer else new, float(info.min), float(info.max))
+
+    return prepare(k, 0), prepare(v, 1)
 
 
 def local_cells(
@@ -74,8 +73,8 @@ def local_cells(
 def kv_append(
     kv_pages: Real[Array, "L num_pages K page_size width"],
     layer: Int[Array, ""] | int,
-    k: Float[Array, "T K H"],
-    v: Float[Array, "T K H"],
+    k: Float[Array, "B K H"],
+    v: Float[Array, "B K H"],
     kv_cells: Int[Array, " T"],
     kv_scales: Float[Array, "L K 2"] | None,
     page_stride: int,
@@ -86,5 +85,6 @@ def kv_append(
     cells = local_cells(kv_cells, page_size, page_stride, page_offset)
     nowhere = num_pages + jnp.arange(cells.shape[0])  # an index out of range, one for each row, is dropped
     page = jnp.where(cells < 0, nowhere, cells // page_size)
-    new = packed(k, v, layer, kv_scales, kv_pages.dtype).astype(kv_pages.dtype)
+    rows = len(kv_cells)
+    new = jnp.concatenate(scaled(k[:rows], v[:rows], layer, kv_scales, kv_pages.dtype), axis=-1).astype(kv_pages.dtype)
     return kv_pages.at[layer, page, :, cells % page_size].set(new, mode="drop", unique_indices=True)

@@ -14,16 +14,16 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
-from pallas_kernels.linear import cpu, reference, xla
+from pallas_kernels.linear import cpu, gpu, reference, xla
 from pallas_kernels.linear.panels import Panels
 
-# TPUs and GPUs have no kernel of their own: XLA's product is used there.
+# TPUs have no kernel of their own: XLA's product is used there.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.linear,
     "xla": xla.linear,
     "cpu": cpu.linear,
     "tpu": xla.linear,
-    "gpu": xla.linear,
+    "gpu": gpu.linear,
 }
 
 
@@ -38,12 +38,12 @@ def linear(
 
     Args:
         x: [B, din], floating-point. The rows.
-        w: The weights of all layers, passed whole, so that the CPU kernel can read a layer where it lies. Either an
+        w: The weights of all layers, passed whole, so that a kernel can read a layer where it lies. Either an
             array [L, din, dout, ..] or `Panels`, which hold [L, din, dout] (see `pack`).
         layer: i32[]. The index of the layer.
         implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
             and cannot be traced. 'cpu' runs its kernel if x is float32 and w is `Panels`, and 'xla' otherwise. The
-            kernel has no gradients and runs on one device.
+            kernels of 'cpu' and 'gpu' have no gradients and run on one device.
 
     Returns:
         [B, dout, ..], with `Panels` [B, dout]: the products, in x's dtype if w has the same dtype.

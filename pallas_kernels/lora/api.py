@@ -13,15 +13,14 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
-from pallas_kernels.lora import cpu, reference, tpu, xla
+from pallas_kernels.lora import cpu, gpu, reference, tpu, xla
 
-# GPUs have no kernel of their own: XLA's program there is two matrix products and a gather of the adapters in use.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.lora,
     "xla": xla.lora,
     "cpu": cpu.lora,
     "tpu": tpu.lora,
-    "gpu": xla.lora,
+    "gpu": gpu.lora,
 }
 
 
@@ -54,8 +53,8 @@ def lora(
         active: i32[U]. The distinct slots among the rows, in any order, padded with zeros. The cost follows the number
             of these slots and U, not A. A row whose slot is not listed gets zeros.
         implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
-            and cannot be traced. 'tpu' and 'cpu' have no gradients. 'cpu' runs 'xla' for arguments that its kernel
-            does not support (see `cpu.supports`).
+            and cannot be traced. 'tpu', 'gpu' and 'cpu' have no gradients. 'cpu' runs 'xla' for arguments that its
+            kernel does not support (see `cpu.supports`).
 
     Returns:
         [B, dout] in x's dtype: the adapters' outputs. Sums are computed in float32, and `x @ A.T` is rounded to x's

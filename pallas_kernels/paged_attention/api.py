@@ -20,8 +20,8 @@ for _node in (Runs, WorkList):
 
 # Implementations that compute partial results: attend(q, kv_pages, layer, runs, kv_scales, page_offset, spec). They all
 # have the signature and contract of xla.attend.
-ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend, "gpu": gpu.attend}
-IMPLEMENTATIONS = ("reference", "cpu", *ATTEND)  # the first two compute whole results
+ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend}
+IMPLEMENTATIONS = ("reference", "cpu", "gpu", *ATTEND)  # the first three compute whole results
 
 
 def paged_attention(
@@ -77,7 +77,7 @@ def paged_attention(
 
     Raises:
         ValueError: The shapes do not fit each other, `implementation` is unknown, or the GPU kernel cannot address
-            `kv_pages` (see `gpu.attend`).
+            `kv_pages` (see `gpu.paged_attention`).
         NotImplementedError: 'tpu', and 2H is not a multiple of 128.
     """
     b, n, h = q.shape
@@ -100,6 +100,8 @@ def paged_attention(
     elif name == "cpu":
         out, lse = cpu.paged_attention(q, kv_pages, layer, work, page_offset, spec)
         out = out.astype(q.dtype)
+    elif name == "gpu":
+        out, lse = gpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, spec)
     else:
         q, kv_pages, layer, work, kv_scales = jax.tree.map(jnp.asarray, (q, kv_pages, layer, work, kv_scales))
         grouped = q.reshape(b, kv_pages.shape[2], -1, h)
@@ -110,5 +112,5 @@ def paged_attention(
         ]
         whole = Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
         out, lse = merge(whole, work)
-        out, lse = out.reshape(b, n, h).astype(q.dtype), lse.reshape(b, n)
+        out, lse = out.reshape(b, n, h), lse.reshape(b, n)
     return (out, lse) if return_lse else out

@@ -1,8 +1,8 @@
 """Partial results of attention and how they are merged; the implementations share these.
 
-A run covers only some of the KV positions that a row sees, so its result is partial: an unnormalised sum with the
-largest score and the sum of the exponentials. Partial results are merged as in the online softmax (Milakov and
-Gimelshein, 2018, arXiv 1805.02867, section 3.1).
+A run covers only some of the KV positions that a row sees, so its result is partial. It is normalised, and comes with
+the log-sum-exp of its scores, by which the results of a row are weighted (Flash-Decoding; Dao et al., 2023). The result
+of a row that lies in one run is finished.
 
 Letters, besides those of docs/design.md: X runs, Q rows of a run, I places for rows in all runs (X * Q, for items and
 tiles together), M partial results of a row at most.
@@ -21,6 +21,7 @@ from jaxtyping import Float
 from pallas_kernels.arrays import Array
 from pallas_kernels.paged_attention.work import Runs, WorkList
 
+UNROLLED = 4  # the most partial results of a row that are merged without a loop
 NEG = -1e30  # the score of what a row does not see; finite, because -inf would make a row that sees no token NaN
 
 
@@ -42,19 +43,17 @@ class AttentionSpec:
 
 
 class Partial(NamedTuple):
-    """Unnormalised attention, either by run or by row.
+    """Normalised attention over some of the tokens that a row sees, either by run or by row.
 
     By run, the leading axes `..` are [X, K, Q * G] (row-major); after `by_row`, they are [I, K, G].
 
     Attributes:
-        acc: f32[.., H]. The sum of exp(s - m) * V over the tokens that the row sees, with their scores s.
-        m: f32[..]. The largest score; NEG if the row sees no token.
-        l: f32[..]. The sum of exp(s - m).
+        out: [.., H] in the dtype of the queries. The weighted mean of V over these tokens; zeros if there are none.
+        lse: f32[..]. The logarithm of the sum of the exponentials of their scores; NEG if there are none.
     """
 
-    acc: Float[Array, "*rows H"]
-    m: Float[Array, "*rows"]
-    l: Float[Array, "*rows"]
+    out: Float[Array, "*rows H"]
+    lse: Float[Array, "*rows"]
 
 
 def gather_queries(q: Float[Array, "B K G H"], runs: Runs) -> Float[jax.Array, "X K lanes H"]:
@@ -82,50 +81,39 @@ def by_row(partial: Partial, rows: int) -> Partial:
     Returns:
         The same numbers as [X * Q, K, G, ..].
     """
-    x, k, rg, h = partial.acc.shape
+    x, k, rg, h = partial.out.shape
     g = rg // rows
-    acc = partial.acc.reshape(x, k, rows, g, h).transpose(0, 2, 1, 3, 4).reshape(x * rows, k, g, h)
-    m, l = (a.reshape(x, k, rows, g).transpose(0, 2, 1, 3).reshape(x * rows, k, g) for a in partial[1:])
-    return Partial(acc, m, l)
-
-
-def combine(a: Partial, b: Partial) -> Partial:
-    """Merges two partial results of the same rows over different tokens.
-
-    Args:
-        a: The partial result over some tokens.
-        b: The partial result over other tokens, with the same shapes.
-
-    Returns:
-        The partial result over the tokens of both.
-    """
-    high = jnp.maximum(a.m, b.m)
-    old, new = jnp.exp(a.m - high), jnp.exp(b.m - high)
-    return Partial(a.acc * old[..., None] + b.acc * new[..., None], high, a.l * old + b.l * new)
+    out = partial.out.reshape(x, k, rows, g, h).transpose(0, 2, 1, 3, 4).reshape(x * rows, k, g, h)
+    return Partial(out, partial.lse.reshape(x, k, rows, g).transpose(0, 2, 1, 3).reshape(x * rows, k, g))
 
 
 def merge(partials: Partial, work: WorkList) -> tuple[Float[jax.Array, "B K G H"], Float[jax.Array, "B K G"]]:
-    """Merges all partial results of each row and normalises them.
+    """Merges all partial results of each row.
+
+    The loop's length is that of the work list's shape. A loop whose length is known on the device alone would make a
+    GPU wait for the host at each turn.
 
     Args:
         partials: Partial results by row, [I, K, G, ..]: those of the items, then those of the tiles.
         work: The work list. `parts` says which of the I partial results belong to each row.
 
     Returns:
-        (out f32[B, K, G, H], log-sum-exp f32[B, K, G]). A row that sees no token has zeros and NEG.
+        (out [B, K, G, H], log-sum-exp f32[B, K, G]). A row that sees no token has zeros and NEG.
     """
-    num_rows = work.parts.shape[0]
-    _, k, g, h = partials.acc.shape
+    parts = work.parts.shape[1]
+    index = jnp.maximum(work.parts, 0)
+    lse = jnp.where((work.parts < 0)[..., None, None], NEG, partials.lse[index])  # [B, M, K, G]
+    high = lse.max(1)
+    weights = jnp.where(lse == NEG, 0.0, jnp.exp(lse - high[:, None]))  # a query that is NaN stays NaN
+    total = weights.sum(1)
+    safe = jnp.where(total == 0, 1.0, total)
+    weights = weights / safe[:, None]
 
-    def add(i, state):
-        index = lax.dynamic_index_in_dim(work.parts, i, 1, keepdims=False)
-        acc, m, l = (a[jnp.maximum(index, 0)] for a in partials)
-        none = (index < 0)[:, None, None]
-        part = Partial(jnp.where(none[..., None], 0.0, acc), jnp.where(none, NEG, m), jnp.where(none, 0.0, l))
-        return combine(state, part)
+    def add(i, out):
+        weight = lax.dynamic_index_in_dim(weights, i, 1, keepdims=False)[..., None]
+        part = partials.out[lax.dynamic_index_in_dim(index, i, 1, keepdims=False)]
+        return out + jnp.where(weight == 0, 0.0, weight * part)
 
-    zeros = jnp.zeros((num_rows, k, g), jnp.float32)
-    state = Partial(jnp.zeros((num_rows, k, g, h), jnp.float32), zeros + NEG, zeros)
-    acc, m, l = lax.fori_loop(0, work.num_parts, add, state)
-    total = jnp.where(l > 0, l, 1.0)
-    return acc / total[..., None], jnp.where(l > 0, m + jnp.log(total), NEG)
+    nothing = jnp.zeros((len(index), *partials.out.shape[1:]), jnp.float32)
+    out = lax.fori_loop(0, parts, add, nothing, unroll=parts <= UNROLLED)
+    return out.astype(partials.out.dtype), jnp.where(total == 0, NEG, high + jnp.log(safe))

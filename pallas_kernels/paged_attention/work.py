@@ -18,7 +18,6 @@ Letters, besides those of docs/design.md: B rows, X runs, Q rows of a run, p pag
 from __future__ import annotations
 
 import dataclasses
-from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -115,6 +114,44 @@ class SequenceRows:
     page_table: Sequence[int] | np.ndarray
 
 
+@dataclasses.dataclass(frozen=True)
+class RowTable:
+    """The rows of all sequences in a step, sequence by sequence.
+
+    Q is the number of sequences.
+
+    Attributes:
+        sequence: i32[n]. The sequence of each row, 0 to Q - 1, in ascending order.
+        rows: i32[n]. The index of each row in the batch; within a sequence ordered by position.
+        positions: i32[n]. The position of each row.
+        page_tables: i32[Q, P]. The pages of each sequence, in order.
+        num_pages: i32[Q]. How many pages each sequence has; at least up to that of its last row's position.
+    """
+
+    sequence: Int[np.ndarray, " n"]
+    rows: Int[np.ndarray, " n"]
+    positions: Int[np.ndarray, " n"]
+    page_tables: Int[np.ndarray, "Q P"]
+    num_pages: Int[np.ndarray, " Q"]
+
+    @classmethod
+    def of(cls, sequences: Sequence[SequenceRows]) -> RowTable:
+        """Makes the table of some sequences."""
+        counts = [len(seq.rows) for seq in sequences]
+        num_pages = np.array([len(seq.page_table) for seq in sequences], np.int32)
+        page_tables = np.zeros((len(sequences), num_pages.max(initial=0)), np.int32)
+        for table, seq in zip(page_tables, sequences, strict=True):
+            table[: len(seq.page_table)] = seq.page_table
+        none = np.zeros(0, np.int32)
+        return cls(
+            np.repeat(np.arange(len(sequences), dtype=np.int32), counts),
+            np.concatenate([none, *(seq.rows for seq in sequences)]).astype(np.int32),
+            np.concatenate([none, *(seq.positions for seq in sequences)]).astype(np.int32),
+            page_tables,
+            num_pages,
+        )
+
+
 def _empty_runs(num: int, rows: int, pages: int, none: int) -> Runs:
     """Returns room for `num` runs, none of them in use; `none` is the index that marks an unused place for a row."""
     i32 = np.int32
@@ -128,105 +165,157 @@ def _empty_runs(num: int, rows: int, pages: int, none: int) -> Runs:
     )
 
 
+def empty_work(shape: WorkShape) -> WorkList:
+    """Makes a work list of a shape, without work. `fill_work` fills it."""
+    return WorkList(
+        positions=np.full(shape.rows, -1, np.int32),
+        items=_empty_runs(shape.max_items, shape.item_rows, shape.item_pages, shape.rows),
+        tiles=_empty_runs(shape.max_tiles, shape.tile_rows, shape.pages_per_seq, shape.rows),
+        parts=np.full((shape.rows, shape.parts), -1, np.int32),
+        num_parts=np.zeros((), np.int32),
+    )
+
+
+def _ceil_div(a: np.ndarray, b: int) -> np.ndarray:
+    return -(-a // b)
+
+
+def _within(counts: np.ndarray) -> np.ndarray:
+    """Returns 0, 1, .. for each of the groups of these sizes, one group after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 class _Builder:
-    """Fills a work list run by run."""
+    """Fills a work list: tiles of prefills, then tiles of shared prefixes, then items."""
 
-    def __init__(self, shape: WorkShape, page_size: int):
-        self.shape, self.page_size = shape, page_size
-        self.work = WorkList(
-            positions=np.full(shape.rows, -1, np.int32),
-            items=_empty_runs(shape.max_items, shape.item_rows, shape.item_pages, shape.rows),
-            tiles=_empty_runs(shape.max_tiles, shape.tile_rows, shape.pages_per_seq, shape.rows),
-            parts=np.full((shape.rows, shape.parts), -1, np.int32),
-            num_parts=np.zeros((), np.int32),
-        )
-        self.counts = np.zeros(shape.rows, np.int32)  # parts of each row so far
+    def __init__(self, work: WorkList, shape: WorkShape, table: RowTable, page_size: int):
+        self.work, self.shape, self.table, self.page_size = work, shape, table, page_size
+        self.rows_of = np.bincount(table.sequence, minlength=len(table.num_pages))  # how many rows a sequence has
+        self.first = np.cumsum(self.rows_of) - self.rows_of  # where in the table its rows begin
+        self.counts = np.zeros(shape.rows, np.int64)  # parts of each row so far
 
-    def add(self, runs: Runs, rows: np.ndarray, pages: np.ndarray, start: int, length: int) -> None:
-        """Adds one run of the given rows and pages.
+    def put(self, runs: Runs, run: np.ndarray, place: np.ndarray, rows: np.ndarray, nth: np.ndarray | int) -> None:
+        """Puts rows into runs.
 
         Args:
-            runs: The kind of run: `self.work.items` or `self.work.tiles`.
-            rows: i32[n]. The rows.
-            pages: i32[m]. The pages.
-            start: The KV position of the first token of the first page.
-            length: The number of KV positions that the run covers.
+            runs: `self.work.items` or `self.work.tiles`.
+            run: i32[m]. A run for each row.
+            place: i32[m]. The row's place in the run.
+            rows: i32[m]. The rows. A row may occur several times.
+            nth: i32[m]. How often the row has occurred before in this call.
+        """
+        runs.rows[run, place], runs.positions[run, place] = rows, self.work.positions[rows]
+        base = 0 if runs is self.work.items else self.shape.max_items * self.shape.item_rows
+        self.work.parts[rows, self.counts[rows] + nth] = base + run * runs.rows.shape[1] + place
+        self.counts += np.bincount(rows, minlength=len(self.counts))
+
+    def cover(self, runs: Runs, new: slice, sequence: np.ndarray, start: np.ndarray, length: np.ndarray) -> None:
+        """Sets what new runs cover.
+
+        Args:
+            runs: `self.work.items` or `self.work.tiles`.
+            new: The runs.
+            sequence: i32[x]. A sequence for each of them, whose pages it covers.
+            start: i32[x]. The index of the first page.
+            length: i32[x]. The number of KV positions.
+        """
+        runs.start[new], runs.length[new], runs.num[...] = start * self.page_size, length, new.stop
+        pages = _ceil_div(length, self.page_size)
+        width = min(runs.pages.shape[1], pages.max(initial=0))
+        tables = self.table.page_tables
+        flat = np.append(tables, np.zeros(width, np.int32))  # a window may reach beyond the last table
+        windows = np.lib.stride_tricks.sliding_window_view(flat, width) if width else flat[:0]
+        used = np.arange(width) < pages[:, None]
+        runs.pages[new, :width] = windows[sequence * tables.shape[1] + start] * used
+
+    def take(self, runs: Runs, count: int) -> slice:
+        """Returns the next `count` unused runs.
 
         Raises:
-            ValueError: The shape has no room for another run of this kind.
+            ValueError: The shape has no room for them.
         """
-        i = int(runs.num)
-        if i == len(runs.start):
+        begin = int(runs.num)
+        if begin + count > len(runs.start):
             raise ValueError(f"the step's attention work does not fit {self.shape}")
-        n = len(rows)
-        runs.rows[i, :n], runs.positions[i, :n] = rows, self.work.positions[rows]
-        runs.pages[i, : len(pages)], runs.start[i], runs.length[i] = pages, start, length
-        base = 0 if runs is self.work.items else self.shape.max_items * self.shape.item_rows
-        self.work.parts[rows, self.counts[rows]] = base + i * runs.rows.shape[1] + np.arange(n)
-        self.counts[rows] += 1
-        runs.num += 1
+        return slice(begin, begin + count)
 
-    def add_tiles(self, rows: np.ndarray, pages: np.ndarray, start: int) -> None:
-        """Adds tiles of the given rows and pages.
+    def add_tiles(self, sequences: np.ndarray, rows: np.ndarray, counts: np.ndarray, start: int, most: int) -> None:
+        """Adds tiles.
 
         A tile covers only the pages up to the highest position of its own rows.
 
         Args:
-            rows: i32[n]. The rows, of one sequence or of several that share the pages.
-            pages: i32[m]. The pages.
-            start: The KV position of the first token of the first page.
+            sequences: i32[k]. The sequences whose pages are covered; of a shared prefix, one of them.
+            rows: i32[m]. The rows: those of the first sequence, then those of the second, ...
+            counts: i32[k]. How many rows each of them has.
+            start: The index of the first page that is covered.
+            most: The index after the last page that may be covered.
         """
-        for first in range(0, len(rows), self.shape.tile_rows):
-            some = rows[first : first + self.shape.tile_rows]
-            length = min(int(self.work.positions[some].max()) + 1 - start, len(pages) * self.page_size)
-            self.add(self.work.tiles, some, pages[: -(-length // self.page_size)], start, length)
+        size, each = self.shape.tile_rows, _ceil_div(counts, self.shape.tile_rows)
+        new = self.take(self.work.tiles, int(each.sum()))
+        within = _within(counts)
+        tile = np.repeat(np.cumsum(each) - each, counts) + within // size
+        highest = np.zeros(int(each.sum()), np.int32)
+        np.maximum.at(highest, tile, self.work.positions[rows])
+        self.put(self.work.tiles, new.start + tile, within % size, rows, 0)
+        length = np.minimum(highest + 1 - start * self.page_size, (most - start) * self.page_size)
+        self.cover(self.work.tiles, new, np.repeat(sequences, each), np.full(len(highest), start), length)
 
-    def add_items(self, seq: SequenceRows, pages: np.ndarray, first_page: int) -> None:
-        """Adds items of a sequence's rows and its pages.
-
-        Args:
-            seq: The sequence.
-            pages: i32[m]. All pages of the sequence.
-            first_page: The index of the first page to cover; the pages before it are in tiles.
-        """
-        for at in range(0, len(seq.rows), self.shape.item_rows):
-            rows = seq.rows[at : at + self.shape.item_rows]
-            end = int(seq.positions[at + len(rows) - 1]) + 1
-            for page in range(first_page, -(-end // self.page_size), self.shape.item_pages):
-                some, start = pages[page : page + self.shape.item_pages], page * self.page_size
-                self.add(self.work.items, rows, some, start, min(end - start, len(some) * self.page_size))
-
-    def add_groups(self, sequences: list[SequenceRows], tables: list[np.ndarray]) -> list[int]:
+    def add_groups(self, sequences: np.ndarray) -> np.ndarray:
         """Adds tiles for the prefixes of pages that several sequences share, as long as there is room.
 
         Args:
-            sequences: The sequences.
-            tables: i32[m] each. The pages of each sequence.
+            sequences: i32[k]. The sequences that may be grouped.
 
         Returns:
-            For each sequence, how many of its first pages the new tiles cover.
+            i32[Q]. For each sequence of the table, how many of its first pages the new tiles cover.
         """
-        done = [0] * len(sequences)
+        done = np.zeros(len(self.table.num_pages), np.int32)
         least = -(-GROUP_TOKENS // self.page_size)
-        for members, start, end in _shared(tables, list(range(len(sequences))), 0, 0, least, GROUP_LEVELS):
-            rows = np.concatenate([sequences[m].rows for m in members])
+        tables, num_pages = self.table.page_tables, self.table.num_pages
+        for members, start, end in _shared(tables, num_pages, sequences, 0, 0, least, GROUP_LEVELS):
+            counts = self.rows_of[members]
             room = self.shape.max_tiles - int(self.work.tiles.num)
-            if -(-len(rows) // self.shape.tile_rows) > room or any(done[m] != start for m in members):
+            if -(-int(counts.sum()) // self.shape.tile_rows) > room or (done[members] != start).any():
                 continue
-            self.add_tiles(rows, tables[members[0]][start:end], start * self.page_size)
-            for m in members:
-                done[m] = end
+            rows = self.table.rows[np.repeat(self.first[members], counts) + _within(counts)]
+            self.add_tiles(members[:1], rows, np.array([len(rows)]), start, end)
+            done[members] = end
         return done
+
+    def add_items(self, sequences: np.ndarray, done: np.ndarray) -> None:
+        """Adds items of all rows of some sequences.
+
+        Args:
+            sequences: i32[k]. The sequences.
+            done: i32[Q]. How many of a sequence's first pages are in tiles already.
+        """
+        size, span = self.shape.item_rows, self.shape.item_pages
+        begin, end = _chunks(self.rows_of, sequences, size)
+        of_chunk = self.table.sequence[begin]
+        tokens = self.table.positions[end - 1] + 1
+        items = np.maximum(_ceil_div(_ceil_div(tokens, self.page_size) - done[of_chunk], span), 0)
+        new = self.take(self.work.items, int(items.sum()))
+        chunk = np.repeat(np.arange(len(begin)), items)  # of each item
+        nth = _within(items)
+        start = done[of_chunk][chunk] + nth * span
+        length = np.minimum(tokens[chunk] - start * self.page_size, span * self.page_size)
+        self.cover(self.work.items, new, of_chunk[chunk], start, length)
+        for place in range(size):
+            row = begin[chunk] + place
+            some = np.flatnonzero(row < end[chunk])
+            self.put(self.work.items, new.start + some, np.full(len(some), place), self.table.rows[row[some]], nth[some])
 
 
 def _shared(
-    tables: list[np.ndarray], members: list[int], start: int, split: int, least: int, levels: int
-) -> Iterator[tuple[list[int], int, int]]:
+    tables: np.ndarray, num_pages: np.ndarray, members: np.ndarray, start: int, split: int, least: int, levels: int
+) -> Iterator[tuple[np.ndarray, int, int]]:
     """Yields the groups of sequences that share pages, a group before the smaller groups within it.
 
     Args:
-        tables: i32[m] each. The pages of all sequences.
-        members: Indices of sequences that share all pages before `split`.
+        tables: i32[Q, P]. The page tables of all sequences.
+        num_pages: i32[Q]. The number of pages of each sequence.
+        members: Indices of sequences that share all pages before `split`, in ascending order.
         start: The index of the first page that no group yielded so far covers for these members.
         split: The index of the page from which on the members may differ.
         least: The fewest pages that are worth a group.
@@ -235,23 +324,59 @@ def _shared(
     Yields:
         (members, first page, end page): the sequences of the group, and the pages that the group covers.
     """
-    if not levels:
+    members = members[num_pages[members] > split]
+    if not levels or len(members) < 2:
         return
-    by_page: defaultdict[int, list[int]] = defaultdict(list)
-    for m in members:
-        if len(tables[m]) > split:
-            by_page[int(tables[m][split])].append(m)
-    for group in by_page.values():
-        if len(group) < 2:
-            continue
-        shortest = min(len(tables[m]) for m in group)
-        stacked = np.stack([tables[m][split:shortest] for m in group])
-        differs = np.flatnonzero((stacked != stacked[0]).any(0))
-        end = split + int(differs[0]) if len(differs) else shortest
+    pages = tables[members, split]
+    order = np.argsort(pages, kind="stable")
+    begins = np.flatnonzero(np.diff(pages[order], prepend=-1))
+    sizes = np.diff(begins, append=len(order))
+    groups = [members[order[b : b + n]] for b, n in zip(begins[sizes > 1], sizes[sizes > 1], strict=True)]
+    for group in sorted(groups, key=lambda group: group[0]):
+        shortest = int(num_pages[group].min())
+        stacked = tables[group, split:shortest]
+        differs = (stacked != stacked[0]).any(0)
+        end = split + int(differs.argmax()) if differs.any() else shortest
         worth = end - start >= least
         if worth:
             yield group, start, end
-        yield from _shared(tables, group, end if worth else start, end, least, levels - worth)
+        yield from _shared(tables, num_pages, group, end if worth else start, end, least, levels - worth)
+
+
+def work_needed(table: RowTable, shape: WorkShape, page_size: int) -> tuple[int, int]:
+    """Counts the items and tiles that the work of a step is cut into.
+
+    Args:
+        table: The rows and pages of the step.
+        shape: The sizes of items and tiles.
+        page_size: The number of tokens of a page.
+
+    Returns:
+        The number of items if no prefix is shared, which is the largest number; and the number of tiles of prefills.
+    """
+    counts = np.bincount(table.sequence, minlength=len(table.num_pages))
+    few = (counts <= FEW_ROWS) & (counts > 0) if shape.max_tiles else counts > 0
+    _, end = _chunks(counts, np.flatnonzero(few), shape.item_rows)
+    block = shape.item_pages * page_size
+    tiles = _ceil_div(counts[~few], shape.tile_rows)
+    return int((table.positions[end - 1] // block + 1).sum()), int(tiles.sum())
+
+
+def _chunks(counts: np.ndarray, sequences: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Cuts the rows of sequences into chunks of one sequence each.
+
+    Args:
+        counts: i32[Q]. How many rows each sequence of the table has.
+        sequences: i32[k]. The sequences to cut.
+        size: The most rows of a chunk.
+
+    Returns:
+        For each chunk its first row in the table, and the one after its last.
+    """
+    first = np.cumsum(counts) - counts
+    chunks = _ceil_div(counts[sequences], size)
+    begin = np.repeat(first[sequences], chunks) + _within(chunks) * size
+    return begin, np.minimum(begin + size, np.repeat((first + counts)[sequences], chunks))
 
 
 def pages_read(work: WorkList, page_size: int) -> int:
@@ -274,10 +399,6 @@ def pages_read(work: WorkList, page_size: int) -> int:
 def build_work(sequences: Sequence[SequenceRows], shape: WorkShape, page_size: int) -> WorkList:
     """Builds the work list of one step.
 
-    Sequences with more than FEW_ROWS rows become tiles. The others are items, except for the prefixes of at least
-    GROUP_TOKENS tokens that several of them share: these become tiles as long as there is room. If the shape has no
-    room for tiles, all sequences become items.
-
     Args:
         sequences: The rows and pages of each sequence in the step.
         shape: The sizes to which the list is padded.
@@ -289,17 +410,35 @@ def build_work(sequences: Sequence[SequenceRows], shape: WorkShape, page_size: i
     Raises:
         ValueError: The work does not fit `shape`.
     """
-    build = _Builder(shape, page_size)
-    few: list[SequenceRows] = []
-    for seq in sequences:
-        build.work.positions[seq.rows] = seq.positions
-        if len(seq.rows) <= FEW_ROWS or not shape.max_tiles:
-            few.append(seq)
-        else:
-            build.add_tiles(seq.rows, np.asarray(seq.page_table, np.int32), 0)
-    tables = [np.asarray(seq.page_table, np.int32) for seq in few]
-    done = build.add_groups(few, tables)
-    for seq, table, first_page in zip(few, tables, done, strict=True):
-        build.add_items(seq, table, first_page)
-    build.work.num_parts[...] = build.counts.max(initial=0)
-    return build.work
+    work = empty_work(shape)
+    fill_work(work, RowTable.of(sequences), shape, page_size)
+    return work
+
+
+def fill_work(work: WorkList, table: RowTable, shape: WorkShape, page_size: int) -> None:
+    """Fills an empty work list with the work of one step.
+
+    Sequences with more than FEW_ROWS rows become tiles. The others are items, except for the prefixes of at least
+    GROUP_TOKENS tokens that several of them share: these become tiles as long as there is room. If the shape has no
+    room for tiles, all sequences become items.
+
+    Args:
+        work: An empty work list of this shape, from `empty_work`.
+        table: The rows and pages of the step.
+        shape: The sizes of the work list.
+        page_size: The number of tokens of a page (over all shards).
+
+    Raises:
+        ValueError: The work does not fit `shape`.
+    """
+    build = _Builder(work, shape, table, page_size)
+    work.positions[table.rows] = table.positions
+    few = build.rows_of <= FEW_ROWS if shape.max_tiles else np.ones(len(build.rows_of), bool)
+    many = np.flatnonzero(~few)
+    if len(many):
+        rows = table.rows[~few[table.sequence]]
+        build.add_tiles(many, rows, build.rows_of[many], 0, shape.pages_per_seq)
+    some = np.flatnonzero(few & (build.rows_of > 0))
+    done = build.add_groups(some) if shape.max_tiles else np.zeros(len(few), np.int32)
+    build.add_items(some, done)
+    work.num_parts[...] = build.counts.max(initial=0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from jax import lax
 from jaxtyping import Float, Int, Real
 
 from pallas_kernels.arrays import Array
-from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial, combine, gather_queries
+from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial, gather_queries
 from pallas_kernels.paged_attention.work import Runs
 
 BLOCK_PAGES = 16  # pages attended to at once
@@ -27,6 +28,27 @@ ITEMS_TOGETHER = 4  # runs of one or two rows attended to at once; this and BLOC
 ITEM_PAGES = (1, 2, 4, 8)  # branches for items of fewer pages than an item holds
 TILE_ROWS = (8, 16)  # branches for tiles of fewer rows than a tile holds
 RUN_FIELDS = ("rows", "positions", "pages", "start", "length")
+
+
+class _Sums(NamedTuple):
+    """The state of the online softmax (Milakov and Gimelshein, 2018, arXiv 1805.02867, section 3.1).
+
+    Attributes:
+        acc: f32[X, K, Q * G, H]. The sum of exp(s - m) * V over the tokens that the row sees, with their scores s.
+        m: f32[X, K, Q * G]. The largest score; NEG if the row sees no token.
+        l: f32[X, K, Q * G]. The sum of exp(s - m).
+    """
+
+    acc: Float[Array, "X K lanes H"]
+    m: Float[Array, "X K lanes"]
+    l: Float[Array, "X K lanes"]
+
+
+def _combine(a: _Sums, b: _Sums) -> _Sums:
+    """Merges the sums of the same rows over different tokens."""
+    high = jnp.maximum(a.m, b.m)
+    old, new = jnp.exp(a.m - high), jnp.exp(b.m - high)
+    return _Sums(a.acc * old[..., None] + b.acc * new[..., None], high, a.l * old + b.l * new)
 
 
 def _tokens(kv_pages: Array, layer: Array, pages: Array, live: Array) -> jax.Array:
@@ -62,8 +84,8 @@ def _attend(
     kv_scales: Array | None,
     page_offset: Array,
     spec: AttentionSpec,
-) -> Partial:
-    """Returns the partial results of one block of `width` pages of each run: its block number `block`.
+) -> _Sums:
+    """Returns the sums over one block of `width` pages of each run: its block number `block`.
 
     q is f32[X, K, Q * G, H]: the queries of the runs' rows.
     """
@@ -95,7 +117,7 @@ def _attend(
     acc = lax.dot_general(p, tokens[..., h:], (((3,), (2,)), batch), preferred_element_type=jnp.float32)
     if kv_scales is not None:
         acc = acc * kv_scales[layer, :, 1][:, None, None]
-    return Partial(acc, m, p.sum(-1))
+    return _Sums(acc, m, p.sum(-1))
 
 
 def attend(
@@ -123,29 +145,29 @@ def attend(
         anything; `merge` does not read them.
     """
     num_rows, kv_heads, group, h = q.shape
-    q = q.astype(jnp.float32)
+    dtype, q = q.dtype, q.astype(jnp.float32)
     num_runs, r = runs.rows.shape
     max_pages = runs.pages.shape[1]
     together = min(ITEMS_TOGETHER if r <= 2 else 1, num_runs)
 
-    def few_pages(part: Runs, width: int) -> Partial:
+    def few_pages(part: Runs, width: int) -> _Sums:
         return _attend(
             gather_queries(q, part), kv_pages, layer, part, jnp.int32(0), width, kv_scales, page_offset, spec
         )
 
-    def many_pages(part: Runs, rows: int) -> Partial:
+    def many_pages(part: Runs, rows: int) -> _Sums:
         part = dataclasses.replace(part, rows=part.rows[:, :rows], positions=part.positions[:, :rows])
         queries = gather_queries(q, part)
 
         def add(block, state):
-            return combine(
+            return _combine(
                 state, _attend(queries, kv_pages, layer, part, block, BLOCK_PAGES, kv_scales, page_offset, spec)
             )
 
         blocks = _ceil_div(part.length.max(), BLOCK_PAGES * spec.page_stride)
         state = lax.fori_loop(0, blocks, add, _nothing((together, kv_heads, rows * group), h))
         rest = _nothing((together, kv_heads, (r - rows) * group), h)
-        return Partial(*(jnp.concatenate(pair, 2) for pair in zip(state, rest, strict=True)))
+        return _Sums(*(jnp.concatenate(pair, 2) for pair in zip(state, rest, strict=True)))
 
     def some(i, result):
         at = jnp.minimum(i * together, num_runs - together)  # the last runs may be computed twice
@@ -158,13 +180,15 @@ def attend(
             rows = (part.rows < num_rows).sum(1).max()  # rows in use come first
             state = _smallest(rows, TILE_ROWS, r, lambda rows: many_pages(part, rows))
         put = lambda whole, piece: lax.dynamic_update_slice_in_dim(whole, piece, at, 0)  # noqa: E731
-        return Partial(*map(put, result, state))
+        return _Sums(*map(put, result, state))
 
     steps = _ceil_div(runs.num, together)
-    return lax.fori_loop(0, steps, some, _nothing((num_runs, kv_heads, r * group), h))
+    acc, m, l = lax.fori_loop(0, steps, some, _nothing((num_runs, kv_heads, r * group), h))
+    total = jnp.where(l == 0, 1.0, l)
+    return Partial((acc / total[..., None]).astype(dtype), jnp.where(l == 0, NEG, m + jnp.log(total)))
 
 
-def _smallest(amount: Array, sizes: tuple[int, ...], most: int, compute: Callable[[int], Partial]) -> Partial:
+def _smallest(amount: Array, sizes: tuple[int, ...], most: int, compute: Callable[[int], _Sums]) -> _Sums:
     """Calls `compute` with the smallest of `sizes` and `most` that is at least `amount`, an i32[].
 
     Each size is a branch of its own in the compiled program.
@@ -178,7 +202,7 @@ def _ceil_div(a: Array, b: int) -> jax.Array:
     return jnp.asarray((a + b - 1) // b)
 
 
-def _nothing(shape: tuple[int, ...], h: int) -> Partial:
-    """Returns the partial result over no tokens, with leading axes `shape`."""
+def _nothing(shape: tuple[int, ...], h: int) -> _Sums:
+    """Returns the sums over no tokens, with leading axes `shape`."""
     zeros = jnp.zeros(shape, jnp.float32)
-    return Partial(jnp.zeros((*shape, h), jnp.float32), zeros + NEG, zeros)
+    return _Sums(jnp.zeros((*shape, h), jnp.float32), zeros + NEG, zeros)

@@ -18,6 +18,7 @@ from icarus_jax import cli
 from icarus_jax.aot import report
 from icarus_jax.aot.check import Check, Plan
 from icarus_jax.aot.cost import pool_complaint, shard_shape
+from icarus_jax.aot.hlo_text import estimated_cycles
 from icarus_jax.aot.topology import Topology, compiling_for, find_topology
 from icarus_jax.bench import kernel_cases, kernels
 from icarus_jax.errors import UsageError
@@ -68,13 +69,26 @@ class TestTpu:
         argument, mesh, changes = MODELS[model]
         check = Check(plan_of(argument, mesh, **changes), find_topology((SHARDED if mesh == "1x8" else SINGLE)[chip]))
         assert check.programs.kernels == "tpu"
-        most = MOST.get((chip, argument, mesh), MOST[chip])
-        for name, bound in zip(STEPS, most, strict=True):
+        for name in STEPS:
             done = check.compile(name)
             assert not done.complaint
             assert set(done.account.collectives) <= EXPECTED[argument, mesh], name
             fewest = check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
-            assert 0.99 * fewest < done.account.bytes < bound * fewest, name
+            assert 0.99 * fewest < done.account.bytes < MOST_OF.get((chip, model, name), MOST) * fewest, name
+
+
+class TestCycles:
+    pytestmark = needs_libtpu
+
+    def test_little_of_a_layer_is_not_its_products(self):
+        """Each small operation of XLA takes about 1,800 cycles, so that many of them cost more than the products."""
+        check = Check(plan_of("llama8b", "1x8"), find_topology(SHARDED["v5e"]))
+        _, lower = check.jobs()[STEPS[0]]
+        with compiling_for(check.layout.mesh):
+            text = lower().compile().as_text()
+        products = [int(n) for n in re.findall(r'while/body/[^"]*dot_general".*"estimated_cycles":"(\d+)"', text)]
+        assert len(products) == 4  # qkv, o, gate_up, down
+        assert estimated_cycles(text)[1] - sum(products) < MOST_CYCLES
 
 
 @pytest.mark.parametrize("chip", SHARDED)
@@ -95,15 +109,10 @@ class TestWeightsInMemory:
 
 
 STEPS = ("decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits")
-# Bytes of each of STEPS over the fewest. Above 1.1 it is what attention has per tile (f32, max_tiles * tile_rows rows):
-# where VMEM cannot hold it, it goes to main memory and back, most on v7x with half of v6e's VMEM, and where every
-# device has all the query heads (SmolLM2 on eight). On v7x the all-reduces go through main memory too.
-MOST: dict[str | tuple[str, str, str], tuple[float, float, float]] = {
-    "v5e": (1.1, 1.1, 1.1),
-    "v6e": (1.1, 1.11, 1.1),
-    "v7x": (1.1, 1.2, 1.1),
-    ("v7x", "smollm2", "1x8"): (1.2, 2.1, 1.7),
-}
+MOST = 1.1  # bytes of a step over the fewest
+# On v7x the all-reduces of many rows go through main memory: in SmolLM2 they are a tenth of the bytes.
+MOST_OF = {("v7x", "smollm2-8", STEPS[1]): 1.15, ("v7x", "llama8b-8", STEPS[1]): 1.11}
+MOST_CYCLES = 240_000  # of a layer beside its products, as the compiler estimates them (kernels are left out)
 EXPECTED: dict[tuple[str, str], set[str]] = {
     ("smollm2", "1x1"): set(),
     ("llama8b", "1x1"): set(),

@@ -70,7 +70,7 @@ def drain(engine: Engine, max_steps: int = 10_000) -> int:
     """Steps until nothing is left; returns the number of steps."""
     for step in range(max_steps):
         engine.run_inbox()
-        if not engine.scheduler.has_work:
+        if not engine.has_work:
             return step
         engine.step()
     raise AssertionError(f"still busy after {max_steps} steps")

@@ -13,10 +13,10 @@ from icarus_jax.config import EngineConfig
 from icarus_jax.engine.buckets import make_buckets
 from icarus_jax.engine.host_link import CALL, Link
 from icarus_jax.engine.host_messages import MAX_BYTES, decode, encode
-from icarus_jax.engine.sampler import SampleInputs
-from icarus_jax.engine.step_batch import StepBatch
-from icarus_jax.models.trunk import Rows
-from pallas_kernels.paged_attention import SequenceRows, build_work
+from icarus_jax.engine.sample_inputs import packed_width, unpack
+from icarus_jax.engine.step_batch import StepBatch, empty_step, rows_in
+from pallas_kernels.paged_attention import SequenceRows
+from pallas_kernels.paged_attention.work import RowTable, fill_work
 
 VOCAB, TOKENS = 128_256, 2000
 
@@ -33,15 +33,17 @@ def step_batch(sequences: int, sampled: bool, kernels: str = "tpu") -> StepBatch
     per_seq = -(-length // config.page_size)
     tables = rng.permutation(sequences * per_seq).astype(np.int32).reshape(sequences, per_seq)
     seqs = [SequenceRows(np.array([i, sequences + i]), np.array([length - 1] * 2), tables[i]) for i in range(sequences)]
-    work = build_work(seqs, bucket.work, config.page_size)
-    inputs = Rows(ints(rows, VOCAB), ints(rows, 8), ints(8, 8), ints(sequences, 1 << 20), ints(sequences, rows), work)
-    sampling = None
+    step = empty_step(bucket, 8)
+    inputs = rows_in(step, bucket, 8)
+    inputs.tokens[:], inputs.slots[:], inputs.active[:] = ints(rows, VOCAB), ints(rows, 8), ints(8, 8)
+    inputs.kv_cells[:], inputs.sample_rows[:] = ints(sequences, 1 << 20), ints(sequences, rows)
+    fill_work(inputs.work, RowTable.of(seqs), bucket.work, config.page_size)
+    variant = "random" if sampled else "greedy"
+    sampling = np.zeros((sequences, packed_width(config.max_model_len, variant)), np.int32)
     if sampled:
-        sampling = SampleInputs.neutral(sequences, config.max_model_len, VOCAB)
-        sampling.temperature[:] = 0.7
-        sampling.seed[:] = ints(sequences, 1 << 30)
-        sampling.position[:] = ints(sequences, length)
-    return StepBatch(bucket, inputs, sampling, "sample" if sampled else "greedy", [1] * sequences)
+        x = unpack(sampling, variant)
+        x.temperature[:], x.seed[:], x.position[:] = 0.7, ints(sequences, 1 << 30), ints(sequences, length)
+    return StepBatch(bucket, step, sampling, variant, [1] * sequences)
 
 
 def microseconds(call, seconds: float = 1.0) -> float:
@@ -68,7 +70,7 @@ def main(counts: list[int]) -> None:
     threading.Thread(target=answer, daemon=True).start()
     for count in counts:
         for sampled in (False, True):
-            call = ("execute", step_batch(count, sampled))
+            call = ("launch", step_batch(count, sampled))
             message = bytearray(encode(call))
 
             def there_and_back(body: bytes = bytes(message)) -> None:

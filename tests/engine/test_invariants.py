@@ -7,7 +7,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from icarus_jax.scheduling.scheduler import SCORE_ROWS
+from icarus_jax.engine.step_batch import rows_in
+from icarus_jax.scheduling.plan import SCORE_ROWS
 from icarus_jax.weights.checkpoint import load_trunk
 from icarus_jax.weights.peft import load_adapter
 from tests import tiny
@@ -107,6 +108,10 @@ def test_4_isolated_never_shares(model):
     assert engine.stats.cached_tokens_cross_model == 40 == engine.stats.cached_tokens_same_model
 
 
+def rows_of(engine, batch):
+    return rows_in(batch.step, batch.bucket, engine.runner.num_active(batch.bucket))
+
+
 def test_5_no_shared_page_is_written(model, monkeypatch):
     """Also where a page is half filled: siblings copy it. Every write is checked against the reference counts."""
     engine = engine_for(model, a=(0, "shared"), b=(1, "shared"), x=(2, "isolated"))
@@ -114,7 +119,7 @@ def test_5_no_shared_page_is_written(model, monkeypatch):
 
     def checked(plan):
         batch = prepare(plan)
-        slots = batch.rows.kv_cells
+        slots = rows_of(engine, batch).kv_cells
         pages = {int(s) // engine.config.page_size for s in slots if s >= 0}
         assert all(engine.scheduler.pool.refs[p] == 1 for p in pages)
         owners = [p for w in plan.work for p in set(w.seq.page_table) & pages]

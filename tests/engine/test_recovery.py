@@ -81,7 +81,7 @@ def fail_once(monkeypatch, owner, name: str, before=lambda: None) -> None:
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize("name", ["prepare", "execute", "load_head", "copy_pages"])
+@pytest.mark.parametrize("name", ["prepare", "launch", "results", "load_head", "copy_pages"])
 def test_a_failing_step_costs_its_sequences(engine, wanted, monkeypatch, name):
     fail_once(monkeypatch, engine.runner, name)
     assert wait(ask(engine)) == "error"
@@ -100,7 +100,7 @@ def test_pages_lost_in_a_step_are_made_anew(engine, wanted, monkeypatch):
     """A program that fails may have taken the pages that were donated to it."""
     retained = ask(engine, session=SessionHint("x", 600.0))
     assert wait(retained) == "length" and engine.stats.sessions == 1
-    fail_once(monkeypatch, engine.runner, "execute", lambda: engine.runner.kv_pages.delete())
+    fail_once(monkeypatch, engine.runner, "launch", lambda: engine.runner.kv_pages.delete())
     assert wait(ask(engine)) == "error"
     check_it_goes_on(engine, wanted)
     assert engine.stats.sessions == 0
@@ -111,14 +111,14 @@ def test_adapters_lost_in_a_step_are_loaded_anew(engine, wanted, monkeypatch):
         jax.tree.map(lambda leaf: leaf.delete(), engine.runner.weights[1])
 
     assert wait(ask(engine)) == "length"
-    fail_once(monkeypatch, engine.runner, "execute", lose)
+    fail_once(monkeypatch, engine.runner, "launch", lose)
     assert wait(ask(engine)) == "error"
     check_it_goes_on(engine, wanted)
 
 
 def test_cached_pages_survive_a_failed_step(engine, wanted, monkeypatch):
     assert wait(ask(engine)) == "length"
-    fail_once(monkeypatch, engine.runner, "execute")
+    fail_once(monkeypatch, engine.runner, "launch")
     assert wait(ask(engine)) == "error"
     computed = engine.stats.prefill_tokens
     again = ask(engine)
@@ -129,16 +129,16 @@ def test_cached_pages_survive_a_failed_step(engine, wanted, monkeypatch):
 def test_those_that_wait_are_not_ended(engine, monkeypatch):
     """The engine runs four sequences at once; the fifth waits."""
     entered, go = threading.Event(), threading.Event()
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
     def first_fails(batch):
         if not entered.is_set():
             entered.set()
             go.wait(300)
             raise RuntimeError("planted")
-        return execute(batch)
+        return launch(batch)
 
-    monkeypatch.setattr(engine.runner, "execute", first_fails)
+    monkeypatch.setattr(engine.runner, "launch", first_fails)
     first = ask(engine, prompt=range(10, 20))
     assert entered.wait(300)
     later = [ask(engine, prompt=range(20 + i, 30 + i)) for i in range(6)]
@@ -148,7 +148,7 @@ def test_those_that_wait_are_not_ended(engine, monkeypatch):
 
 
 def test_a_device_that_does_not_answer_ends_the_engine(engine, monkeypatch):
-    fail_once(monkeypatch, engine.runner, "execute")
+    fail_once(monkeypatch, engine.runner, "launch")
     monkeypatch.setattr(engine.runner, "recover", lambda: (False, False))
     assert wait(ask(engine)) == "error"
     engine._thread._thread.join(300)
@@ -188,14 +188,14 @@ def test_a_command_that_fails_is_not_the_others_fault(engine, wanted):
 def test_a_step_that_does_not_end_is_a_failure(engine, monkeypatch):
     """A device may hang and raise nothing."""
     entered, go = threading.Event(), threading.Event()
-    execute = engine.runner.execute
+    launch = engine.runner.launch
 
     def hanging(batch):
         entered.set()
         go.wait(600)
-        return execute(batch)
+        return launch(batch)
 
-    monkeypatch.setattr(engine.runner, "execute", hanging)
+    monkeypatch.setattr(engine.runner, "launch", hanging)
     seen = ask(engine)
     assert entered.wait(600) and not engine.failed
     monkeypatch.setattr(step_thread, "STUCK_SECONDS", 0.0)

@@ -27,6 +27,7 @@ from icarus_jax.engine.programs import Programs
 from icarus_jax.engine.runner import Runner
 from icarus_jax.models import sharding
 from icarus_jax.models.attention import append_and_attend
+from icarus_jax.models.block import PROJECTIONS, MeshLinear
 from icarus_jax.models.head_bank import HeadBank
 from icarus_jax.models.sharding import KV_PAGES_AXES, make_mesh_layout
 from icarus_jax.models.trunk import Trunk, place_weights
@@ -52,6 +53,19 @@ def layout_of(model: ModelConfig, mesh: str, page_size: int = 64):
 def specs(model: ModelConfig, mesh: str) -> dict[str, P]:
     layout = layout_of(model, mesh)
     return {name: layout.param(name, shape).spec for name, shape in param_shapes(model).items()}
+
+
+@pytest.mark.parametrize("mesh", ["1x8", "2x4"])
+def test_a_product_of_the_parts_is_that_of_the_whole(mesh):
+    """The GPU's kernel on each device: weights that are split by din, by dout and by both."""
+    layout, rng = layout_of(ODD, mesh), np.random.default_rng(0)
+    for name in PROJECTIONS:
+        shape = param_shapes(ODD)[name]
+        x = rng.standard_normal((4, shape[1])).astype(np.float32)
+        w = rng.standard_normal(shape).astype(np.float32)
+        placed = jax.device_put(w, layout.param(name, shape))
+        got = jax.jit(functools.partial(MeshLinear(layout, "gpu"), name))(x, placed, np.int32(1))
+        np.testing.assert_allclose(got, np.tensordot(x, w[1], 1), atol=1e-4, err_msg=name)
 
 
 def test_where_the_weights_lie():
@@ -340,7 +354,8 @@ def test_a_mesh_says_what_one_device_says(one_device, kv_heads, mesh):
 
 def test_what_runs_programs_runs_in_every_process():
     """A new method of the Runner is either one of CALLS or has to be named here."""
-    on_the_host_alone = {"prepare", "check_head", "temporary_bytes", "recover"}  # recover: it gives up on several hosts
+    # `results` only waits; `recover` gives up on several hosts.
+    on_the_host_alone = {"prepare", "results", "num_active", "fit_head", "temporary_bytes", "recover"}
     methods = {name for name, value in vars(Runner).items() if callable(value) and not name.startswith("_")}
     assert methods == on_the_host_alone | set(CALLS)
 

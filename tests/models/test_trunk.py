@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import numpy as np
@@ -34,9 +35,9 @@ def engine_logits(engine, model: str, tokens) -> np.ndarray:
     programs = engine.runner._programs
     samplers = dict(programs.samplers)
     for name, sampler in samplers.items():
-        programs.samplers[name] = lambda x, s, sampler=sampler: (
+        programs.samplers[name] = lambda x, *rest, sampler=sampler: (
             seen.append(np.asarray(x)),
-            sampler(x, s),
+            sampler(x, *rest),
         )[1]
     generate(engine, model, tokens, max_tokens=0, prompt_logprobs=0)
     programs.samplers = samplers
@@ -80,6 +81,20 @@ def test_heads_match_their_oracles(family, tmp_path):
     assert len({tuple(r.token_ids) for r in results.values()}) == 4  # the four models do differ
 
 
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_the_kernels_for_gpus_say_the_same(family, tmp_path):
+    """Weights and adapters read in the stacks, interpreted: biases, norms of q and k, writers beside readers."""
+    folder = tiny.tiny_model(family, tmp_path)
+    head = tiny.tiny_adapter(folder, tmp_path, seed=1)
+    trunk, prompt = load_trunk(folder), np.random.default_rng(3).integers(0, 256, 11).tolist()
+    config = dataclasses.replace(SMALL, kernels="gpu", max_num_seqs=2, max_num_batched_tokens=16)
+    engine = make_engine(trunk, {"a": (head, "shared")}, config=config)
+    results = {model: submit(engine, model, prompt, max_tokens=4)[0] for model in ("trunk", "a")}
+    drain(engine)
+    assert results["trunk"].token_ids == oracle.greedy(trunk, prompt, 4)
+    assert results["a"].token_ids == oracle.greedy(trunk, prompt, 4, load_adapter(head, trunk.config).weights)
+
+
 def test_oracle_matches_transformers(tmp_path):
     """The two-stream oracle is not ours to trust unchecked: with its own K/V it is an ordinary LoRA model."""
     folder = tiny.tiny_model("qwen2", tmp_path)
@@ -95,8 +110,6 @@ def test_oracle_matches_transformers(tmp_path):
 def test_bfloat16_runs_close_to_float32(tmp_path):
     folder = tiny.tiny_model("llama", tmp_path)
     tokens = np.random.default_rng(0).integers(0, 256, 60).tolist()
-    import dataclasses
-
     exact = engine_logits(make_engine(folder), "trunk", tokens)
     low = engine_logits(
         make_engine(folder, config=dataclasses.replace(SMALL, dtype="bfloat16", kv_dtype="bfloat16")), "trunk", tokens

@@ -6,13 +6,18 @@ of the nvidia-* wheels.
 
 from __future__ import annotations
 
+import re
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax import export
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from icarus_jax.aot.topology import compile_for_one, find_topology
+from icarus_jax.aot.topology import compile_for_one, compiling_for, find_topology
 from pallas_kernels.interpret import interpret_mode
 
 TRITON_CALL = "__gpu$xla.gpu.triton"
@@ -31,6 +36,17 @@ def can_compile() -> bool:
 def compile_h100(f: Callable[..., Any], *args: Any, donate_argnums: tuple[int, ...] = ()) -> jax.stages.Compiled:
     """Machine code for one H100, kernels included. args: trees of ShapeDtypeStruct (or arrays, for their shapes)."""
     return compile_for_one(find_topology("h100"), f, *args, donate=donate_argnums)
+
+
+def ptx_for_h100(f: Callable[..., Any], *args: Any) -> dict[str, str]:
+    """The PTX of a program's kernels by their names."""
+    mesh = Mesh(np.array(find_topology("h100").devices), ("x",))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    args = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), args)
+    with tempfile.TemporaryDirectory() as folder, compiling_for(mesh):
+        jax.jit(_own(f)).lower(*args).compile(compiler_options={"xla_dump_to": folder})
+        texts = [path.read_text() for path in Path(folder).glob("*.ptx")]
+    return {match[1]: text for text in texts if (match := re.search(r"\.entry (\w+)", text))}
 
 
 def is_machine_code(compiled: jax.stages.Compiled) -> bool:

@@ -177,3 +177,16 @@ CASES: dict[str, tuple[Seq, ...]] = {
     ),
     **{f"random {seed}": random_case(seed) for seed in range(6)},
 }
+LAYOUTS = {
+    "h64-page16": Layout(6, 2, 64, 16, tiling=(16, 8)),
+    "h64-page64-window": Layout(9, 3, 64, 64, window=70, tiling=(2, 2)),
+    "h128-page16-window-cap": Layout(4, 1, 128, 16, window=100, soft_cap=1.5, tiling=(8, 8)),
+    "h128-page128": Layout(8, 1, 128, 128, tiling=(2, 1)),
+    "h128-bf16": Layout(4, 2, 128, 32, "bfloat16", tiling=(8, 4)),
+    "h64-int8": Layout(7, 1, 64, 32, "int8", scaled=True, tiling=(8, 8)),
+    "h128-fp8-window": Layout(2, 2, 128, 16, "float8_e4m3fn", window=150, scaled=True),
+    "h256-cap": Layout(2, 2, 256, 16, soft_cap=2.0, tiling=(8, 8)),
+}
+# the rest is checked where it is cheapest
+SOME_CASES = ("a few rows", "mixed", "group of 32, long prefix", "prefix tree", "random 1")
+TOLERANCE = {"float32": 3e-5, "bfloat16": 2e-2, "int8": 2e-2, "float8_e4m3fn": 2e-2}

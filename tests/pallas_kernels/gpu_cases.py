@@ -1,4 +1,4 @@
-"""Cases of paged attention's `attend`, each with NumPy's answer: for test_gpu_attention.py and gpu_smoke.py."""
+"""Cases of the GPU's paged attention, each with the oracle's answer: for test_gpu_attention.py and gpu_smoke.py."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import Runs
-from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial
+from pallas_kernels.paged_attention import Runs, WorkList, reference
+from pallas_kernels.paged_attention.partial import NEG, AttentionSpec
 
 LAYER = 1
+PADDING = 3  # rows that no run has
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +33,7 @@ class Case:
     page_stride: int | None = None
     page_offset: int = 0
     page_of: tuple[tuple[int, int], ...] = ()  # (run, an earlier run): the one's first page is the other's
+    rows_of: tuple[tuple[int, int], ...] = ()  # (run, an earlier run): the one's rows are the other's
 
     @property
     def spec(self) -> AttentionSpec:
@@ -53,6 +55,9 @@ TILES = (
     (tuple([200, 47, 300] * 10 + [-1, -1]), 0, 112),
     (tuple(range(128, 133)) + (-1,) * 27, 112, 21),
 )
+# Two rows in eleven runs each, of the last three of which one sees nothing; another row; the rows of half a tile twice.
+CUT = (*(((511, 800), 64 * i, 64) for i in range(11)), ((30, -1), 0, 31))
+CUT_TILES = (((90, 91, 92, 93), 0, 64), ((90, 91, 92, 93), 64, 30), ((8, 9, -1, -1), 0, 10))
 BF16, INT8, FP8 = jnp.bfloat16, jnp.int8, jnp.float8_e4m3fn
 CASES = {
     "float32": Case(DECODE, kv_heads=3, group=3, page_of=((4, 3),)),
@@ -65,6 +70,9 @@ CASES = {
     "int8, float32 rows": Case(DECODE, kv_dtype=INT8, scales=True),
     "scaled float32": Case(DECODE, scales=True),
     "float32 rows, bfloat16 pages": Case(DECODE, kv_dtype=BF16),
+    "cut": Case(CUT, h=128, rows_of=tuple((i, 0) for i in range(1, 11))),
+    "cut, bfloat16": Case(CUT, h=128, dtype=BF16, kv_dtype=BF16, rows_of=tuple((i, 0) for i in range(1, 11))),
+    "cut, three heads": Case(CUT_TILES, kv_heads=1, group=3, rows_of=((1, 0),)),
     "window": Case((((90, 20), 0, 91), ((200, 200), 64, 64), ((200, 30), 0, 128)), window=17),
     "window, tiles": Case(TILES, kv_heads=1, window=9, dtype=BF16, kv_dtype=BF16),
     "window, tiles of float32": Case(TILES, kv_heads=1, window=9),
@@ -75,10 +83,10 @@ CASES = {
 }
 
 
-def build(case: Case) -> tuple[tuple[Any, ...], Partial]:
-    """The arguments of `attend` before its spec, and the answer: for each run in use float64 acc, m and l.
+def build(case: Case) -> tuple[tuple[Any, ...], tuple[np.ndarray, np.ndarray]]:
+    """The arguments of `gpu.paged_attention` before its spec, and the oracle's out and log-sum-exp.
 
-    Every slot that no row may see holds NaN, if the dtype has one. One more run, of garbage, is not in use.
+    Every cell that no row may see holds NaN, if the dtype has one. One more run, of garbage, is not in use.
     """
     rng = np.random.default_rng(0)
     r, stride = len(case.runs[0][0]), case.spec.page_stride
@@ -92,12 +100,16 @@ def build(case: Case) -> tuple[tuple[Any, ...], Partial]:
         pages[i, 0] = pages[earlier, 0]
     positions = np.array([row for row, _, _ in case.runs] + [(5,) * r], np.int32)
     start, length = (np.array([run[i] for run in case.runs] + [(0, 1)[i - 1]], np.int32) for i in (1, 2))
-    b = num * r
-    rows = np.where(positions[:num] < 0, b, rng.permutation(b).reshape(num, r))
+    b = num * r + PADDING
+    rows = rng.permutation(b)[: num * r].reshape(num, r)
+    for i, earlier in case.rows_of:
+        rows[i] = rows[earlier]
+    rows = np.where(positions[:num] < 0, b, rows)
     runs = Runs(
         rows=np.concatenate([rows, np.zeros((1, r))]).astype(np.int32),
         positions=positions, pages=pages, start=start, length=length, num=np.int32(num),
     )  # fmt: skip
+    work = _work(runs, b)
 
     # KV positions of what run i's pages hold, and which of them each of its rows sees.
     held = np.add.outer(np.arange(most) * stride, np.arange(case.page_size)) + case.page_offset
@@ -113,48 +125,43 @@ def build(case: Case) -> tuple[tuple[Any, ...], Partial]:
     np.logical_or.at(visible, pages[:num], seen.any(1))
     hidden = ~visible[None, :, None, :, None] | (np.arange(2) != LAYER)[:, None, None, None, None]
     kv = np.where(hidden, 99 if case.kv_dtype == INT8 else np.nan, values).astype(case.kv_dtype)
-    q = rng.standard_normal((b, case.kv_heads, case.group, case.h)).astype(case.dtype)
+    q = rng.standard_normal((b, case.kv_heads * case.group, case.h)).astype(case.dtype)
     scales = rng.uniform(0.02, 0.05, (2, case.kv_heads, 2)).astype(np.float32) if case.scales else None
-    arguments = (q, kv, np.int32(LAYER), runs, scales, np.int32(case.page_offset))
-    return arguments, _answer(case, arguments, seen)
+    want = reference.paged_attention(
+        q, kv, LAYER, work, kv_scales=scales, page_offset=case.page_offset, **dataclasses.asdict(case.spec)
+    )
+    return (q, kv, np.int32(LAYER), work, scales, np.int32(case.page_offset)), want
 
 
-def _answer(case: Case, arguments: tuple[Any, ...], seen: np.ndarray) -> Partial:
-    """Every lane on its own, in float64. seen [X, R, p, page_size]."""
-    q, kv, _, runs, scales, _ = arguments
-    num, r = seen.shape[:2]
-    shape = (num, case.kv_heads, r * case.group)
-    acc, m, l = np.zeros((*shape, case.h)), np.full(shape, NEG), np.zeros(shape)
-    factor = np.ones((case.kv_heads, 2)) if scales is None else scales[LAYER].astype(np.float64)
-    for x, row in np.ndindex(num, r):
-        entry, slot = np.nonzero(seen[x, row])
-        if not len(entry):
-            continue
-        tokens = kv[LAYER, runs.pages[x][entry], :, slot].astype(np.float64)  # [seen, K, 2H]
-        lanes = slice(row * case.group, (row + 1) * case.group)
-        for k in range(case.kv_heads):
-            key, value = tokens[:, k, : case.h] * factor[k, 0], tokens[:, k, case.h :] * factor[k, 1]
-            scores = q[runs.rows[x, row], k].astype(np.float64) @ key.T * case.spec.scale
-            if case.soft_cap is not None:
-                scores = case.soft_cap * np.tanh(scores / case.soft_cap)
-            m[x, k, lanes] = scores.max(-1)
-            weights = np.exp(scores - scores.max(-1, keepdims=True))
-            acc[x, k, lanes], l[x, k, lanes] = weights @ value, weights.sum(-1)
-    return Partial(acc, m, l)
+def _work(runs: Runs, b: int) -> WorkList:
+    """A work list of these items and no tiles."""
+    r = runs.rows.shape[1]
+    found: list[list[int]] = [[] for _ in range(b)]
+    positions = np.full(b, -1, np.int32)
+    for i, place in np.argwhere(runs.positions[: runs.num] >= 0):
+        row = runs.rows[i, place]
+        found[row].append(i * r + place)
+        positions[row] = runs.positions[i, place]
+    parts = np.full((b, len(runs.rows) + 1), -1, np.int32)
+    for row, places in enumerate(found):
+        parts[row, : len(places)] = places
+    none = np.zeros((0, 1), np.int32)
+    tiles = Runs(none, none, none, none[:, 0], none[:, 0], np.int32(0))
+    return WorkList(positions, runs, tiles, parts, np.int32(max(map(len, found))))
 
 
-def errors(case: Case, got: Partial, want: Partial) -> tuple[float, float]:
-    """The largest errors of acc / l (relative to the largest) and of m and log l; infinite for NaN, and for lanes that
+def errors(got: Any, want: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    """The largest errors of out (relative to its largest) and of the log-sum-exp; infinite for NaN, and for rows that
     see nothing but do not say so."""
-    acc, m, l = (np.asarray(a, np.float64)[: len(case.runs)] for a in got)
-    some = want.l > 0
-    nothing = (acc[~some] == 0).all() and (m[~some] == np.float32(NEG)).all() and (l[~some] == 0).all()
-    if not nothing or not (np.isfinite(acc).all() and (l[some] > 0).all()):
+    out, lse = (np.asarray(a, np.float64) for a in got)
+    some = np.isfinite(want[1])
+    nothing = (out[~some] == 0).all() and (lse[~some] == np.float32(NEG)).all()
+    if not nothing or not (np.isfinite(out).all() and np.isfinite(lse).all()):
         return math.inf, math.inf
-    mean = want.acc[some] / want.l[some][:, None]
-    out = np.abs(acc[some] / l[some][:, None] - mean).max() / np.abs(mean).max()
-    shift = np.abs(m[some] - want.m[some]).max()
-    return float(out), float(max(shift, np.abs(np.log(l[some] / want.l[some])).max()))
+    return (
+        float(np.abs(out - want[0]).max() / np.abs(want[0]).max()),
+        float(np.abs(lse[some] - want[1][some]).max()),
+    )
 
 
 def tolerance(case: Case) -> tuple[float, float]:

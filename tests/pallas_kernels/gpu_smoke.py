@@ -1,12 +1,14 @@
-"""On a machine with an NVIDIA GPU: the kernel compiled, against NumPy; then timed.
+"""On a machine with an NVIDIA GPU: the kernels compiled, against NumPy; then timed.
 
     python tests/pallas_kernels/gpu_smoke.py
 
-Exits 1 if a case is wrong. Not collected by pytest; the same cases run interpreted in test_gpu_attention.py.
+Exits 1 if a case is wrong. Not collected by pytest; the same cases run interpreted in test_gpu_attention.py and
+test_paged_attention.py.
 """
 
 from __future__ import annotations
 
+import functools
 import sys
 import time
 from pathlib import Path
@@ -17,21 +19,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels.paged_attention import SequenceRows, WorkShape, build_work, gpu, paged_attention
+from pallas_kernels.paged_attention import SequenceRows, WorkShape, build_work, gpu, paged_attention, reference
 from tests.pallas_kernels import gpu_cases
+from tests.pallas_kernels.attention_cases import CASES, LAYER, LAYOUTS, SOME_CASES, TOLERANCE, problem
 
 K, G, H, PAGE, LAYERS, CALLS = 8, 4, 128, 16, 4, 20
 
 
 def check_cases() -> bool:
+    """Few runs of many kinds."""
     right = True
     for name, case in gpu_cases.CASES.items():
         arguments, want = gpu_cases.build(case)
-        got = jax.jit(lambda *a, spec=case.spec: gpu.attend(*a, spec))(*arguments)
-        found, most = gpu_cases.errors(case, got, want), gpu_cases.tolerance(case)
+        got = jax.jit(lambda *a, spec=case.spec: gpu.paged_attention(*a, spec))(*arguments)
+        found, most = gpu_cases.errors(got, want), gpu_cases.tolerance(case)
         ok = all(e < t for e, t in zip(found, most, strict=True))
         right &= ok
         print(f"{'ok' if ok else 'WRONG':6}{name:32} out {found[0]:.1e} (< {most[0]:.0e})  lse {found[1]:.1e}")
+    return right
+
+
+def check_work_lists() -> bool:
+    """Items, tiles and rows of both, as `build_work` makes them."""
+    right = True
+    for layout_name, layout in LAYOUTS.items():
+        attend = jax.jit(functools.partial(paged_attention, implementation="gpu", return_lse=True, **layout.spec))
+        for name in SOME_CASES:
+            p = problem(layout, CASES[name])
+            got = attend(p.q, p.kv_pages, LAYER, p.work, kv_scales=p.kv_scales)
+            want = reference.paged_attention(p.q, p.kv_pages, LAYER, p.work, kv_scales=p.kv_scales, **layout.spec)
+            error = max(gpu_cases.errors(got, want))
+            ok = error < TOLERANCE[layout.dtype]
+            right &= ok
+            print(f"{'ok' if ok else 'WRONG':6}{layout_name}, {name}: {error:.1e} (< {TOLERANCE[layout.dtype]:.0e})")
     return right
 
 
@@ -85,7 +105,7 @@ def main() -> int:
         print(f"no GPU: JAX sees {jax.devices()}", file=sys.stderr)
         return 2
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}")
-    right = check_cases()
+    right = check_cases() & check_work_lists()
     right &= time_layers("decode, 64 sequences of 2048 tokens, 2 rows each", 64, 2, 2048, ("gpu", "xla"))
     right &= time_layers("prefill, 8 chunks of 512 up to 2048 tokens", 8, 512, 2048, ("gpu", "xla"))
     return not right

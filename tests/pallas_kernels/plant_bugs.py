@@ -125,23 +125,41 @@ gpu = functools.partial(
     tests=("tests/pallas_kernels/test_gpu_attention.py", "matches_numpy"),
 )
 GPU_ATTENTION = [
-    gpu("gpu: page id off by one", "mask=fetched, other=0)", "mask=fetched, other=0) + 1"),
+    gpu("gpu: page id off by one", "page_stride < end, other=0)", "page_stride < end, other=0) + 1"),
+    gpu("gpu: a block of the pages of the one before", "pages_of(block + 1)", "pages_of(block)"),
     gpu("gpu: no tail mask", "fetched[None] & (start + token[None] <= position[:, None])", "fetched[None]"),
     gpu("gpu: the newest token is not seen", "token[None] <= position[:, None]", "token[None] < position[:, None]"),
     gpu("gpu: an unmasked padding row", "<= position[:, None])", "<= jnp.maximum(position, start)[:, None])"),
     gpu("gpu: wrong scale", "(spec.scale * k_scale)", "spec.scale"),
-    gpu("gpu: swapped K and V scales", "for i in (0, 1)) if", "for i in (1, 0)) if"),
+    gpu("gpu: swapped K and V scales", "head, i] for i in (0, 1))", "head, i] for i in (1, 0))"),
     gpu("gpu: swapped K and V", "first + dims", "(h - first) + dims"),
     gpu("gpu: stale V is not zeroed", "0)[:, None] > 0, values, 0)", "0)[:, None] >= 0, values, 0)"),
     gpu("gpu: the maximum is not carried over", "old = jnp.exp2(m - high)", "old = jnp.ones_like(m)"),
     gpu("gpu: the last block is left out", "stored + (block_t - 1)", "stored"),
     gpu("gpu: the window is one too long", "position[:, None] - spec.window", "position[:, None] - spec.window - 1"),
     gpu("gpu: the shard's offset is forgotten", "* spec.page_stride + offset + cell", "* spec.page_stride + cell"),
-    gpu("gpu: the maximum stays in units of log 2", "m / LOG2E", "m"),
+    gpu("gpu: the log-sum-exp stays in units of log 2", "(m + jnp.log2(total)) / LOG2E", "(m + jnp.log2(total))"),
+    gpu("gpu: a row in one run is merged", "pl.when(count != 1)", "pl.when(count != 0)"),
+    gpu("gpu: a padding row is left as it is", "pl.when(count != 1)", "pl.when(count > 1)"),
+    gpu("gpu: parts merged with equal weights", "jnp.exp(lse - highest[None])", "1.0"),
+    gpu("gpu: sums of earlier parts not rescaled", "old = jnp.exp(high - highest)", "old = jnp.ones_like(high)"),
+    gpu("gpu: the last parts are left out", "lax.div(count + (block - 1), block)", "lax.div(count, block)"),
+    gpu(
+        "gpu: a tile's results in the items' places",
+        "put(partial, first_place + run",
+        "put(partial, run",
+        tests=(OP, f"{ITEMS_AND_TILES} and gpu"),
+    ),
 ]
 
 xla = functools.partial(Bug, file="pallas_kernels/paged_attention/xla.py", tests=(OP, "xla"))
 XLA_ATTENTION = [
+    xla(
+        "xla: blocks without the maximum",
+        "jnp.exp(a.m - high), jnp.exp(b.m - high)",
+        "1.0 + 0 * a.m, 1.0 + 0 * b.m",
+    ),
+    xla("xla: the larger maximum is not kept", "new[..., None], high, a.l", "new[..., None], b.m, a.l"),
     xla("xla: a branch too small by one", "(amount > size)", "(amount > size + 1)"),
     xla("xla: a tile's last row is left out", ".sum(1).max()", ".sum(1).max() - 1"),
     xla(
@@ -168,21 +186,21 @@ merge = functools.partial(
     Bug, file="pallas_kernels/paged_attention/partial.py", tests=(OP, f"{ITEMS_AND_TILES} and xla")
 )
 WORK_AND_MERGE = [
+    work("work: the newest token is left out", "self.table.positions[end - 1] + 1", "self.table.positions[end - 1]"),
     work(
-        "work: the newest token is left out",
-        "int(seq.positions[at + len(rows) - 1]) + 1",
-        "int(seq.positions[at + len(rows) - 1])",
+        "work: a tile's end by its first row",
+        "np.maximum.at(highest, tile, self.work.positions[rows])",
+        "highest[tile[::-1]] = self.work.positions[rows][::-1]",
     ),
-    work("work: a tile's end by its first row", "self.work.positions[some].max()", "self.work.positions[some][0]"),
     work(
-        "work: a tile's last, partly full page is left out",
-        "pages[: -(-length // self.page_size)]",
-        "pages[: length // self.page_size]",
+        "work: a run's last, partly full page is left out",
+        "pages = _ceil_div(length, self.page_size)",
+        "pages = length // self.page_size",
     ),
-    work("work: an item starts a page late", "page * self.page_size\n", "(page + 1) * self.page_size\n"),
-    work("work: the group's last page is read again", "done[m] = end", "done[m] = end - 1"),
-    work("work: a group on one page too many", "split + int(differs[0])", "split + int(differs[0]) + 1"),
-    work("work: a group within one that found no room", " or any(done[m] != start for m in members)", ""),
+    work("work: a run starts a page late", "= start * self.page_size,", "= (start + 1) * self.page_size,"),
+    work("work: the group's last page is read again", "done[members] = end", "done[members] = end - 1"),
+    work("work: a group on one page too many", "split + int(differs.argmax())", "split + int(differs.argmax()) + 1"),
+    work("work: a group within one that found no room", " or (done[members] != start).any()", ""),
     work(
         "work: a tile's results in the items' places",
         "base = 0 if runs is self.work.items else",
@@ -191,16 +209,15 @@ WORK_AND_MERGE = [
     work(
         "work: the last result is not merged", "build.counts.max(initial=0)", "max(build.counts.max(initial=0) - 1, 0)"
     ),
-    merge("merge: without the maximum", "jnp.exp(a.m - high), jnp.exp(b.m - high)", "1.0 + 0 * a.m, 1.0 + 0 * b.m"),
-    merge("merge: the larger maximum is not kept", "new[..., None], high, a.l", "new[..., None], b.m, a.l"),
-    merge("merge: a result that is none", "none = (index < 0)", "none = (index < -1)"),
+    merge("merge: with equal weights", "jnp.exp(lse - high[:, None])", "1.0"),
+    merge("merge: a result that is none", "(work.parts < 0)", "(work.parts < -1)"),
     merge(
         "merge: a padding row is divided by zero",
-        "total = jnp.where(l > 0, l, 1.0)",
-        "total = l",
+        "safe = jnp.where(total == 0, 1.0, total)",
+        "safe = total",
         tests=(OP, "padding_rows and xla"),
     ),
-    merge("merge: the sum is not in the log-sum-exp", "m + jnp.log(total)", "m"),
+    merge("merge: the sum is not in the log-sum-exp", "high + jnp.log(safe)", "high"),
     merge(
         "merge: rows and query heads swapped",
         "reshape(x, k, rows, g, h).transpose(0, 2, 1, 3, 4)",

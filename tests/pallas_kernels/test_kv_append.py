@@ -98,6 +98,16 @@ def test_tokens_of_a_page_sharded(implementation):
         np.testing.assert_array_equal(bits(got), bits(whole[:, :, :, offset : offset + 8]))
 
 
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("writers", [1, 13])
+def test_only_writers_are_stored(implementation, writers):
+    """Rows after the last cell are readers; what the op is given for them goes nowhere."""
+    kv, (k, v, slots) = pool(DTYPES["bfloat16"]), inputs(CASES["any order"])
+    k[writers:] = v[writers:] = np.nan
+    want = check(implementation, kv, k, v, slots[:writers])
+    assert (bits(want) != bits(kv)).any((0, 2, 4)).sum() == writers
+
+
 @pytest.mark.parametrize("mode", TPU_MODES)
 @pytest.mark.parametrize("name", ["decode", "prefill", "two sequences in turn"])
 @pytest.mark.timeout(600, method="thread")  # a wait that no copy answers never returns

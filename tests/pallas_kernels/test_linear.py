@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from icarus_jax.aot.launches import layer_copies
 from pallas_kernels import linear as op
-from pallas_kernels.linear import Panels, pack, pack_transposed
+from pallas_kernels.linear import Panels, gpu, pack, pack_transposed
+from tests.pallas_kernels import aot_gpu
 
 LAYERS, LAYER = 3, 1
 SHAPES = [(576, 960), (1536, 576), (70, 16), (65, 1040), (1, 48), (2100, 32)]  # din, dout
-ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, 191, 192, 193, 400]  # its kernel takes 192 at once
+ROWS = [1, 2, 5, 6, 7, 8, 13, 24, 48, 191, 192, 193, 400]  # the CPU's kernel takes 192 at once
+ROWS_GPU = [1, 16, 37]  # the GPU's takes 16 of float32, 128 of bfloat16; interpreted, it is slow
 
 
 def make(rows, shape, dtype=np.float32):
@@ -38,14 +41,34 @@ def program(implementation: str):
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "gpu"])
 def test_matches_oracle(implementation, shape):
-    for rows in ROWS:
+    for rows in ROWS_GPU if implementation == "gpu" else ROWS:
         x, w, layer = make(rows, shape)
         want = op.linear(x, w, layer, implementation="reference")
         for weights in (w, packed(w)):
             got = program(implementation)(x, weights, layer)
             np.testing.assert_allclose(got, want, atol=2e-5, err_msg=f"{rows} rows, {type(weights).__name__}")
+
+
+@pytest.mark.parametrize("rows, shape", [(1, (1024, 192)), (70, (576, 960)), (200, (320, 260))], ids=str)
+def test_gpu_tiles_of_bfloat16(rows, shape):
+    """Inputs in several parts, and tiles of rows and columns that are not full."""
+    x, w, layer = make(rows, shape, jnp.bfloat16)
+    got = program("gpu")(x, w, layer)
+    assert got.dtype == jnp.bfloat16
+    want = op.linear(x, w, layer, implementation="reference")
+    np.testing.assert_allclose(np.float32(got), np.float32(want), rtol=1e-2, atol=1e-2)
+
+
+def test_gpu_parts_fill_the_chip():
+    """Programs of Llama-3.1-8B's products with 64 rows, and parts of SmolLM2's, whose inputs are few."""
+    assert [gpu._parts(dout // 128, din // 64) for din, dout in [(4096, 6144), (4096, 28672), (14336, 4096)]] == [
+        4,
+        1,
+        4,
+    ]
+    assert [gpu._parts(-(-dout // 128), din // 64) for din, dout in [(576, 960), (1536, 576)]] == [2, 6]
 
 
 def test_panels_hold_the_weights():
@@ -70,7 +93,7 @@ def test_oracle_matches_a_loop():
             assert got[row, i, j] == pytest.approx(want, rel=1e-5)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "gpu"])
 def test_a_row_does_not_depend_on_the_others(implementation):
     """NaN in one row stays there; on CPUs the kernel gives a row the same bits beside any others."""
     x, w, layer = make(200, (576, 96))
@@ -110,3 +133,20 @@ def test_wrong_calls_say_what_would_be_right():
         assert op.linear(x[:0], weights, layer, implementation="cpu").shape == (0, 32)
     with pytest.raises(ValueError, match="unknown implementation 'fast'; known: auto, reference"):
         op.linear(x, w, layer, implementation="fast")
+
+
+@pytest.mark.skipif(not aot_gpu.can_compile(), reason=aot_gpu.NEEDS)
+@pytest.mark.parametrize("rows", [1, 64, 128, 512])
+def test_gpu_reads_the_stack(rows):
+    """Under a scan over the layers: a stack of more than 2**31 numbers, and no copy of a layer."""
+    layers, shape = 32, (4096, 28672)
+
+    def step(x, w):
+        layer = lambda x, i: (x + op.linear(x, w, i, implementation="gpu")[:, :4096], None)  # noqa: E731
+        return jax.lax.scan(layer, x, jnp.arange(layers))[0]
+
+    array = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    compiled = aot_gpu.compile_h100(step, array((rows, 4096)), array((layers, *shape)))
+    assert aot_gpu.is_machine_code(compiled)
+    assert not layer_copies(compiled.as_text(), [(layers, *shape)])
+    assert compiled.memory_analysis().temp_size_in_bytes < 64 << 20

@@ -65,9 +65,9 @@ def check(implementation, args, mode=""):
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu", "gpu"])
 def test_matches_oracle(implementation, name, shape, dtype):
-    in_place = implementation == "tpu" or (implementation == "cpu" and dtype == "float32")
+    in_place = implementation in ("tpu", "gpu") or (implementation == "cpu" and dtype == "float32")
     unused = np.nan if in_place else 1e30  # XLA's multiplies by zero what it does not want
     check(implementation, make(name, shape, dtype, unused))
 
@@ -125,7 +125,7 @@ def test_xla_cost_follows_the_slots_in_use():
     assert flops(4, 2) == flops(64, 2) < 0.6 * flops(64, 4)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu"])
+@pytest.mark.parametrize("implementation", ["xla", "cpu", "tpu", "gpu"])
 def test_nothing_to_do(implementation):
     x, a, b, layer, slots, active = make("decode")
     none = op.lora(x, a, b, layer, slots, active[:0], implementation=implementation)

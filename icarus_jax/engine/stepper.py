@@ -1,0 +1,107 @@
+"""Steps: planned, launched and committed, one in flight while the next one is planned.
+
+plan    = scheduler.schedule()            # host only: which rows, which pages
+batch   = runner.prepare(plan)            # one int32 array, padded to a bucket
+samples = runner.launch(batch)            # forward and sampler, asynchronous; only the KV pages are donated
+rows    = runner.results(batch, samples)  # waits for the device
+outputs = scheduler.commit(plan, rows)
+
+The next step is launched before the results of this one are waited for. Tokens that this one samples are fed to it on
+the device. What the host learns of them, an end or a handoff, comes one step late and costs one row of the sequence.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from icarus_jax.engine.flight import Flight, WaitingClock
+from icarus_jax.engine.reuse_check import ReuseCheck
+from icarus_jax.engine.runner import Runner
+from icarus_jax.engine.stats import EngineStats
+from icarus_jax.scheduling.request import TokenOutput
+from icarus_jax.scheduling.scheduler import Scheduler
+
+
+class Stepper:
+    """Runs the steps of an engine. Not thread-safe."""
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        runner: Runner,
+        reuse: ReuseCheck,
+        stats: EngineStats,
+        deliver: Callable[[TokenOutput], None],
+    ):
+        """Starts without a step in flight.
+
+        Args:
+            scheduler: Plans the steps.
+            runner: Executes them.
+            reuse: Checks reused pages beside the requests.
+            stats: Is brought up to date after each step.
+            deliver: Gets each output.
+        """
+        self._scheduler, self._runner, self._reuse, self._stats = scheduler, runner, reuse, stats
+        self._deliver = deliver
+        self._overlaps = scheduler.config.async_scheduling
+        self._in_flight: Flight | None = None
+        self._clock = WaitingClock(stats)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether any sequence waits or runs, or a step is in flight."""
+        return self._scheduler.has_work or self._in_flight is not None
+
+    def give_up_flight(self) -> None:
+        """Forgets the step in flight, after one that failed."""
+        self._in_flight = None
+        self._clock.stop()
+
+    def step(self) -> None:
+        """Launches the next step, then commits the one before it; without async_scheduling, the same one."""
+        last = self._in_flight
+        try:
+            self._in_flight = self._launch()
+        except Exception:
+            if last is not None:
+                self._commit(last)  # the fault of a step is not that of the one before it
+            raise
+        if self._in_flight is None and last is None and not self._reuse.give_up():
+            raise AssertionError("the scheduler has sequences, and can run none of them")
+        if not self._overlaps:
+            last, self._in_flight = self._in_flight, None
+        if last is not None:
+            self._commit(last)
+
+    def _launch(self) -> Flight | None:
+        """Plans and launches a step. Returns None if there is nothing to run before the next commit."""
+        begin, last = time.perf_counter(), self._in_flight
+        plan = self._scheduler.schedule()
+        if not plan.work:
+            return None
+        self._reuse.after_schedule(plan)
+        for model in plan.loads:
+            self._runner.load_head(model.slot, model.factors)
+        self._stats.slot_loads += len(plan.loads)
+        self._runner.copy_pages(plan.copies)
+        batch = self._runner.prepare(plan)
+        if last is not None:
+            last.look()
+        flight = Flight(plan, batch, self._runner.launch(batch))
+        self._clock.launched(flight, last, begin)
+        return flight
+
+    def _commit(self, flight: Flight) -> None:
+        """Waits for the results of a step, and gives them to the sequences."""
+        rows = self._runner.results(flight.batch, flight.samples)
+        self._clock.committed(flight)
+        self._reuse.before_commit(flight.plan)
+        for output in self._scheduler.commit(flight.plan, rows):
+            self._deliver(output)
+        if self._in_flight is not None:
+            self._in_flight.look()
+        elif not self._scheduler.has_work:
+            self._clock.stop()
+        self._stats.update(self._scheduler)

@@ -1,0 +1,96 @@
+"""The product on NVIDIA GPUs: a Pallas Triton kernel.
+
+XLA copies a layer out of the stacked weights before it multiplies by them. With few rows it moves three times the
+bytes that the product has to read. This kernel reads a layer where it lies. One program computes a tile of rows and
+columns from all inputs or from a part of them, while the next blocks of them are on their way. XLA adds up the parts of
+a tile, within the fusion that uses the product.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import triton
+from jaxtyping import Float, Int
+
+from pallas_kernels.arrays import Array
+from pallas_kernels.interpret import interpret_params
+
+FEWEST_ROWS = 16  # the least that a matrix product on tensor cores takes
+MOST_ROWS = 128  # the most rows of a tile; in float32, without tensor cores: FEWEST_ROWS
+COLUMNS = 128  # columns of a tile
+INPUT_BYTES = 128  # of a row of x in one block
+SHARED_BYTES = 96 * 1024  # limit for the blocks under way: two programs then fit in the memory of a multiprocessor
+PROGRAMS = 128  # a step has at least so many programs if it can: an H100 has 132 multiprocessors
+FEWEST_BLOCKS = 4  # the fewest blocks of inputs of a part
+
+
+def _parts(tiles: int, blocks: int) -> int:
+    """Returns into how many parts the inputs are cut.
+
+    Args:
+        tiles: The number of tiles of the product.
+        blocks: The number of blocks of inputs.
+    """
+    wanted = pl.next_power_of_2(pl.cdiv(PROGRAMS, tiles))
+    return max(1, min(wanted, blocks // FEWEST_BLOCKS))
+
+
+def _kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any, *, block_m: int, block_k: int) -> None:
+    tile, column_tile, part = (pl.program_id(axis) for axis in range(3))
+    parts, rows, dout = out_ref.shape
+    din, layer, compute = x_ref.shape[1], layer_ref[0], jnp.promote_types(x_ref.dtype, w_ref.dtype)
+    row = (tile * block_m + jnp.arange(block_m))[:, None]
+    column = (column_tile * COLUMNS + jnp.arange(COLUMNS))[None]
+    blocks = pl.cdiv(din, block_k)
+
+    def add(block: Array, total: Array) -> Array:
+        at = block * block_k + jnp.arange(block_k)
+        x = triton.load(x_ref.at[row, at[None]], mask=(row < rows) & (at[None] < din), other=0.0)
+        w = triton.load(w_ref.at[layer, at[:, None], column], mask=(at[:, None] < din) & (column < dout), other=0.0)
+        precision = lax.Precision.HIGHEST if compute == jnp.float32 else lax.Precision.DEFAULT
+        return total + jnp.dot(
+            x.astype(compute), w.astype(compute), precision=precision, preferred_element_type=jnp.float32
+        )
+
+    first, end = lax.div(part * blocks, parts), lax.div((part + 1) * blocks, parts)
+    total = lax.fori_loop(first, end, add, jnp.zeros((block_m, COLUMNS), jnp.float32))
+    triton.store(out_ref.at[part, row, column], total.astype(out_ref.dtype), mask=(row < rows) & (column < dout))
+
+
+def linear(
+    x: Float[Array, "B din"],
+    w: Float[Array, "L din dout"],
+    layer: Int[Array, ""] | int,
+) -> Float[jax.Array, "B dout"]:
+    """Computes the public op (api.py) for weights [L, din, dout]."""
+    (rows, din), dout, compute = x.shape, w.shape[2], jnp.promote_types(x.dtype, w.dtype)
+    if not rows:
+        return jnp.zeros((0, dout), compute)
+    most = FEWEST_ROWS if compute == jnp.float32 else MOST_ROWS
+    block_m = min(max(pl.next_power_of_2(rows), FEWEST_ROWS), most)
+    block_k = INPUT_BYTES // compute.itemsize
+    tiles, column_tiles = pl.cdiv(rows, block_m), pl.cdiv(dout, COLUMNS)
+    parts = _parts(tiles * column_tiles, pl.cdiv(din, block_k))
+    out = pl.pallas_call(
+        functools.partial(_kernel, block_m=block_m, block_k=block_k),
+        grid=(tiles, column_tiles, parts),  # programs of the same columns are neighbours, and share the weights' blocks
+        out_shape=jax.ShapeDtypeStruct((parts, rows, dout), compute if parts == 1 else jnp.float32),
+        compiler_params=triton.CompilerParams(
+            num_warps=8 if block_m == MOST_ROWS else 4,
+            num_stages=SHARED_BYTES // ((block_m + COLUMNS) * INPUT_BYTES),
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=2 * rows * din * dout,
+            bytes_accessed=rows * din * x.dtype.itemsize + din * dout * w.dtype.itemsize + 4 * parts * rows * dout,
+            transcendentals=0,
+        ),
+        interpret=interpret_params("gpu"),
+        name="linear",
+    )(jnp.reshape(layer, 1).astype(jnp.int32), x, w)
+    return out[0] if parts == 1 else out.sum(0).astype(compute)

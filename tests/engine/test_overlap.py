@@ -1,0 +1,146 @@
+"""Steps one by one and overlapped give the same answers; a step in flight costs no more than a row of a sequence."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from icarus_jax.engine.engine import Engine
+from icarus_jax.scheduling.request import SessionHint
+from tests.engine.harness import Result, drain, make_engine, submit
+from tests.engine.test_agents import CONFIG, PROMPT, after, make, world  # noqa: F401 (a fixture)
+from tests.engine.test_recovery import files  # noqa: F401
+
+OTHER = np.random.default_rng(8).integers(0, 256, 17).tolist()
+REQUESTS: list[tuple[str | tuple[str, ...], list[int], dict]] = [
+    ("a", PROMPT, {"max_tokens": 24}),
+    ("trunk", OTHER, {"max_tokens": 1}),
+    (("a", "b", "x"), PROMPT, {"max_tokens": 6, "n": 2, "temperature": 0.9, "seed": 5, "top_p": 0.8, "top_k": 30}),
+    ("b", OTHER, {"max_tokens": 34, "repetition_penalty": 1.4, "frequency_penalty": 0.7, "presence_penalty": 0.3}),
+    ("b", PROMPT, {"max_tokens": 22, "logprobs": 3, "temperature": 1.0, "seed": 2, "min_p": 0.1}),
+    ("a", OTHER, {"max_tokens": 8, "prompt_logprobs": 1, "logprobs": 0}),
+    ("x", OTHER, {"max_tokens": 7, "logit_bias": {3: 60.0, 4: 60.0}, "frequency_penalty": 2.0}),
+    ("a", PROMPT, {"max_tokens": 10, "handoff": after(4, "b")}),
+    ("a", PROMPT, {"max_tokens": 9, "handoff": after(3, "x")}),
+    ("a", OTHER, {"max_tokens": 6, "reference_logprobs": True}),
+    ("trunk", PROMPT, {"max_tokens": 5, "reference_logprobs": True, "temperature": 0.5, "seed": 3}),
+    ("b", OTHER, {"max_tokens": 0, "prompt_logprobs": 0}),
+]
+
+
+def answers(engine: Engine) -> list[Result]:
+    results = []
+    for i, (model, prompt, params) in enumerate(REQUESTS):
+        results += submit(engine, model, prompt, **params)
+        if i % 3 == 2:  # arrivals between steps
+            engine.run_inbox()
+            engine.step()
+            engine.step()
+    drain(engine)
+    assert engine.scheduler.pool.num_used == 0 and engine.stats.step_failures == 0
+    return results
+
+
+def check_same(a: Result, b: Result) -> None:
+    assert (a.token_ids, a.models, a.finish_reason) == (b.token_ids, b.models, b.finish_reason)
+    for one, other in ((a.logprobs, b.logprobs), (a.prompt_logprobs or [], b.prompt_logprobs or [])):
+        assert [p and p.token_id for p in one] == [p and p.token_id for p in other]
+        np.testing.assert_allclose([p.logprob for p in one if p], [p.logprob for p in other if p], atol=1e-4)
+    np.testing.assert_allclose(a.reference, b.reference, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_pages": 24, "max_model_len": 80, "max_num_seqs": 5, "max_num_batched_tokens": 8}]
+)
+def test_the_answers_are_those_of_single_steps(world, changes):  # noqa: F811
+    """Penalties, log-probabilities, seeds, handoffs, fan-out, scoring; also with preemption and chunks."""
+    engines = [make(world, "abx", async_scheduling=overlap, **changes) for overlap in (True, False)]
+    overlapped, single = map(answers, engines)
+    assert len(overlapped) == len(single) > len(REQUESTS)
+    for a, b in zip(overlapped, single, strict=True):
+        check_same(a, b)
+    if changes:
+        assert all(engine.stats.preemptions for engine in engines)
+
+
+def launched(engine: Engine) -> list[list[int]]:
+    """Notes the rows of each sequence in every step."""
+    steps, prepare = [], engine.runner.prepare
+
+    def noting(plan):
+        steps.append([work.seq.seq_id for work in plan.work])
+        return prepare(plan)
+
+    engine.runner.prepare = noting
+    return steps
+
+
+def test_the_next_step_is_launched_before_the_results_of_this_one(world, monkeypatch):  # noqa: F811
+    engine = make(world, "a")
+    order, launch, results = [], engine.runner.launch, engine.runner.results
+    monkeypatch.setattr(engine.runner, "launch", lambda batch: order.append("launch") or launch(batch))
+    monkeypatch.setattr(engine.runner, "results", lambda *args: order.append("results") or results(*args))
+    submit(engine, "a", PROMPT, max_tokens=4)
+    drain(engine)
+    assert order == ["launch", *["launch", "results"] * 3, "results"]
+
+
+@pytest.mark.parametrize("ends", ["max_tokens", "end token", "abort", "max_model_len"])
+def test_an_end_costs_one_row_at_most(world, ends):  # noqa: F811
+    probe = make(world, "a", async_scheduling=False)
+    (want,) = submit(probe, "a", PROMPT, max_tokens=8)
+    drain(probe)
+    engine = make(world, "a", **({"max_model_len": len(PROMPT) + 5} if ends == "max_model_len" else {}))
+    steps = launched(engine)
+    stop = {"stop_token_ids": (want.token_ids[4],)} if ends == "end token" else {}
+    (result,) = submit(engine, "a", PROMPT, max_tokens=5 if ends == "max_tokens" else 8, **stop)
+    engine.run_inbox()
+    if ends == "abort":
+        while len(result.token_ids) < 5:
+            engine.step()
+        engine.abort([0])
+    drain(engine)
+    assert result.token_ids == want.token_ids[:5]
+    assert len(steps) == (5 if ends.startswith("max") else 6), "an end that is known beforehand costs no row"
+    assert engine.scheduler.pool.num_used == 0
+
+
+def test_the_row_of_a_sequence_that_has_ended_spoils_no_page(world):  # noqa: F811
+    """The session goes on from pages that a step in flight still wrote to."""
+    want = make(world, "ab", async_scheduling=False)
+    (first,) = submit(want, "a", PROMPT, max_tokens=8)
+    drain(want)
+    stop = first.token_ids[4]
+    for overlap in (True, False):
+        engine = make(world, "ab", async_scheduling=overlap)
+        (result,) = submit(engine, "a", PROMPT, max_tokens=8, stop_token_ids=(stop,), session=SessionHint("s", 60.0))
+        drain(engine)
+        (after_it,) = submit(engine, "b", [*PROMPT, *result.token_ids, 5, 6], max_tokens=5)
+        drain(engine)
+        (fresh,) = submit(make(world, "ab"), "b", [*PROMPT, *result.token_ids, 5, 6], max_tokens=5)
+        assert after_it.cached_tokens == len(PROMPT) + 4
+        assert engine.stats.step_failures == 0 and fresh.token_ids == []
+        alone = make(world, "ab", async_scheduling=False)
+        (same,) = submit(alone, "b", [*PROMPT, *result.token_ids, 5, 6], max_tokens=5)
+        drain(alone)
+        assert after_it.token_ids == same.token_ids
+
+
+def test_a_failing_launch_does_not_take_the_step_before_with_it(files, monkeypatch):  # noqa: F811
+    """A request whose last token is on its way gets it."""
+    engine = make_engine(files[0], {"a": (files[1], "shared")}, dataclasses.replace(CONFIG, async_scheduling=True))
+    (short,) = submit(engine, "a", PROMPT, max_tokens=1)
+    engine.run_inbox()
+    engine.step()
+    (long,) = submit(engine, "a", OTHER, max_tokens=4)
+    engine.run_inbox()
+
+    def broken(plan):
+        raise RuntimeError("planted")
+
+    monkeypatch.setattr(engine.runner, "prepare", broken)
+    with pytest.raises(RuntimeError, match="planted"):
+        engine.step()
+    assert short.finish_reason == "length" and len(short.token_ids) == 1 and long.finish_reason is None
