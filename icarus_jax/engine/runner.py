@@ -14,12 +14,13 @@ from flax import nnx
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket, BucketTable, make_buckets
 from icarus_jax.engine.page_tables import PageTables
+from icarus_jax.engine.plan_rows import PlanRows
 from icarus_jax.engine.programs import COPY_ROWS, Programs
 from icarus_jax.engine.recovery import is_whole, replace_lost
 from icarus_jax.engine.sample_batch import sampling_inputs
 from icarus_jax.engine.sample_inputs import packed_width, unpack
 from icarus_jax.engine.sampler import Samples
-from icarus_jax.engine.step_batch import PlanRows, StepBatch, empty_step, results_by_work, rows_in
+from icarus_jax.engine.step_batch import StepBatch, empty_step, results_by_work, rows_in
 from icarus_jax.models.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors, make_bank
 from icarus_jax.models.sharding import MeshLayout, Weight, make_mesh_layout
@@ -73,6 +74,7 @@ class Runner:
         self._bucket_table = BucketTable(self.buckets)
         self._page_tables = PageTables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
         self._last_tokens = self._programs.zeros(self._programs.last_tokens)  # of the last step's rows with logits
+        self._last_planned: PlanRows | None = None  # the rows of the last step
         self._last_rows: dict[SequenceState, int] = {}  # for each sequence that it sampled for, the row
 
     def num_active(self, bucket: Bucket) -> int:
@@ -91,7 +93,7 @@ class Runner:
             plan: A plan with work.
         """
         places, num_pages = self._page_tables.update([work.seq for work in plan.work])
-        planned = PlanRows(plan, self._page_tables.pages[places], num_pages)
+        planned = PlanRows(plan, self._page_tables.pages[places], num_pages, self._last_planned)
         num_logits, page_size = int(planned.logits.sum()), self.config.page_size
         bucket = self._bucket_table.find(planned.writers, planned.readers, num_logits, planned.table, page_size)
         num_active = self.num_active(bucket)
@@ -102,7 +104,7 @@ class Runner:
         sampling, variant = sampling_inputs(
             plan, bucket.logits, self.config.max_model_len, self.model.vocab_size, self._last_rows
         )
-        self._last_rows = planned.drawing_rows(plan)
+        self._last_rows, self._last_planned = planned.drawing_rows(plan), planned
         return StepBatch(bucket, step, sampling, variant, planned.logits.tolist())
 
     # ---- execute

@@ -65,6 +65,31 @@ def test_the_answers_are_those_of_single_steps(world, changes):  # noqa: F811
         assert all(engine.stats.preemptions for engine in engines)
 
 
+def test_what_is_copied_from_the_step_before_is_what_would_be_worked_out(world):  # noqa: F811
+    engine = make(world, "abx", num_pages=200, max_num_seqs=6)
+    runner, prepare, copied = engine.runner, engine.runner.prepare, []
+
+    def checked(plan):
+        last_rows = runner._last_rows
+        batch = prepare(plan)
+        planned = runner._last_planned
+        copied.append(planned.copied)
+        runner._last_rows, runner._last_planned = last_rows, None
+        anew = prepare(plan)
+        assert not runner._last_planned.copied
+        runner._last_planned = planned
+        assert anew.bucket == batch.bucket and (anew.counts, anew.variant) == (batch.counts, batch.variant)
+        np.testing.assert_array_equal(anew.step, batch.step)
+        np.testing.assert_array_equal(anew.sampling, batch.sampling)
+        return batch
+
+    runner.prepare = checked
+    answers(engine)
+    submit(engine, ("a", "b", "trunk", "x"), PROMPT, max_tokens=20)
+    drain(engine)
+    assert sum(copied) > 10 and not all(copied)
+
+
 def launched(engine: Engine) -> list[list[int]]:
     """Notes the rows of each sequence in every step."""
     steps, prepare = [], engine.runner.prepare
