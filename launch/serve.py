@@ -35,13 +35,15 @@ def main(config: ConfigDict) -> None:
     app = cli.build(config)
     from icarus_jax.server import access_log
     from icarus_jax.server import app as server
+    from icarus_jax.server.auth import host_names
 
     if config.server.access_log:
         access_log.write_to_stdout()
     origins = [origin for origin in config.server.cors_origins.split(",") if origin]
+    hosts = host_names(config.server.allowed_hosts, keys, config.server.allow_remote_without_keys)
     watcher = watching(app.loader, config.server.watch_heads)
     app.start()
-    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader, keys, limits, origins)
+    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader, keys, limits, origins, hosts)
     with watcher:
         server.run(api, app.engine, config.server.host, config.server.port, config.server.drain_seconds)
 

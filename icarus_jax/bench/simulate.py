@@ -213,8 +213,8 @@ def run(config: ConfigDict) -> dict[str, Any]:
     print("\n".join(compare.ratio_lines(found)))
     out = Path(config.out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    report = {"command": " ".join(sys.argv), "title": title, "ratios": found, "runs": [vars(r) for r in runs]}
-    out.with_suffix(".json").write_text(json.dumps(report, indent=1))
+    report = {"command": " ".join(sys.argv), "title": title, "ratios": found, "runs": [r.as_json() for r in runs]}
+    out.with_suffix(".json").write_text(json.dumps(report, indent=1, allow_nan=False))
     compare.plot(runs, out.with_suffix(".png"), title)
     print(f"written: {out}.json, {out}.png; {sum(r.summary['sessions'] for r in runs)} sessions simulated in "
           f"{time.monotonic() - begin:.0f} s")  # fmt: skip

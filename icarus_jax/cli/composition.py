@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from icarus_jax.cli.flags import hint
 from icarus_jax.cli.paths import home_path
-from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig
+from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.errors import UsageError, usage_errors
 
 if TYPE_CHECKING:
@@ -104,6 +104,7 @@ def build(config: ConfigDict) -> App:
                 heads[name] = HeadConfig(name, path, head.kv), own
             else:
                 heads[name] = peft.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
+    check_context(engine, trunk.config)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
     with usage_errors():
         made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
@@ -137,6 +138,27 @@ def engine_config(section: ConfigDict) -> EngineConfig:
             raise UsageError(f"config.engine.{key}: no such key{hint(key, known)}; the keys are {', '.join(known)}")
     with usage_errors("config.engine"):
         return EngineConfig(**section)
+
+
+def check_context(engine: EngineConfig, model: ModelConfig) -> None:
+    """Checks that the trunk was made for sequences as long as the engine's longest: beyond, its answers are noise.
+
+    Args:
+        engine: The engine's sizes.
+        model: The trunk's. Its max_position_embeddings counts as it stands: rope scaling of type llama3 is part of it
+            already, and linear scaling stretches it.
+
+    Raises:
+        UsageError: The engine's are longer.
+    """
+    scaling = model.rope_scaling
+    stretch = scaling.factor if scaling and scaling.kind == "linear" else 1.0
+    most = int(model.max_position_embeddings * stretch)
+    if engine.max_model_len > most:
+        raise UsageError(
+            f"config.engine.max_model_len is {engine.max_model_len}, and the trunk was made for at most {most} tokens "
+            f"(max_position_embeddings): set --config.engine.max_model_len={most} or less"
+        )
 
 
 def check_head(name: str, head: ConfigDict, trunk_name: str) -> None:

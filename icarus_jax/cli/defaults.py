@@ -37,6 +37,9 @@ def serving_config() -> ConfigDict:
     config.server.update(max_waiting_requests=1024, max_waiting_tokens=1_000_000)
     # cors_origins (ORIGIN,ORIGIN): web pages that may use the server. access_log: a line of JSON for each request.
     config.server.update(cors_origins="", access_log=True)
+    # allowed_hosts (NAME,NAME; *: any): the names under which clients may ask the server, besides localhost. '': any if
+    # there are keys or allow_remote_without_keys, else none.
+    config.server.update(allowed_hosts="")
     return config
 
 

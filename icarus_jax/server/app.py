@@ -20,7 +20,7 @@ from icarus_jax.engine.engine import Engine
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.server.access_log import AccessLog
 from icarus_jax.server.agent_fields import ReleaseRequest
-from icarus_jax.server.auth import ADMIN_PATHS, Auth, Keys, OriginCheck, admin_only
+from icarus_jax.server.auth import ADMIN_PATHS, Auth, HostCheck, Keys, OriginCheck, admin_only
 from icarus_jax.server.body import ApiError, parse, read_body
 from icarus_jax.server.delivery import event_stream, whole_response
 from icarus_jax.server.detokenizer import Vocabulary
@@ -194,6 +194,7 @@ def create_app(
     keys: Keys | None = None,
     limits: Limits | None = None,
     cors_origins: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
 ) -> FastAPI:
     """Makes the ASGI app that serves the HTTP API over an engine.
 
@@ -205,6 +206,7 @@ def create_app(
         keys: who may use the server; without keys everybody may do everything.
         limits: how much may wait for the engine; None: there are no limits.
         cors_origins: the web pages whose scripts may use the server, such as 'https://example.com'; '*': all.
+        hosts: the names under which the server may be asked, besides those of this machine; None: any name.
 
     Returns:
         The app. `app.state.drain` holds its Drain, which `run` needs to stop the server.
@@ -237,6 +239,8 @@ def create_app(
         app.add_middleware(Auth, keys=keys)
     else:
         app.add_middleware(OriginCheck, allowed=cors_origins)
+    if hosts is not None:
+        app.add_middleware(HostCheck, allowed=hosts)
     app.add_middleware(Gate, drain=app.state.drain)  # what is added later is called earlier
     if cors_origins:
         shown = ["X-Request-Id", "Retry-After"]

@@ -182,6 +182,21 @@ def check_host(host: str, keys: Keys, allow_remote_without_keys: bool) -> None:
         )
 
 
+def host_names(allowed: str, keys: Keys, allow_remote_without_keys: bool) -> list[str] | None:
+    """Returns the names under which a server may be asked, besides those of this machine; None: any name.
+
+    Args:
+        allowed: NAME,NAME; '*': any. '': only this machine's on a server that other machines may not use without keys,
+            else any.
+        keys: the server's keys.
+        allow_remote_without_keys: whether it may be reached from other machines without a key.
+    """
+    names = [name.strip().lower() for name in allowed.split(",") if name.strip()]
+    if "*" in names or (not names and (keys or allow_remote_without_keys)):
+        return None
+    return names
+
+
 def _is_loopback(host: str) -> bool:
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
@@ -234,9 +249,45 @@ class OriginCheck:
         await JSONResponse(error_body(403, message, code="origin_not_allowed"), 403)(scope, receive, send)
 
 
+class HostCheck:
+    """ASGI middleware that refuses requests to other names than this machine's and the allowed ones.
+
+    Without it a web page whose name is made to mean 127.0.0.1 (DNS rebinding) could read from a server without keys:
+    for the browser, page and server are then the same. Starlette's TrustedHostMiddleware says neither what is wrong
+    nor, in its older versions, knows [::1].
+    """
+
+    def __init__(self, app: ASGIApp, allowed: Iterable[str]):
+        """Wraps an app.
+
+        Args:
+            app: the ASGI app that answers the requests.
+            allowed: names without a port, in lower case.
+        """
+        self._app, self._allowed = app, frozenset(allowed)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, as an ASGI app.
+
+        Args:
+            scope: the connection; requests other than HTTP, and those that name no host, are passed on.
+            receive: gives the client's messages.
+            send: takes the messages to the client.
+        """
+        host = Headers(scope=scope).get("host") if scope["type"] == "http" else None
+        if host is None or _is_local(f"//{host}") or _name(f"//{host}") in self._allowed:
+            return await self._app(scope, receive, send)
+        message = "this server may not be asked under this name (header Host): add it to server.allowed_hosts"
+        await JSONResponse(error_body(403, message, code="host_not_allowed"), 403)(scope, receive, send)
+
+
 def _is_local(origin: str) -> bool:
+    return _is_loopback(_name(origin))
+
+
+def _name(url: str) -> str:
+    """Returns the host that a URL names, in lower case; '' if it names none."""
     try:
-        host = urlsplit(origin).hostname or ""
+        return urlsplit(url).hostname or ""
     except ValueError:
-        return False
-    return host == "localhost" or _is_loopback(host)
+        return ""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import functools
 import json
 import logging
-from collections.abc import AsyncIterator
-from typing import Any
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 from starlette.responses import JSONResponse
 
@@ -13,12 +15,35 @@ from icarus_jax.server.body import ApiError
 from icarus_jax.server.exchange import current
 from icarus_jax.server.generation import ClientGone, Generation
 from icarus_jax.server.responses import View, error_body, internal_error
-from icarus_jax.server.streams import Delta
+from icarus_jax.server.streams import Choice, Delta
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+LARGE = 500  # tokens; the JSON of more, with log-probabilities, takes longer than the event loop may be held up
 
-async def whole_response(generation: Generation, view: View) -> JSONResponse:
+
+class Answer(JSONResponse):
+    """An answer whose choices are written one by one, because Python's lock is held while JSON is written."""
+
+    def render(self, content: dict[str, Any]) -> bytes:
+        """Returns the JSON of an answer.
+
+        Args:
+            content: the answer; it has the key `choices`.
+        """
+        write, empty = super().render, b'"choices":[]'
+        choices = b",".join([write(choice) for choice in content["choices"]])
+        return write({**content, "choices": []}).replace(empty, b"%s%s]" % (empty[:-1], choices), 1)
+
+
+async def _write(make: Callable[[], T], deltas: Sequence[Delta]) -> T:
+    """Returns make(), which writes the deltas. It is called on a thread if they are large."""
+    size = sum(max(len(delta.token_ids), len(delta.scored or ()), len(delta.prompt_logprobs or ())) for delta in deltas)
+    return await asyncio.to_thread(make) if size > LARGE else make()
+
+
+async def whole_response(generation: Generation, view: View) -> Answer:
     """Waits until every choice has ended, and answers with all of them at once.
 
     Args:
@@ -37,7 +62,12 @@ async def whole_response(generation: Generation, view: View) -> JSONResponse:
     async for choice, delta in generation:
         deltas[choice.index].append(delta)
     generation.close()
-    return JSONResponse(view.whole([(choice, Delta.join(deltas[choice.index])) for choice in generation.choices]))
+    choices = generation.choices
+
+    def make() -> Answer:
+        return Answer(view.whole([(choice, Delta.join(deltas[choice.index])) for choice in choices]))
+
+    return await _write(make, [delta for gains in deltas.values() for delta in gains])
 
 
 async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]:
@@ -55,12 +85,15 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
     """
     options = view.request.stream_options
     with_usage = options is not None and options.include_usage
+
+    def event(choice: Choice, delta: Delta) -> str:
+        return _event(view.chunk(choice, delta) | ({"usage": None} if with_usage else {}))
+
     try:
         async for choice, delta in generation:
             if delta.is_empty and not view.request.return_token_ids:
                 continue
-            chunk = view.chunk(choice, delta)
-            yield _event(chunk | {"usage": None} if with_usage else chunk)
+            yield await _write(functools.partial(event, choice, delta), [delta])
         if with_usage:
             yield _event(view.usage_chunk(generation.choices))
     except ClientGone:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 import collections
+import functools
 import itertools
 import logging
 import re
@@ -16,9 +17,11 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from icarus_jax.scheduling.request import SamplingParams
+from icarus_jax.server.finder import Finder
 
 log = logging.getLogger(__name__)
 
+PREPARED = 32  # lists of texts whose finders are kept: more than threads that read requests
 SPACE_PIECE = "\u2581"  # SentencePiece's mark for a space
 _BYTE_PIECE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _PROBE = "Hello, world! caf\u00e9 \u65e5\u672c\u8a9e \U0001f642\n  x = 1"
@@ -58,6 +61,7 @@ class Vocabulary:
         self.byte_level = SPACE_PIECE not in pieces and "\u0120" in pieces
         self._alphabet = _byte_alphabet() if self.byte_level else {}
         self._bytes: dict[int, bytes] = {}
+        self._prepared = functools.lru_cache(PREPARED)(self._prepare)
         self._check()
 
     def _check(self) -> None:
@@ -107,6 +111,19 @@ class Vocabulary:
         names = (self.token_bytes(token_id).decode(errors="replace") for token_id in self.special_ids)
         return any(name and name in text for name in names)
 
+    def finders(self, texts: tuple[str, ...]) -> list[tuple[Finder, bool]]:
+        """Returns what looks for texts in a new stream, and of each text whether it holds a special token.
+
+        A request with many choices asks for the same texts again and again: their tables are made once.
+
+        Args:
+            texts: the texts, none of them empty.
+        """
+        return [(finder.afresh(), special) for finder, special in self._prepared(texts)]
+
+    def _prepare(self, texts: tuple[str, ...]) -> list[tuple[Finder, bool]]:
+        return [(Finder(text), self.holds_special(text)) for text in texts]
+
     def prompt_text(self, ids: Sequence[int], skip_special_tokens: bool = True) -> tuple[str, list[int]]:
         """Makes the text of a prompt that came as token ids. An unfinished character at its end is dropped.
 
@@ -126,49 +143,6 @@ class Vocabulary:
         if not self.byte_level and text.startswith(" "):  # SentencePiece puts a space before a prompt's first word
             text, offsets = text[1:], [max(0, offset - 1) for offset in offsets]
         return text, offsets
-
-
-class Finder:
-    """Finds one string in a stream of characters, with the algorithm of Knuth, Morris and Pratt.
-
-    It finds every occurrence. Set `matched` to 0 after one to find none that overlaps it.
-
-    Attributes:
-        text: the string to find.
-        matched: how many of its first characters the stream ends with so far.
-    """
-
-    def __init__(self, text: str):
-        """Prepares the search.
-
-        Args:
-            text: the string to find; it must not be empty.
-        """
-        self.text = text
-        self.matched = 0
-        self._border = [0]  # of each prefix of `text`: the length of its longest proper suffix that is a prefix too
-        for char in text[1:]:
-            self._border.append(self._next(char, self._border[-1]))
-
-    def _next(self, char: str, matched: int) -> int:
-        while matched and self.text[matched] != char:
-            matched = self._border[matched - 1]
-        return matched + (self.text[matched] == char)
-
-    def advance(self, char: str) -> bool:
-        """Takes the next character of the stream in.
-
-        Args:
-            char: the character.
-
-        Returns:
-            True if it completes the string.
-        """
-        self.matched = self._next(char, self.matched)
-        if self.matched < len(self.text):
-            return False
-        self.matched = self._border[-1]
-        return True
 
 
 class Detokenizer:
@@ -207,7 +181,7 @@ class Detokenizer:
         self._vocabulary = vocabulary
         self._params = params
         self._hidden = vocabulary.special_ids if skip_special_tokens else frozenset[int]()
-        self._stops = [(Finder(text), vocabulary.holds_special(text)) for text in params.stop]
+        self._stops = vocabulary.finders(params.stop)
         longest = max((len(stop.text) for stop, in_all in self._stops if in_all), default=0)
         self._shown = collections.deque[bool](maxlen=longest)  # of the last characters, hidden ones too: is it shown?
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.server.agent_fields import HandoffRule
-from icarus_jax.server.detokenizer import Detokenizer, Finder, Vocabulary
+from icarus_jax.server.detokenizer import Detokenizer, Vocabulary
 
 
 class Handoff:
@@ -20,7 +20,7 @@ class Handoff:
 
     def __init__(
         self,
-        rules: Iterable[HandoffRule],
+        rules: Sequence[HandoffRule],
         vocabulary: Vocabulary,
         skip_special_tokens: bool,
         prompt_ids: Sequence[int],
@@ -34,14 +34,10 @@ class Handoff:
             prompt_ids: the prompt's token ids; the prompt may end within a character.
         """
         self._text = Detokenizer(vocabulary, SamplingParams(), skip_special_tokens, prompt_ids)
-        self._of_token: dict[int, str] = {}
-        self._of_text: list[tuple[Finder, str]] = []
-        for rule in rules:
-            if isinstance(rule.on, str):
-                self._of_text.append((Finder(rule.on), rule.model))
-            else:
-                self._of_token[rule.on] = rule.model
-        self._of_text.sort(key=lambda pair: len(pair[0].text))
+        self._of_token = {rule.on: rule.model for rule in rules if isinstance(rule.on, int)}
+        of_text = {rule.on: rule.model for rule in rules if isinstance(rule.on, str)}
+        finders = sorted((finder for finder, _ in vocabulary.finders(tuple(of_text))), key=lambda f: len(f.text))
+        self._of_text = [(finder, of_text[finder.text]) for finder in finders]
 
     def __call__(self, token_id: int) -> str | None:
         """Takes a generated token in.

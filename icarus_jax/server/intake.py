@@ -16,7 +16,7 @@ from icarus_jax.server.handoff import Handoff
 from icarus_jax.server.prompts import Prompt, PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, Generate
 from icarus_jax.server.responses import ChatView, CompletionView
-from icarus_jax.server.streams import Choice
+from icarus_jax.server.streams import Choice, echo_of
 
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
 MAX_CHOICES = 1024  # of one request: prompts times models times n
@@ -112,13 +112,14 @@ class Intake:
         writers = [model for model in body.answering for _ in range(body.n)]
         generation.reserve(len(jobs) * len(writers), sum(len(prompt.ids) for prompt, _ in jobs))
         for prompt, params in jobs:
-            first = len(generation.choices)
-            choices = [self._choice(i, model, prompt, params, body) for i, model in enumerate(writers, first)]
+            vocabulary, skip, first = self._vocabulary, body.skip_special_tokens, len(generation.choices)
+            echoes = isinstance(body, CompletionRequest) and body.echo
+            echo = echo_of(prompt, params, vocabulary, skip) if echoes else None
+            choices = [
+                Choice(i, model, prompt, params, vocabulary, self._eos_ids, skip, echo)
+                for i, model in enumerate(writers, first)
+            ]
             generation.submit(self._request(prompt, params, body), choices)
-
-    def _choice(self, index: int, model: str, prompt: Prompt, params: SamplingParams, body: Generate) -> Choice:
-        echo = isinstance(body, CompletionRequest) and body.echo
-        return Choice(index, model, prompt, params, self._vocabulary, self._eos_ids, body.skip_special_tokens, echo)
 
     def _request(self, prompt: Prompt, params: SamplingParams, body: Generate) -> Request:
         handoff = functools.partial(Handoff, body.handoff, self._vocabulary, body.skip_special_tokens, prompt.ids)

@@ -225,9 +225,11 @@ class ChatView:
     def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
         """Returns one chunk of a streamed answer, and marks the choice as begun."""
         message = {"content": delta.text} if choice.begun else {"role": "assistant", "content": delta.text}
-        shown = self._choice(choice, delta) | {"delta": message}
+        chunk = self._chunk([self._choice(choice, delta) | {"delta": message}])
+        if self.request.return_token_ids and not choice.begun:
+            chunk["prompt_token_ids"] = choice.prompt.ids
         choice.begun = True
-        return self._chunk([shown])
+        return chunk
 
     def usage_chunk(self, choices: Sequence[Choice]) -> dict[str, Any]:
         """Returns the last chunk of a streamed answer, which holds the token counts of all choices."""

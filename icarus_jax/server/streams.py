@@ -46,6 +46,23 @@ def offsets_in(text: str, ids: Sequence[int], vocabulary: Vocabulary) -> list[in
     return starts
 
 
+Echo = tuple[str, list[int]]  # a prompt's text, and the offset at which each of its tokens starts; without scores none
+
+
+def echo_of(prompt: Prompt, params: SamplingParams, vocabulary: Vocabulary, skip_special_tokens: bool) -> Echo:
+    """Makes the text of a prompt with which each choice that echoes it begins.
+
+    Args:
+        prompt: the prompt.
+        params: says whether the prompt's tokens have log-probabilities.
+        vocabulary: gives the bytes of each token.
+        skip_special_tokens: whether special tokens are left out of the text.
+    """
+    if prompt.text is None:
+        return vocabulary.prompt_text(prompt.ids, skip_special_tokens)
+    return prompt.text, [] if params.logprobs is None else offsets_in(prompt.text, prompt.ids, vocabulary)
+
+
 @dataclasses.dataclass
 class Scored:
     """A token with its log-probability.
@@ -104,7 +121,8 @@ class Delta:
             whole.text += delta.text
             whole.token_ids += delta.token_ids
             if delta.scored is not None:
-                whole.scored = (whole.scored or []) + delta.scored
+                whole.scored = whole.scored or []
+                whole.scored += delta.scored
             whole.prompt_logprobs = whole.prompt_logprobs or delta.prompt_logprobs
             whole.finish_reason = delta.finish_reason
             whole.stop_reason = delta.stop_reason
@@ -140,7 +158,7 @@ class Choice:
         vocabulary: Vocabulary,
         eos_ids: frozenset[int],
         skip_special_tokens: bool,
-        echo: bool = False,
+        echo: Echo | None = None,
     ):
         """Begins a choice.
 
@@ -152,7 +170,7 @@ class Choice:
             vocabulary: gives the bytes of each token.
             eos_ids: the ids of the tokens that end a text.
             skip_special_tokens: whether special tokens are left out of the text.
-            echo: whether the text begins with the prompt.
+            echo: what the text begins with, if it repeats the prompt.
         """
         self.index = index
         self.model = model
@@ -166,14 +184,8 @@ class Choice:
         self._params = params
         self._eos_ids = eos_ids
         self._detokenizer = Detokenizer(vocabulary, params, skip_special_tokens, prompt.ids)
-        self._echo: tuple[str, list[int]] | None = None
-        if echo:
-            if prompt.text is None:
-                self._echo = vocabulary.prompt_text(prompt.ids, skip_special_tokens)
-            else:
-                scored = params.logprobs is not None
-                self._echo = (prompt.text, offsets_in(prompt.text, prompt.ids, vocabulary) if scored else [])
-        self._base = len(self._echo[0]) if self._echo else 0
+        self._echo = echo
+        self._base = len(echo[0]) if echo else 0
 
     @property
     def num_tokens(self) -> int:

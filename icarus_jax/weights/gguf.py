@@ -6,6 +6,7 @@ gguf-py/gguf/constants.py. gguf_file.py parses the file itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,7 +16,7 @@ from etils import epath
 
 from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
 from icarus_jax.weights.gguf_file import GgufFile, GgufTensor, read_gguf
-from icarus_jax.weights.reading import unchanged, whole
+from icarus_jax.weights.reading import PIECE, unchanged, whole
 from icarus_jax.weights.rope import base_frequencies, llama3_frequencies
 
 # Hugging Face's name -> llama.cpp's name, of the modules of a layer and of those outside of the layers.
@@ -89,7 +90,7 @@ class GgufTrunk:
         *rows, columns = index  # the last axis is stored in blocks: read those that hold the wanted columns
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
         first, last = columns.start // block, -(-columns.stop // block)
-        data = np.ascontiguousarray(tensor.data[(*rows, slice(first * block_bytes, last * block_bytes))])
+        data = tensor.read((*rows, slice(first * block_bytes, last * block_bytes)))
         try:
             values = gguf.quants.dequantize(data, tensor.kind)
         except NotImplementedError:
@@ -100,9 +101,14 @@ class GgufTrunk:
         return values
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
-        """Yields the stored bytes of a tensor: one piece, which is memory-mapped and so need not fit in memory."""
-        with unchanged(self._file.path, self._file.stamp):
-            yield self._stored[name].data
+        """Yields the stored bytes of a tensor in pieces along its first axis, of about PIECE bytes each."""
+        tensor = self._stored[name]
+        rows, *rest = tensor.stored
+        step = max(1, PIECE // math.prod(rest))
+        for first in range(0, rows, step):
+            with unchanged(self._file.path, self._file.stamp), whole(self._file.path, f"cannot be read: {name}"):
+                piece = tensor.read((slice(first, min(first + step, rows)), *(slice(0, n) for n in rest)))
+            yield piece
 
 
 def _hf_name(name: str) -> str:
@@ -188,7 +194,7 @@ def _rope_scaling(file: GgufFile, arch: str, theta: float, head_dim: int) -> Rop
         return None
     # llama.cpp stores no parameters of Llama 3.1's scaling, only what it divides each frequency by. The largest divisor
     # is the factor. The other parameters must be the published ones (RopeScaling's defaults).
-    divisors = gguf.quants.dequantize(tensor.data, tensor.kind)
+    divisors = gguf.quants.dequantize(tensor.read(), tensor.kind)
     scaling = RopeScaling("llama3", float(divisors.max()))
     freq = base_frequencies(theta, head_dim)
     if not np.allclose(divisors, freq / llama3_frequencies(freq, scaling), rtol=1e-4):

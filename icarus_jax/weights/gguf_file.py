@@ -9,19 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 import struct
 from collections.abc import Iterable
-from typing import Any, TypeVar
+from typing import Any, BinaryIO, TypeVar
 
 import gguf
 import numpy as np
 from etils import epath
 
-from icarus_jax.weights.reading import Stamp, stamp, unchanged, whole
+from icarus_jax.weights.reading import Stamp, read_array, stamp, unchanged, whole
 
 T = TypeVar("T")
 
 _SCALARS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}  # GGUF value type -> struct format
+_STRUCTS = {code: struct.Struct("<" + code) for code in ("4s", *_SCALARS.values())}
 _STRING, _ARRAY = 8, 9  # the other GGUF value types
 # More than any real file has of them; a larger number is a broken one, and is not waited for.
 _LONGEST_STRING, _LONGEST_ARRAY, _MOST_AXES = 1 << 26, 1 << 24, 4
@@ -34,12 +36,31 @@ class GgufTensor:
     Attributes:
         shape: The logical shape in NumPy's order: the reverse of the file's order.
         kind: The quantisation type.
-        data: uint8[*shape[:-1], bytes of a row], memory-mapped.
+        path: The file.
+        at: Where it begins, in bytes.
+        stored: (*shape[:-1], bytes of a row), its shape as bytes.
     """
 
     shape: tuple[int, ...]
     kind: gguf.GGMLQuantizationType
-    data: np.ndarray
+    path: str
+    at: int
+    stored: tuple[int, ...]
+
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """Reads stored bytes.
+
+        Args:
+            index: A slice of `stored` for each axis, with a start and a stop; (): all of it.
+
+        Returns:
+            uint8, of the shape that the index asks for.
+
+        Raises:
+            ValueError: The file ends before the tensor does.
+        """
+        index = index or tuple(slice(0, size) for size in self.stored)
+        return read_array(self.path, self.at, self.stored, np.dtype(np.uint8), index)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,23 +83,21 @@ class GgufFile:
 class _Cursor:
     """Reads little-endian values one after the other. Raises struct.error or ValueError at the end of the data."""
 
-    def __init__(self, data: np.memmap):
-        self.buffer = data.data
-        self.at = 0  # bytes read so far
+    def __init__(self, file: BinaryIO):
+        self._file = file
 
     def take(self, code: str) -> Any:
         """Reads one value of a struct format."""
-        (value,) = struct.unpack_from("<" + code, self.buffer, self.at)
-        self.at += struct.calcsize("<" + code)
+        kind = _STRUCTS[code]
+        (value,) = kind.unpack(self._file.read(kind.size))
         return value
 
     def string(self) -> str:
         """Reads a string: its length as uint64, then its bytes in UTF-8."""
         size = self.take("Q")
-        start, self.at = self.at, self.at + size
-        if size > _LONGEST_STRING or self.at > len(self.buffer):
+        if size > _LONGEST_STRING or len(raw := self._file.read(size)) < size:
             raise ValueError("a string runs past the end")
-        return str(self.buffer[start : self.at], "utf-8", "replace")
+        return str(raw, "utf-8", "replace")
 
     def value(self, kind: int) -> Any:
         """Reads a metadata value of a GGUF value type."""
@@ -93,7 +112,7 @@ class _Cursor:
 
 
 def read_gguf(path: epath.PathLike) -> GgufFile:
-    """Parses the header of a GGUF file. The tensors are memory-mapped and not read yet.
+    """Parses the header of a GGUF file. The tensors are not read yet.
 
     Args:
         path: A local GGUF file of version 2 or 3.
@@ -105,10 +124,10 @@ def read_gguf(path: epath.PathLike) -> GgufFile:
         ValueError: The file cannot be read, is not a GGUF file, is cut off, or has another version.
     """
     path = str(path)
-    with unchanged(path), whole(path, "is not a whole GGUF file: was its download cut off?"):
+    broken = "is not a whole GGUF file: was its download cut off?"
+    with unchanged(path), whole(path, broken), open(path, "rb") as file:
         opened = stamp(path)
-        data = np.memmap(path, np.uint8, "r")
-        cursor = _Cursor(data)
+        cursor = _Cursor(file)
         if cursor.take("4s") != b"GGUF":
             raise ValueError(f"{path} is no GGUF file: it does not begin with the letters GGUF")
         if (version := cursor.take("I")) not in (2, 3):
@@ -119,7 +138,7 @@ def read_gguf(path: epath.PathLike) -> GgufFile:
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         if type(alignment) is not int or alignment < 1 or alignment % 8:
             raise ValueError(f"{path}: general.alignment is {repr(alignment)[:80]}; it is a multiple of 8")
-        return GgufFile(path, metadata, _tensors(data, cursor.at, alignment, infos), opened)
+        return GgufFile(path, metadata, _tensors(file, alignment, infos), opened)
 
 
 def _once(pairs: Iterable[tuple[str, T]]) -> dict[str, T]:
@@ -148,16 +167,15 @@ def _tensor_info(cursor: _Cursor) -> tuple[str, _Info]:
     return name, _Info(shape, gguf.GGMLQuantizationType(cursor.take("I")), cursor.take("Q"))
 
 
-def _tensors(data: np.ndarray, header: int, alignment: int, infos: dict[str, _Info]) -> dict[str, GgufTensor]:
+def _tensors(file: BinaryIO, alignment: int, infos: dict[str, _Info]) -> dict[str, GgufTensor]:
     """Finds the tensors in the file. They lie one after the other, as llama.cpp demands too.
 
     Args:
-        data: The file.
-        header: The size of the header in bytes. The data begin at the next multiple of `alignment`.
+        file: The file, its header read. The data begin at the next multiple of `alignment`.
         alignment: Each tensor begins at a multiple of it.
         infos: What the header says of the tensors, in the order of the file.
     """
-    start, tensors = -(-header // alignment) * alignment, {}
+    start, end, tensors = -(-file.tell() // alignment) * alignment, os.fstat(file.fileno()).st_size, {}
     at = 0
     for name, info in infos.items():
         block, block_bytes = gguf.GGML_QUANT_SIZES[info.kind]
@@ -167,8 +185,8 @@ def _tensors(data: np.ndarray, header: int, alignment: int, infos: dict[str, _In
         size = math.prod(rows)
         if info.offset != at:
             raise ValueError(f"{name[:80]} lies at byte {info.offset} of the data, not at {at}")
-        if start + at + size > len(data):
+        if start + at + size > end:
             raise ValueError(f"{name[:80]} runs past the end")
-        tensors[name] = GgufTensor(info.shape, info.kind, data[start + at : start + at + size].reshape(rows))
+        tensors[name] = GgufTensor(info.shape, info.kind, file.name, start + at, rows)
         at += -(-size // alignment) * alignment
     return tensors

@@ -6,21 +6,32 @@ described at github.com/huggingface/safetensors.
 
 from __future__ import annotations
 
+import json
 import math
+import struct
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16, which safetensors returns)
+import ml_dtypes
 import numpy as np
 import safetensors
 from etils import epath
 
 from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
-from icarus_jax.weights.reading import read_json, stamp, unchanged, whole
+from icarus_jax.weights.reading import PIECE, read_array, read_json, stamp, unchanged, whole
 
 INDEX = "model.safetensors.index.json"
-PIECE = 1 << 23  # number of values that `HfTrunk.stored` reads at once
-FLOATS = ("float32", "float16", "bfloat16")  # the dtypes of weights that can be read
+# The dtypes of weights that can be read, under the names that safetensors files have for them.
+FLOATS = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
+
+
+class _Stored(NamedTuple):
+    """Where a tensor lies: its file, the bytes before it, its shape, and its dtype as the file names it."""
+
+    file: epath.Path
+    at: int
+    shape: tuple[int, ...]
+    dtype: str
 
 
 class HfTrunk:
@@ -41,14 +52,13 @@ class HfTrunk:
         self._folder = folder
         self.config = config_from_hf(read_json(folder / "config.json"), str(folder))
         self._stamps = {file: stamp(file) for file in self._shards()}
-        self._where: dict[str, tuple[epath.Path, Any]] = {}
+        self._where: dict[str, _Stored] = {}
         for file in self._stamps:
             with whole(file, "is not a whole safetensors file: was its download cut off?"):
-                opened = safetensors.safe_open(file, "np")
-                for name in opened.keys():  # noqa: SIM118 (it is no dict)
+                for name, stored in _tensors(file).items():
                     if name in self._where:
                         raise ValueError(f"{file}: {name} lies in two of the files of weights")
-                    self._where[name] = file, opened
+                    self._where[name] = stored
         self.names = frozenset(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
 
     def _shards(self) -> list[epath.Path]:
@@ -67,8 +77,7 @@ class HfTrunk:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor: [out, in], or [out] of a vector."""
-        _, opened = self._where[name]
-        return tuple(opened.get_slice(name).get_shape())
+        return self._where[name].shape
 
     def read(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
         """Reads a part of a tensor.
@@ -83,19 +92,31 @@ class HfTrunk:
         Raises:
             ValueError: The tensor has another dtype, or the file has changed since it was opened.
         """
-        file, opened = self._where[name]
+        file, at, shape, kind = self._where[name]
+        if kind not in FLOATS:
+            raise ValueError(f"{self._folder}: {name} is {kind}; weights are {', '.join(FLOATS)}")
         with unchanged(file, self._stamps[file]), whole(file, f"cannot be read: {name}"):
-            values = opened.get_slice(name)[index]
-        if values.dtype.name not in FLOATS:
-            raise ValueError(f"{self._folder}: {name} is {values.dtype}; weights are {', '.join(FLOATS)}")
-        return values
+            return read_array(file, at, shape, FLOATS[kind], index)
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
-        """Yields a tensor in pieces along its first axis, of about PIECE values each, in the stored dtype."""
+        """Yields a tensor in pieces along its first axis, of about PIECE bytes each, in the stored dtype."""
         rows, *rest = self.shape(name)
-        step = max(1, PIECE // math.prod(rest))
+        step = max(1, PIECE // (4 * math.prod(rest)))
         for first in range(0, rows, step):
             yield self.read(name, (slice(first, min(first + step, rows)), *(slice(0, n) for n in rest)))
+
+
+def _tensors(file: epath.Path) -> dict[str, _Stored]:
+    """Finds the tensors of a safetensors file. Its header is JSON, and names their places in what follows it."""
+    safetensors.safe_open(file, "np")  # checks the header: the tensors lie one after the other, up to the file's end
+    with file.open("rb") as opened:
+        (size,) = struct.unpack("<Q", opened.read(8))
+        header = json.loads(opened.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(file, 8 + size + info["data_offsets"][0], tuple(info["shape"]), info["dtype"])
+        for name, info in header.items()
+    }
 
 
 def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:

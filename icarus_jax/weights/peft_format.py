@@ -5,6 +5,7 @@ The format: huggingface.co/docs/peft/developer_guides/checkpoint; the settings a
 
 from __future__ import annotations
 
+import functools
 import math
 import pathlib
 import re
@@ -22,6 +23,14 @@ _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 # The names of the tensors that PEFT writes: of a causal language model, and of its decoder alone (AutoModel).
 # Another prefix is another part of a model, such as an image encoder with layers of the same names.
 _KEY = re.compile(r"base_model\.model\.(?:model\.)?layers\.([0-9]{1,6})\.(\w+\.(\w+))\.lora_([AB])\.weight")
+# What a pattern of rank_pattern or alpha_pattern is made of. Nothing that is repeated contains a choice: such patterns
+# can take for ever.
+_TOKEN = re.compile(
+    r"(?P<atom>[\w.-]|\\[.dw_-]|\[\^?(?:[\w.-]|\\[.dw_-])+\])(?P<repeat>[*+?]\??|\{\d{1,3}(?:,\d{0,3})?\})?"
+    r"|(?P<open>\((?:\?:)?)|(?P<bar>\|)|(?P<close>\)\??)|\^|\$"
+)
+_NAME_PARTS = 32  # in so many ways, about, a repeated character can match within a module's name
+MAX_WAYS = 1 << 17  # in which the patterns can match: at most about ten seconds for all modules of a large trunk
 MAX_RANK = 1 << 14  # no projection is as narrow as this
 MAX_ALPHA = 1e6
 # Settings with which an adapter is more than A and B, and what each one adds.
@@ -88,14 +97,19 @@ def check_config(config: dict[str, Any], folder: pathlib.Path) -> None:
         patterns = config.get(pattern_key) or {}
         if not isinstance(patterns, dict):
             raise ValueError(f"{where} {pattern_key}={_show(patterns)}; it is an object of patterns and numbers")
+        ways = 0
         for pattern, value in patterns.items():
             if not right(value):
                 raise ValueError(f"{where} {_show(value)} for {_show(pattern)} in {pattern_key}; it is {words}")
             try:
-                _compile(pattern)
-            except (re.error, RecursionError, OverflowError) as error:
+                ways += _ways(pattern)
+                if ways <= MAX_WAYS:
+                    _compile(pattern)
+            except (ValueError, re.error, RecursionError, OverflowError) as error:
                 reason = " ".join(str(error).split())
                 raise ValueError(f"{where} {_show(pattern)} in {pattern_key}, which is no pattern: {reason}") from None
+        if ways > MAX_WAYS:
+            raise ValueError(f"{where} patterns in {pattern_key} that would take too long to match")
 
 
 def _show(value: object) -> str:
@@ -111,9 +125,35 @@ def _is_alpha(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_ALPHA  # NaN: no
 
 
+@functools.lru_cache(4096)
 def _compile(pattern: str) -> re.Pattern[str]:
     """Compiles a pattern, which matches a module's whole name or its end after a dot, as PEFT's patterns do."""
     return re.compile(rf"(.*\.)?({pattern})$")
+
+
+def _ways(pattern: str) -> int:
+    """Returns in how many ways a pattern can match, at most; counts no further than beyond MAX_WAYS.
+
+    Raises ValueError for a pattern of another form.
+    """
+    at, ways, bars = 0, 1, [1]
+    while at < len(pattern) and ways <= MAX_WAYS:
+        token = _TOKEN.match(pattern, at)
+        if token is None:
+            raise ValueError(
+                f"{pattern[at : at + 20]!r} in it is not read; a pattern holds names, . \\d \\w [..] (a|b), and "
+                "* + ? {m,n} after a single character"
+            )
+        at = token.end()
+        if token["repeat"]:
+            ways *= 2 if token["repeat"] == "?" else _NAME_PARTS
+        elif token["open"]:
+            bars.append(1)
+        elif token["bar"]:
+            bars[-1] += 1
+        elif token["close"] and len(bars) > 1:
+            ways *= bars.pop() + len(token["close"]) - 1
+    return ways * math.prod(bars)
 
 
 def read_rank(config: dict[str, Any]) -> int:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 from etils import epath
 
 Stamp = tuple[tuple[str, int, int, int], ...]  # for each file: its name, inode, modification time in ns, and bytes
+PIECE = 1 << 23  # bytes that are read at once
 LONGEST = 300  # characters of a message that are kept of what another library said
 
 
@@ -111,3 +114,35 @@ def read_json(path: epath.PathLike) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ValueError(f"{path} is not a JSON object")
     return content
+
+
+def read_array(
+    path: epath.PathLike, at: int, shape: tuple[int, ...], dtype: np.dtype, index: tuple[slice, ...]
+) -> np.ndarray:
+    """Reads a part of an array from a file.
+
+    Nothing is memory-mapped: to read on in the mapping of a file that was cut off meanwhile would end the process.
+
+    Args:
+        path: The file.
+        at: Where the array begins, in bytes.
+        shape: The array's shape. It is stored row by row.
+        dtype: Its dtype.
+        index: A slice for each axis, with a start and a stop.
+
+    Returns:
+        The values, of the shape that the index asks for.
+
+    Raises:
+        ValueError: The file ends before the array does.
+    """
+    (rows, *rest), row = index, math.prod(shape[1:])
+    values = np.empty([part.stop - part.start for part in index], dtype)
+    step = max(1, PIECE // max(1, row * dtype.itemsize))
+    for first in range(rows.start, rows.stop, step):
+        stop = min(first + step, rows.stop)
+        piece = np.fromfile(path, dtype, (stop - first) * row, offset=at + first * row * dtype.itemsize)
+        if piece.size < (stop - first) * row:
+            raise ValueError(f"{path} ends in the middle of its tensors")
+        values[first - rows.start : stop - rows.start] = piece.reshape(stop - first, *shape[1:])[(slice(None), *rest)]
+    return values

@@ -118,6 +118,7 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
         "max_waiting_tokens": 1_000_000,
         "cors_origins": "",
         "access_log": True,
+        "allowed_hosts": "",
     }
     if arg:
         count, kv = int(arg[1]), "isolated" if "isolated" in arg else "shared"

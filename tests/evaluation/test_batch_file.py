@@ -346,7 +346,7 @@ def test_killed_at_random_points_no_line_is_lost_or_doubled(tmp_path):
     requests = [batch_request(f"r{i}", prompt=[i + 1]) for i in range(count)]
     requests[30] = batch_request("r30", prompt="half \ud83d")
     path = write(tmp_path / "in.jsonl", requests)
-    args = [sys.executable, "-m", "tests.evaluation.killed_batch", str(path), str(tmp_path), str(rounds)]
+    args = [sys.executable, "-m", "tests.evaluation.killed_batch", "double", str(path), str(tmp_path), str(rounds)]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "full.jsonl: File too large; " in done.stderr

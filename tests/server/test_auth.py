@@ -9,7 +9,7 @@ import openai
 import pytest
 
 from icarus_jax.errors import UsageError
-from icarus_jax.server.auth import ADMIN_PATHS, Keys, check_host
+from icarus_jax.server.auth import ADMIN_PATHS, Keys, check_host, host_names
 from icarus_jax.server.exchange import Caller
 from tests.server.served import GOOD, Served, check_error, serving
 
@@ -208,3 +208,39 @@ def test_pages_of_strangers_cannot_use_a_server_without_keys(origin, status):
         headers = {"Content-Type": "text/plain"} | ({"Origin": origin} if origin else {})
         answer = served.http.post("/v1/completions", content=json.dumps(GOOD), headers=headers)
         assert answer.status_code == status, answer.text
+
+
+@pytest.mark.parametrize(
+    "host, status",
+    [
+        ("localhost", 200),
+        ("LOCALHOST:8000", 200),
+        ("127.0.0.1:8000", 200),
+        ("[::1]:8000", 200),
+        ("[::1]", 200),
+        ("Our.Name:80", 200),
+        ("evil.example", 403),
+        ("evil.example:8000", 403),
+        ("localhost.evil.example", 403),
+        ("127.0.0.1.evil.example:8000", 403),
+        ("192.168.1.5:8000", 403),
+        ("[", 403),
+        ("", 403),
+    ],
+)
+def test_a_page_whose_name_means_this_machine_reads_nothing(host, status):
+    """DNS rebinding: for the browser such a page and the server are the same, and it sends no Origin with a GET."""
+    with serving(hosts=host_names("our.name", Keys(), False)) as served:
+        for path in ("/v1/models", "/metrics", "/health"):
+            answer = served.http.get(path, headers={"Host": host})
+            assert answer.status_code == status, (path, answer.text)
+        if status == 403:
+            error = check_error(served.http.get("/v1/models", headers={"Host": host}), 403, None, "host_not_allowed")
+            assert "server.allowed_hosts" in error["message"]
+
+
+def test_which_names_are_checked():
+    keys = Keys(["key"])
+    assert host_names("", Keys(), False) == []
+    assert host_names("", keys, False) is host_names("", Keys(), True) is host_names("a,*", Keys(), False) is None
+    assert host_names("A, b,", keys, False) == host_names("a,b", Keys(), True) == ["a", "b"]

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.served import LIMIT, TOKENIZER, Served, ids_of, serving
+from tests.server.served import CHAT, LIMIT, TOKENIZER, Served, ids_of, serving
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +77,18 @@ def test_chat_stream(served):
         assert "日本語 🙂" in whole.choices[i].message.content
         assert [c.delta.role for c in mine] == ["assistant"] + [None] * (len(mine) - 1)
         assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+def test_a_streams_first_chunk_brings_the_prompts_ids(served):
+    request = CHAT | {"max_tokens": 3, "n": 2, "return_token_ids": True}
+    whole = served.http.post("/v1/chat/completions", json=request).json()
+    answer = served.http.post("/v1/chat/completions", json=request | {"stream": True})
+    chunks = [json.loads(line.removeprefix("data: ")) for line in answer.text.split("\n\n")[:-2]]
+    for i in range(2):
+        told = [chunk.get("prompt_token_ids") for chunk in chunks if chunk["choices"][0]["index"] == i]
+        assert told == [whole["prompt_token_ids"], None, None]
+    del request["return_token_ids"]
+    assert "prompt_token_ids" not in served.http.post("/v1/chat/completions", json=request | {"stream": True}).text
 
 
 # Histories as OpenAI's client sends them back, and templates of every kind.

@@ -11,7 +11,7 @@ import pytest
 from icarus_jax.scheduling.request import SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.prompts import Prompt
-from icarus_jax.server.streams import Choice, Delta
+from icarus_jax.server.streams import Choice, Delta, echo_of
 from tests import doubles
 
 TOKENIZERS = {"byte_level": doubles.byte_level_tokenizer(), "byte_fallback": doubles.byte_fallback_tokenizer()}
@@ -47,7 +47,9 @@ class Case:
     def run(self) -> list[Delta]:
         """What a choice makes of it, output by output."""
         eos = frozenset(self.ids[-1:]) if self.ends == "eos" else frozenset()
-        choice = Choice(0, "m", self.prompt, self.params, VOCABULARIES[self.kind], eos, self.skip, self.echo)
+        vocabulary = VOCABULARIES[self.kind]
+        echo = echo_of(self.prompt, self.params, vocabulary, self.skip) if self.echo else None
+        choice = Choice(0, "m", self.prompt, self.params, vocabulary, eos, self.skip, echo)
         scores = [None, *(TokenLogprob(i, -1.0) for i in self.prompt.ids[1:])]
         deltas, done = [], 0
         while not choice.finish_reason:

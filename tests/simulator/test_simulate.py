@@ -163,6 +163,15 @@ def test_the_command(tmp_path, capsys):
     assert ratio == report["ratios"][0] and ratio["throughput_ratio"] > 1
 
 
+def test_sessions_that_start_at_once_are_reported_in_json(tmp_path):
+    def refuse(name: str):
+        raise AssertionError(f"{name} is not JSON")
+
+    simulate.run(small(("out", str(tmp_path / "x")), ("rates", "inf,2")))
+    report = json.loads((tmp_path / "x.json").read_text(), parse_constant=refuse)
+    assert [run["rate"] for run in report["runs"]] == ["inf", "inf", 2.0, 2.0]
+
+
 def test_replicas_share_the_sessions():
     one, four = small(), small(("mesh.data", 4))
     sessions = simulate.make_sessions(one)

@@ -6,11 +6,14 @@ import json
 import os
 import pathlib
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 
 import numpy as np
 import pytest
 
+from icarus_jax.models import full_heads
 from icarus_jax.weights import adapter_files, gguf_file, reading
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk, save_orbax
 from icarus_jax.weights.params import param_shapes
@@ -19,6 +22,7 @@ from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
 from tests.tiny import tiny_adapter, tiny_model, write_gguf
 from tests.weights.test_tokenizer import byte_level_gguf
 
+ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {"num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 24, "vocab_size": 264}
 SIZES |= {"num_attention_heads": 2, "num_key_value_heads": 1}
 
@@ -199,6 +203,34 @@ def test_a_trunk_that_changes_while_it_is_read(kind, name, made, tmp_path):
         assert str(folder) in str(error.value)
 
 
+CUT_IN_A_READ = """
+import contextlib, os, sys
+from icarus_jax.weights import gguf, huggingface
+from icarus_jax.weights.checkpoint import open_trunk
+trunk = open_trunk(sys.argv[1])
+for module in (gguf, huggingface):  # these look for changes before and after
+    module.unchanged = lambda *_: contextlib.nullcontext()
+os.truncate(sys.argv[2], 100)
+for read in (lambda: trunk.params["embed"][:, :], lambda: trunk.identity):
+    try:
+        read()
+    except ValueError as error:
+        print(error)
+"""
+
+
+@pytest.mark.parametrize("kind, name", [("folder", "model.safetensors"), ("gguf", "model.gguf")])
+def test_a_trunk_that_is_cut_off_in_the_middle_of_a_read(kind, name, made, tmp_path):
+    """A mapped file would end the process: SIGBUS."""
+    shutil.copytree(made / kind, tmp_path / kind)
+    file = tmp_path / kind / name
+    args = [sys.executable, "-c", CUT_IN_A_READ, str(file if kind == "gguf" else file.parent), str(file)]
+    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, (done.returncode, done.stderr)
+    lines = done.stdout.splitlines()
+    assert len(lines) == 2 and all(line.startswith(f"{file} ends in the middle") for line in lines), lines
+
+
 @pytest.mark.parametrize("kind", ["peft", "orbax_adapter"])
 def test_an_adapter_that_changes_while_it_is_read(kind, made, tmp_path, monkeypatch):
     shutil.copytree(made / kind, tmp_path / kind)
@@ -241,6 +273,26 @@ def test_gguf_names_are_whole_names(made, tmp_path):
     (tmp_path / "a.gguf").write_bytes(whole.replace(b"blk.0.attn_norm", b"xlk.0.attn_norm"))
     with pytest.raises(ValueError, match=r"attn_norm|input_layernorm"):
         open_trunk(str(tmp_path / "a.gguf"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b'\xff{"kv"',
+        b"[]",
+        b"{}",
+        b'{"kv":"shared"}',
+        b'{"kv":"shared","trunk":5}',
+        b'{"kv":["shared"],"trunk":"t"}',
+    ],
+)
+def test_a_broken_mark_of_a_full_head(content, made, tmp_path):
+    (tmp_path / full_heads.MARK).write_bytes(content)
+    with pytest.raises(ValueError, match=full_heads.MARK) as error:
+        full_heads.load_full_head(str(tmp_path), "shared", open_trunk(str(made / "folder")), "float32")
+    assert str(tmp_path) in str(error.value) and "\n" not in str(error.value)
 
 
 def test_whole_keeps_a_message_that_names_the_file():

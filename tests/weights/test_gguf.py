@@ -39,7 +39,7 @@ def test_quantised_gguf(tmp_path):
         name: (tensor.shape, tensor.kind) for name, tensor in mine.tensors.items()
     }
     for tensor in reader.tensors:
-        np.testing.assert_array_equal(np.asarray(tensor.data).view(np.uint8), mine.tensors[tensor.name].data)
+        np.testing.assert_array_equal(np.asarray(tensor.data).view(np.uint8), mine.tensors[tensor.name].read())
     fields = {key: field.contents() for key, field in reader.fields.items() if not key.startswith("GGUF.")}
     assert fields == mine.metadata
 
