@@ -211,7 +211,7 @@ def _kernel(
     run_state, row_state = states[:3], states[3:]  # acc, m and l of the run's rows, and of all rows of the share
     acc_ref, m_ref, l_ref = run_state
     share, step = pl.program_id(0), pl.program_id(1)
-    shares, steps = pl.num_programs(0), sum(kind.runs for kind in kinds)
+    steps = sum(kind.runs for kind in kinds)
     rows, _, group, head_dim = q_ref.shape
     _, _, kv_heads, page_size, width = buffer.shape
     value_lanes, stride = width - value_lane, spec.page_stride
@@ -263,7 +263,7 @@ def _kernel(
         """Starts the copies of the first block of the run after this one, which may be of another kind or share."""
         kind, last = kinds[index], kinds[index].begin + kinds[index].runs - 1
         other = (index + 1) % n
-        first_row = share * rows if other else (share + 1) * rows
+        first_row = share * rows if other else (share + 1) * rows  # after the last share there is no row
 
         @pl.when(step < last)
         def same_kind():
@@ -271,7 +271,7 @@ def _kernel(
             span = describe(kind, ref, ref.next_rows, step + 1 - kind.begin, share * rows)
             fetch(kind, ref.next_pages, span.first, span.end, half)
 
-        @pl.when((step == last) & ((share + 1 < shares) | bool(other)))
+        @pl.when(step == last)
         def other_kind():
             ref = of_kind[other]
             span = describe(kinds[other], ref, ref.next_rows, 0, first_row)
