@@ -49,19 +49,20 @@ def attention(kv_heads: int, group: int, head_dim: int, page_size: int, rows: in
     """
 
     def call() -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        from pallas_kernels.paged_attention import Runs
-        from pallas_kernels.paged_attention.api import ATTEND
-        from pallas_kernels.paged_attention.partial import AttentionSpec
+        from pallas_kernels.paged_attention import Runs, WorkList, paged_attention
 
         def attend(*args: Any) -> Any:
-            return ATTEND["tpu"](*args, spec)
+            return paged_attention(*args, scale=head_dim**-0.5, implementation="tpu")
 
         runs, pages = 8, 2048 // page_size
-        work = Runs(_int32(runs, rows), _int32(runs, rows), _int32(runs, pages), _int32(runs), _int32(runs), _int32())
-        q = _bfloat16(runs * rows, kv_heads, group, head_dim)
+
+        def some(x: int) -> Runs:
+            return Runs(_int32(x, rows), _int32(x, rows), _int32(x, pages), _int32(x), _int32(x), _int32())
+
+        work = WorkList(_int32(runs * rows), some(runs), some(0), _int32(runs * rows, 4), _int32())
+        q = _bfloat16(runs * rows, kv_heads * group, head_dim)
         pool = _bfloat16(4, 16 * pages, kv_heads, page_size, 2 * head_dim)
-        spec = AttentionSpec(head_dim**-0.5, None, None, page_size)
-        return attend, (q, pool, _int32(), work, None, _int32())
+        return attend, (q, pool, _int32(), work)
 
     from pallas_kernels.paged_attention.tpu import LANES, choose_tiling
 

@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.engine.build import make_runner
 from icarus_jax.engine.multihost import spread
 from icarus_jax.engine.reuse_check import ReuseCheck
-from icarus_jax.engine.runner import Runner, make_runner
+from icarus_jax.engine.runner import Runner
 from icarus_jax.engine.stats import EngineStats
 from icarus_jax.engine.step_thread import StepThread
 from icarus_jax.engine.stepper import Stepper

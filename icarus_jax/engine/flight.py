@@ -18,22 +18,22 @@ class Flight:
     Attributes:
         plan: Its plan.
         batch: Its arrays.
-        samples: What it samples, on the device.
-        launched: When the launch returned, in seconds of time.perf_counter().
+        samples: What it samples, on the device; None until its sampler is started.
+        launched: When the launch of its forward program returned, in seconds of time.perf_counter().
         waited: How long the device waited for it, at most: transfers and dispatch are counted as the host's time.
         seen_running: When it was last seen not to have ended.
     """
 
     plan: StepPlan
     batch: StepBatch
-    samples: Samples
+    samples: Samples | None = None
     launched: float = 0.0
     waited: float = 0.0
     seen_running: float = 0.0
 
     def look(self) -> bool:
         """Returns whether it still runs."""
-        if self.samples.tokens.is_ready():
+        if self.samples is not None and self.samples.tokens.is_ready():
             return False
         self.seen_running = time.perf_counter()
         return True

@@ -21,11 +21,10 @@ from typing import Any
 import numpy as np
 
 from icarus_jax.engine.buckets import Bucket
-from icarus_jax.engine.step_batch import StepBatch
 from pallas_kernels.paged_attention import WorkShape
 
 MAX_BYTES = 4 << 30  # of a message, and of the arrays in it; the largest message is a head's adapter
-CLASSES: dict[str, type] = {c.__name__: c for c in (StepBatch, Bucket, WorkShape)}
+CLASSES: dict[str, type] = {c.__name__: c for c in (Bucket, WorkShape)}
 INTEGERS = {f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)}
 DTYPES = {"bool", "float16", "bfloat16", "float32", "float64", *INTEGERS}
 LENGTH = struct.Struct("!I")

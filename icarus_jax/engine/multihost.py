@@ -34,7 +34,8 @@ from icarus_jax.engine.runner import Runner
 
 log = logging.getLogger(__name__)
 
-CALLS = ("warmup", "copy_pages", "compare_pages", "load_head", "launch")  # the Runner's methods that run programs
+# The methods of the Runner that run programs.
+CALLS = ("warmup", "copy_pages", "compare_pages", "load_head", "launch", "sample")
 INVITATION_BYTES = 256  # the size of the message with process 0's address
 JOIN_SECONDS, LOST_SECONDS = 300.0, 10.0
 FEW_BYTES = 4096  # the largest message to process 0: others only say that they are there

@@ -20,7 +20,7 @@ from jax.stages import Lowered
 
 from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket
-from icarus_jax.engine.sample_inputs import VARIANTS, packed_width, unpack
+from icarus_jax.engine.sample_inputs import VARIANTS, mask_shape, packed_width, unpack
 from icarus_jax.engine.sampler import Samples, sample
 from icarus_jax.engine.step_batch import empty_step, rows_in
 from icarus_jax.models.head_bank import Factors, HeadBank, load_slot
@@ -53,7 +53,7 @@ class Programs:
             dst is num_pages is padding.
         compare_pages: (kv_pages, a i32[COPY_ROWS], b i32[COPY_ROWS]) -> for each pair: whether the pages are equal,
             their largest difference, and the largest magnitude in a.
-        samplers: For each of VARIANTS: (logits, last_tokens, packed inputs) -> (Samples, last_tokens).
+        samplers: For each of VARIANTS: (logits, last_tokens, packed inputs, masks) -> (Samples, last_tokens).
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class Programs:
         self.samplers = {
             variant: jax.jit(
                 functools.partial(_sample, variant),
-                in_shardings=(self.logits, everywhere, everywhere),
+                in_shardings=(self.logits, everywhere, everywhere, everywhere),
                 out_shardings=everywhere,
             )
             for variant in VARIANTS
@@ -175,7 +175,9 @@ class Programs:
             logits = jax.ShapeDtypeStruct((size, self._vocab), jnp.float32, sharding=self.logits)
             for variant, sampler in self.samplers.items():
                 packed = np.zeros((size, packed_width(self._context, variant)), np.int32)
-                yield f"sample {size}, {variant}", functools.partial(sampler.lower, logits, self.last_tokens, packed)
+                masks = np.zeros(mask_shape(size, self._vocab, variant), np.int32)
+                lower = functools.partial(sampler.lower, logits, self.last_tokens, packed, masks)
+                yield f"sample {size}, {variant}", lower
         ids = np.zeros(COPY_ROWS, np.int32)
         yield "copy_pages", functools.partial(self.copy_pages.lower, self.kv_pages, ids, ids)
         yield "compare_pages", functools.partial(self.compare_pages.lower, self.kv_pages, ids, ids)
@@ -189,9 +191,11 @@ class Programs:
             yield "load_head", functools.partial(self.load_head.lower, bank, np.int32(1), factors)
 
 
-def _sample(variant: str, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array) -> tuple[Samples, jax.Array]:
+def _sample(
+    variant: str, logits: jax.Array, last_tokens: jax.Array, packed: jax.Array, masks: jax.Array
+) -> tuple[Samples, jax.Array]:
     """Samples, and returns the tokens in the shape of last_tokens too, for the next step."""
-    samples = sample(logits, unpack(packed, variant), last_tokens, variant=variant)
+    samples = sample(logits, unpack(packed, variant), last_tokens, masks, variant=variant)
     return samples, last_tokens.at[: len(samples.tokens)].set(samples.tokens)
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import jax
 import numpy as np
@@ -18,15 +19,15 @@ from icarus_jax.engine.plan_rows import PlanRows
 from icarus_jax.engine.programs import COPY_ROWS, Programs
 from icarus_jax.engine.recovery import is_whole, replace_lost
 from icarus_jax.engine.sample_batch import sampling_inputs
-from icarus_jax.engine.sample_inputs import packed_width, unpack
+from icarus_jax.engine.sample_inputs import mask_shape, packed_width, unpack
 from icarus_jax.engine.sampler import Samples
 from icarus_jax.engine.step_batch import StepBatch, empty_step, results_by_work, rows_in
-from icarus_jax.models.full_heads import FullHead, PairedTrunk, make_trunk
-from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors, make_bank
-from icarus_jax.models.sharding import MeshLayout, Weight, make_mesh_layout
-from icarus_jax.models.trunk import Trunk, place_weights
+from icarus_jax.models.full_heads import PairedTrunk
+from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors
+from icarus_jax.models.sharding import MeshLayout
+from icarus_jax.models.trunk import Trunk
 from icarus_jax.scheduling.plan import SampleRow, StepPlan
-from icarus_jax.scheduling.sequence import Sequence as SequenceState
+from icarus_jax.scheduling.sequence import Sequence
 from pallas_kernels.paged_attention.work import fill_work
 
 log = logging.getLogger(__name__)
@@ -74,8 +75,9 @@ class Runner:
         self._bucket_table = BucketTable(self.buckets)
         self._page_tables = PageTables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
         self._last_tokens = self._programs.zeros(self._programs.last_tokens)  # of the last step's rows with logits
+        self._logits: Any = None  # of the step launched last, until it is sampled
         self._last_planned: PlanRows | None = None  # the rows of the last step
-        self._last_rows: dict[SequenceState, int] = {}  # for each sequence that it sampled for, the row
+        self._last_rows: dict[Sequence, int] = {}  # for each sequence that it sampled for, the row
 
     def num_active(self, bucket: Bucket) -> int:
         """Returns how many adapter slots a step of this shape can use at most; `step_batch.rows_in` needs it."""
@@ -105,7 +107,7 @@ class Runner:
             plan, bucket.logits, self.config.max_model_len, self.model.vocab_size, self._last_rows
         )
         self._last_rows, self._last_planned = planned.drawing_rows(plan), planned
-        return StepBatch(bucket, step, sampling, variant, planned.logits.tolist())
+        return StepBatch(bucket, step, sampling, variant, planned.logits.tolist(), self._last_rows)
 
     # ---- execute
 
@@ -175,18 +177,30 @@ class Runner:
         if factors:
             self.weights = (self.weights[0], self._programs.load_head(self.weights[1], np.int32(slot), dict(factors)))
 
-    def launch(self, batch: StepBatch) -> Samples:
-        """Starts a step, after the ones that were started before it, and does not wait for its end.
+    def launch(self, bucket: Bucket, step: np.ndarray) -> None:
+        """Starts the forward program of a step, after the steps that were started before it, and does not wait.
 
         Args:
-            batch: What `prepare` made of the plan.
+            bucket: The shape of the step.
+            step: i32[n], what `prepare` made of the plan (`StepBatch.step`).
+        """
+        program = self._forward.get(bucket) or functools.partial(self._programs.forward, bucket)
+        self._logits, self.kv_pages = program(self.weights, self.kv_pages, self._last_tokens, step)
+
+    def sample(self, variant: str, sampling: np.ndarray, masks: np.ndarray) -> Samples:
+        """Starts the sampler for the step launched last, and does not wait.
+
+        Args:
+            variant: The sampler, one of sample_inputs.VARIANTS.
+            sampling: i32[S, width], its packed inputs.
+            masks: The tokens that each row may draw, a bit each (`sample_inputs.mask_shape`).
 
         Returns:
             What it samples, on the device. `results` waits for it.
         """
-        program = self._forward.get(batch.bucket) or functools.partial(self._programs.forward, batch.bucket)
-        logits, self.kv_pages = program(self.weights, self.kv_pages, self._last_tokens, batch.step)
-        samples, self._last_tokens = self._programs.samplers[batch.variant](logits, self._last_tokens, batch.sampling)
+        sampler = self._programs.samplers[variant]
+        samples, self._last_tokens = sampler(self._logits, self._last_tokens, sampling, masks)
+        self._logits = None
         for array in jax.tree.leaves(samples):
             array.copy_to_host_async()
         return samples
@@ -196,7 +210,7 @@ class Runner:
 
         Args:
             batch: The step.
-            samples: What `launch` returned for it.
+            samples: What `sample` returned for it.
 
         Returns:
             For each work of the plan its rows with logits, in order.
@@ -251,7 +265,8 @@ class Runner:
                 width = packed_width(self.config.max_model_len, variant)
                 inputs = np.zeros((size, width), np.int32)
                 unpack(inputs, variant).reset(self.model.vocab_size)
-                sampler(logits, self._last_tokens, inputs)
+                masks = np.full(mask_shape(size, self.model.vocab_size, variant), -1, np.int32)
+                sampler(logits, self._last_tokens, inputs, masks)
 
     def temporary_bytes(self) -> tuple[int, int]:
         """Returns the temporary bytes of the largest decode program, and the bytes of the KV pages.
@@ -263,36 +278,3 @@ class Runner:
         analysis = compiled.memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes, self.kv_pages.nbytes
-
-
-def make_runner(
-    config: EngineConfig,
-    model_config: ModelConfig,
-    params: Mapping[str, Weight],
-    heads: Sequence[tuple[HeadConfig, Factors | FullHead]],
-) -> tuple[Runner, list[tuple[HeadConfig, Factors]]]:
-    """Puts the trunk's weights on the mesh, and makes room for the heads' adapters beside them.
-
-    Args:
-        config: The engine's sizes.
-        model_config: The trunk's sizes and options.
-        params: The trunk's canonical parameters (weights/checkpoint.py).
-        heads: The heads that the engine starts with.
-
-    Returns:
-        The runner, and the heads whose adapters are still to be loaded. A fully fine-tuned head is loaded already and
-        comes with an empty adapter.
-
-    Raises:
-        ValueError: The mesh does not fit the devices, or a fully fine-tuned head is not the only head.
-    """
-    layout = make_mesh_layout(config, model_config.num_kv_heads)
-    place = functools.partial(place_weights, layout=layout, config=config)
-    trunk, adapters = make_trunk(model_config, params, heads, place)
-    adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
-    ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
-    num_heads = 0 if isinstance(trunk, PairedTrunk) else len(adapters)
-    bank = make_bank(model_config, config, num_heads, ranks, adapt_writers)
-    if bank is not None:
-        bank = layout.place_bank(bank)
-    return Runner(trunk, bank, config, adapt_writers, layout), adapters

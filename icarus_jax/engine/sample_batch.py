@@ -31,6 +31,7 @@ def choose_variant(plan: StepPlan) -> str:
         penalised=any(kind.penalised for kind in kinds)
         or (any(kind.min_tokens for kind in kinds) and any(map(_forbids_ends, plan.work))),
         logprobs=scores or any(kind.logprobs for kind in kinds),
+        masked=any(work.seq.grammar is not None and work.samples for work in plan.work),
     )
 
 

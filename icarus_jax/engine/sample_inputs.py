@@ -21,10 +21,12 @@ VARIANTS: dict[str, frozenset[str]] = {
     "filtered_logprobs": frozenset({"random", "filtered", "logprobs"}),
     "greedy_penalised": frozenset({"logprobs", "penalised"}),
     "penalised": frozenset({"random", "filtered", "logprobs", "penalised"}),
+    "greedy_masked": frozenset({"masked"}),
+    "masked": frozenset({"random", "filtered", "logprobs", "penalised", "masked"}),
 }
 
 
-def variant_for(*, random: bool, filtered: bool, penalised: bool, logprobs: bool) -> str:
+def variant_for(*, random: bool, filtered: bool, penalised: bool, logprobs: bool, masked: bool = False) -> str:
     """Chooses the program of a step.
 
     Args:
@@ -32,11 +34,18 @@ def variant_for(*, random: bool, filtered: bool, penalised: bool, logprobs: bool
         filtered: Whether any such row has a top_k, top_p or min_p.
         penalised: Whether any row has a penalty or a bias.
         logprobs: Whether log-probabilities are wanted.
+        masked: Whether any row may draw from some tokens only, as a grammar says.
 
     Returns:
         The name of the cheapest of VARIANTS that does all of it.
     """
-    asked = {"random": random, "filtered": filtered, "penalised": penalised, "logprobs": logprobs}
+    asked = {
+        "random": random,
+        "filtered": filtered,
+        "penalised": penalised,
+        "logprobs": logprobs,
+        "masked": masked,
+    }
     needs = {feature for feature, wanted in asked.items() if wanted}
     return next(name for name, does in VARIANTS.items() if needs <= does)
 
@@ -144,6 +153,17 @@ def packed_width(context: int, variant: str) -> int:
         variant: One of VARIANTS.
     """
     return sum(width or context for feature, _, _, width in COLUMNS.values() if feature in VARIANTS[variant])
+
+
+def mask_shape(rows: int, vocab: int, variant: str) -> tuple[int, int]:
+    """Returns the shape of the masks of a step: a bit for each token, or nothing if the variant takes none.
+
+    Args:
+        rows: S, the number of rows with logits.
+        vocab: V, the vocabulary size.
+        variant: One of VARIANTS.
+    """
+    return rows, -(-vocab // 32) if "masked" in VARIANTS[variant] else 0
 
 
 def unpack(packed: Any, variant: str) -> SampleInputs:

@@ -106,11 +106,19 @@ def _penalise(logits: jax.Array, x: SampleInputs) -> jax.Array:
     return logits - counts * x.frequency[:, None] - (counts > 0) * x.presence[:, None]
 
 
-def _scores(logits: jax.Array, x: SampleInputs, does: frozenset[str]) -> jax.Array:
+def _allowed(masks: jax.Array, vocab: int) -> jax.Array:
+    """Reads masks i32[S, ceil(V / 32)] as bool[S, V]."""
+    bits = masks[:, :, None] >> jnp.arange(32) & 1
+    return bits.reshape(len(masks), -1)[:, :vocab] == 1
+
+
+def _scores(logits: jax.Array, x: SampleInputs, masks: jax.Array | None, does: frozenset[str]) -> jax.Array:
     """Returns f32[S, V], in each row the largest for the token to be picked: a draw is a maximum (Gumbel's trick)."""
     if "penalised" in does:
         rows = jnp.arange(len(logits))[:, None]
         logits = _penalise(logits, x).at[rows, x.bias_ids].add(x.bias, mode="drop")
+    if "masked" in does:
+        logits = jnp.where(_allowed(masks, logits.shape[-1]), logits, -jnp.inf)
     if "random" not in does:
         return logits
 
@@ -141,19 +149,27 @@ def _first_largest(scores: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(here, jnp.arange(last + 1, dtype=jnp.int32), last), -1)
 
 
-def sample(logits: jax.Array, x: SampleInputs, last_tokens: jax.Array | None = None, *, variant: str) -> Samples:
+def sample(
+    logits: jax.Array,
+    x: SampleInputs,
+    last_tokens: jax.Array | None = None,
+    masks: jax.Array | None = None,
+    *,
+    variant: str,
+) -> Samples:
     """Picks a token for each row.
 
     Args:
         logits: f32[S, V].
         x: How to sample. 'greedy' needs nothing of it.
         last_tokens: i32[..], the tokens that the step before has sampled, by row; None: no row is fed one.
+        masks: i32[S, ceil(V / 32)], the tokens that may be picked, a bit each; only the masked variants take them.
         variant: One of VARIANTS. What it does not do is ignored.
     """
     does = VARIANTS[variant]
     if "penalised" in does and last_tokens is not None:
         x = _with_fed(x, last_tokens)
-    tokens = _first_largest(_scores(logits, x, does))
+    tokens = _first_largest(_scores(logits, x, masks, does))
     if "logprobs" not in does:
         return Samples(tokens)
     top = jnp.max(logits, -1, keepdims=True)

@@ -20,6 +20,7 @@ from icarus_jax.engine.sampler import Samples
 from icarus_jax.models.trunk import Rows
 from icarus_jax.scheduling.plan import SampleRow
 from icarus_jax.scheduling.request import TokenLogprob
+from icarus_jax.scheduling.sequence import Sequence
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Runs, empty_work
 
@@ -34,6 +35,7 @@ class StepBatch:
         sampling: i32[S, width], the packed inputs of the sampler; no columns for plain greedy sampling.
         variant: The sampler to use, one of sampler.VARIANTS.
         counts: How many rows with logits each work of the plan has, in the plan's order.
+        draws: For each sequence whose next token is sampled, the row with logits that does it.
     """
 
     bucket: Bucket
@@ -41,6 +43,7 @@ class StepBatch:
     sampling: np.ndarray
     variant: str
     counts: list[int]
+    draws: dict[Sequence, int]
 
 
 # ---- the one array

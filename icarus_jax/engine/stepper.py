@@ -2,12 +2,16 @@
 
 plan    = scheduler.schedule()            # host only: which rows, which pages
 batch   = runner.prepare(plan)            # one int32 array, padded to a bucket
-samples = runner.launch(batch)            # forward and sampler, asynchronous; only the KV pages are donated
+          runner.launch(batch)            # the forward program, asynchronous; only the KV pages are donated
+samples = runner.sample(batch, masks)     # the sampler, asynchronous
 rows    = runner.results(batch, samples)  # waits for the device
 outputs = scheduler.commit(plan, rows)
 
 The next step is launched before the results of this one are waited for. Tokens that this one samples are fed to it on
 the device. What the host learns of them, an end or a handoff, comes one step late and costs one row of the sequence.
+
+If an answer follows a grammar, its next mask depends on the token of the step before. That step is then committed
+between launch and sample: masks are made while the forward program runs.
 """
 
 from __future__ import annotations
@@ -15,10 +19,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
+import numpy as np
+
 from icarus_jax.engine.flight import Flight, WaitingClock
 from icarus_jax.engine.reuse_check import ReuseCheck
 from icarus_jax.engine.runner import Runner
+from icarus_jax.engine.sample_inputs import VARIANTS, mask_shape
 from icarus_jax.engine.stats import EngineStats
+from icarus_jax.grammar.compiler import fill_masks
 from icarus_jax.scheduling.request import TokenOutput
 from icarus_jax.scheduling.scheduler import Scheduler
 
@@ -63,15 +71,21 @@ class Stepper:
         """Launches the next step, then commits the one before it; without async_scheduling, the same one."""
         last = self._in_flight
         try:
-            self._in_flight = self._launch()
+            flight = self._launch()
         except Exception:
             if last is not None:
                 self._commit(last)  # the fault of a step is not that of the one before it
             raise
-        if self._in_flight is None and last is None and not self._reuse.give_up():
+        if flight is None and last is None and not self._reuse.give_up():
             raise AssertionError("the scheduler has sequences, and can run none of them")
+        self._in_flight = flight
+        if flight is not None:
+            if last is not None and "masked" in VARIANTS[flight.batch.variant]:
+                self._commit(last)
+                last = None
+            self._sample(flight)
         if not self._overlaps:
-            last, self._in_flight = self._in_flight, None
+            last, self._in_flight = flight, None
         if last is not None:
             self._commit(last)
 
@@ -89,12 +103,24 @@ class Stepper:
         batch = self._runner.prepare(plan)
         if last is not None:
             last.look()
-        flight = Flight(plan, batch, self._runner.launch(batch))
+        self._runner.launch(batch.bucket, batch.step)
+        flight = Flight(plan, batch)
         self._clock.launched(flight, last, begin)
         return flight
 
+    def _sample(self, flight: Flight) -> None:
+        """Starts the sampler, under the masks of the answers that follow a grammar."""
+        batch = flight.batch
+        rows, width = mask_shape(batch.bucket.logits, self._runner.model.vocab_size, batch.variant)
+        masks = np.full((rows, width), -1, np.int32)
+        if width:
+            grammars = [(batch.draws[w.seq], w.seq.grammar) for w in flight.plan.work if w.samples and w.counts]
+            fill_masks([(row, grammar) for row, grammar in grammars if grammar is not None], masks)
+        flight.samples = self._runner.sample(batch.variant, batch.sampling, masks)
+
     def _commit(self, flight: Flight) -> None:
         """Waits for the results of a step, and gives them to the sequences."""
+        assert flight.samples is not None
         rows = self._runner.results(flight.batch, flight.samples)
         self._clock.committed(flight)
         self._reuse.before_commit(flight.plan)

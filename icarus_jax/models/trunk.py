@@ -159,8 +159,10 @@ class Trunk(nnx.Module):
         """
         config = self.config
         num_writers = rows.kv_cells.shape[0]
-        # Rows that are split over devices are not cut in two. Adapters then run over writer rows too, and add zeros.
-        first = 0 if adapt_writers or layout.rows_are_split else num_writers
+        # Adapters run over writer rows too, and add zeros, where rows are split over devices and so cannot be cut in
+        # two, and on TPUs in decode steps: there cutting them costs more than the product.
+        together = layout.rows_are_split or (kernels == "tpu" and 2 * num_writers <= len(rows.slots))
+        first = 0 if adapt_writers or together else num_writers
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
         block_def, block_state = nnx.split(self.blocks)

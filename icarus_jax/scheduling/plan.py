@@ -14,7 +14,7 @@ from collections.abc import Sequence as Seq
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import TokenLogprob, TokenOutput
-from icarus_jax.scheduling.sequence import Sequence
+from icarus_jax.scheduling.sequence import Sequence, Status
 
 SCORE_ROWS = 128  # a step may have this many reader rows and rows with logits, or max_num_seqs if that is more
 
@@ -51,6 +51,11 @@ class Work:
     num_logits: int = 0
     samples: bool = False
     reference: bool = False
+
+    @property
+    def counts(self) -> bool:
+        """Whether its results count: the sequence has not ended, or begun anew, since the step was planned."""
+        return self.flight == self.seq.flight and self.seq.status is not Status.FINISHED
 
     @property
     def reads_reference(self) -> bool:

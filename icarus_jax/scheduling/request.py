@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from icarus_jax.errors import RequestError
+from icarus_jax.grammar.compiler import Grammar
 from icarus_jax.scheduling.registry import Model
 
 MAX_LOGPROBS = 20  # alternatives per token
@@ -195,6 +196,7 @@ class Request:
         n: The number of answers of each model.
         handoff: Is called once for each choice. What it returns is called on the engine's thread with each new token,
             and returns the name of the model that writes the next token, or None for no change.
+        grammar: What every answer has to follow; None for free text.
         reference_logprobs: Whether the trunk's log-probability of each generated token is wanted too.
         session: What the client says of the conversation.
         cache_salt: Only requests with the same salt share pages; '' is a salt too.
@@ -207,6 +209,7 @@ class Request:
     params: SamplingParams
     n: int = 1
     handoff: Handoff | None = None
+    grammar: Grammar | None = None
     reference_logprobs: bool = False
     session: SessionHint | None = None
     cache_salt: str = ""

@@ -224,7 +224,7 @@ class Scheduler:
         self._in_flight -= 1
         for work, results in zip(plan.work, rows, strict=True):
             seq = work.seq
-            if work.flight != seq.flight or seq.status is Status.FINISHED:
+            if not work.counts:
                 continue
             end = work.start + work.num_write
             if work.start < seq.prompt_len:
@@ -242,7 +242,7 @@ class Scheduler:
             return None
         self.stats.generated_tokens += len(output.token_ids)
         self._fair.charge(seq, len(output.token_ids))
-        output.finish_reason = seq.finish_reason()
+        output.finish_reason = seq.finish_reason() if seq.follows_grammar() else "error"
         if output.finish_reason:
             self._finish(seq)
         elif seq.handoff is not None:

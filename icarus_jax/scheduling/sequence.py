@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import enum
 import functools
+import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping
 
+from icarus_jax.grammar.compiler import GrammarError, Matcher
 from icarus_jax.scheduling.page_keys import Chain
 from icarus_jax.scheduling.registry import NEVER, Model
 from icarus_jax.scheduling.request import Request, SamplingParams, SessionHint, TokenLogprob
+
+log = logging.getLogger(__name__)
 
 
 class Status(enum.Enum):
@@ -34,6 +38,7 @@ class Sequence:
         prompt_len: Tokens of the prompt; by default all of `tokens`.
         eos_ids: The model's own end tokens.
         reference: Whether the trunk's log-probability of each output token is wanted too.
+        grammar: Follows the grammar of its answer; None if it has none. A handoff does not change it.
         handoff: Is told each new token, and returns the model that writes the next one, or None for no change.
         session: What the client said of the conversation that the request belongs to.
         cache_salt: The sequence shares pages only with those of the same salt.
@@ -66,6 +71,7 @@ class Sequence:
     prompt_len: int = 0
     eos_ids: frozenset[int] = frozenset()
     reference: bool = False
+    grammar: Matcher | None = None
     handoff: Callable[[int], Model | None] | None = None
     session: SessionHint | None = None
     cache_salt: str = ""
@@ -129,9 +135,22 @@ class Sequence:
         """Whether log-probabilities of prompt tokens are still missing. The row of token i - 1 scores token i."""
         return self.params.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
 
+    def follows_grammar(self) -> bool:
+        """Tells its grammar the last token. Returns False if the grammar cannot go on."""
+        if self.grammar is None or not self.num_output:
+            return True
+        try:
+            self.grammar.accept(self.tokens[-1])
+            return True
+        except GrammarError:
+            log.exception("sequence %d is ended", self.seq_id)
+            return False
+
     def finish_reason(self) -> str | None:
         """Returns why the sequence ends with its last token: 'stop', 'length', or None if it goes on."""
         if self.tokens[-1] in self.stops and self.num_output and self.num_output >= self.params.min_tokens:
+            return "stop"
+        if self.grammar is not None and self.grammar.ended:
             return "stop"
         return "length" if len(self.tokens) >= self.most else None
 
@@ -176,6 +195,7 @@ def make_sequences(
                 list(request.prompt_ids),
                 params,
                 seed=seed + i % request.n,
+                grammar=request.grammar.start() if request.grammar is not None else None,
                 eos_ids=eos_ids,
                 reference=request.reference_logprobs,
                 handoff=handoff,

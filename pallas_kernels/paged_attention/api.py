@@ -20,8 +20,8 @@ for _node in (Runs, WorkList):
 
 # Implementations that compute partial results: attend(q, kv_pages, layer, runs, kv_scales, page_offset, spec). They all
 # have the signature and contract of xla.attend.
-ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend, "tpu": tpu.attend}
-IMPLEMENTATIONS = ("reference", "cpu", "gpu", *ATTEND)  # the first three compute whole results
+ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend}
+IMPLEMENTATIONS = ("reference", "cpu", "gpu", "tpu", *ATTEND)  # the first four compute whole results
 
 
 def paged_attention(
@@ -102,6 +102,8 @@ def paged_attention(
         out = out.astype(q.dtype)
     elif name == "gpu":
         out, lse = gpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, spec)
+    elif name == "tpu":
+        out, lse = tpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, spec)
     else:
         q, kv_pages, layer, work, kv_scales = jax.tree.map(jnp.asarray, (q, kv_pages, layer, work, kv_scales))
         grouped = q.reshape(b, kv_pages.shape[2], -1, h)

@@ -15,7 +15,6 @@ Letters, besides those of docs/design.md: X runs, Q rows of a run, p pages of a 
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -30,8 +29,8 @@ from jaxtyping import Float, Int, Real
 
 from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
-from pallas_kernels.paged_attention.partial import NEG, AttentionSpec, Partial
-from pallas_kernels.paged_attention.work import Runs, WorkList
+from pallas_kernels.paged_attention.partial import NEG, AttentionSpec
+from pallas_kernels.paged_attention.work import WorkList
 
 LANES = 128
 SUBLANES = 8
@@ -482,27 +481,6 @@ def paged_attention(
     if value_scale is not None:
         out = (out * value_scale).astype(q.dtype)
     return out.reshape(b, n, h), lse.reshape(b, n)
-
-
-def attend(
-    q: Float[Array, "B K G H"],
-    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
-    layer: Int[Array, ""] | int,
-    runs: Runs,
-    kv_scales: Float[Array, "L K 2"] | None,
-    page_offset: Int[Array, ""] | int,
-    spec: AttentionSpec,
-) -> Partial:
-    """Computes partial results by run, as xla.attend does: each place of a run is a row of its own."""
-    (x, places), (_, kv_heads, group, h) = runs.rows.shape, q.shape
-    alone = q.at[runs.rows].get(mode="clip").reshape(x * places, kv_heads * group, h)
-    numbered = dataclasses.replace(runs, rows=jnp.arange(x * places, dtype=jnp.int32).reshape(x, places))
-    no_runs = dataclasses.replace(runs, rows=runs.rows[:0])
-    work = WorkList(runs.positions.reshape(-1), numbered, no_runs, runs.rows, runs.num)
-    out, lse = paged_attention(alone, kv_pages, layer, work, kv_scales, page_offset, spec)
-    out = out.reshape(x, places, kv_heads, group, h).transpose(0, 2, 1, 3, 4)
-    lse = lse.reshape(x, places, kv_heads, group).transpose(0, 2, 1, 3)
-    return Partial(out.reshape(x, kv_heads, -1, h), lse.reshape(x, kv_heads, -1))
 
 
 def _call(

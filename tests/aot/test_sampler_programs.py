@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from icarus_jax.aot.hlo_text import memory_traffic
-from icarus_jax.engine.sample_inputs import VARIANTS, packed_width, unpack
+from icarus_jax.engine.sample_inputs import VARIANTS, mask_shape, packed_width, unpack
 from icarus_jax.engine.sampler import sample
 from tests.pallas_kernels import aot_gpu
 
@@ -25,6 +25,8 @@ MOST = {
     "filtered_logprobs": (17.2, 2.2),
     "greedy_penalised": (32.5, 0),
     "penalised": (32.5, 2.2),
+    "greedy_masked": (4.2, 0),
+    "masked": (36.5, 2.2),
 }
 
 
@@ -33,7 +35,9 @@ MOST = {
 def test_reads_the_logits_few_times(variant):
     logits = jax.ShapeDtypeStruct((S, V), jnp.float32)
     packed = jax.ShapeDtypeStruct((S, packed_width(C, variant)), jnp.int32)
-    program = aot_gpu.compile_h100(lambda y, x: sample(y, unpack(x, variant), variant=variant), logits, packed)
+    masks = jax.ShapeDtypeStruct(mask_shape(S, V, variant), jnp.int32)
+    picked = lambda y, x, m: sample(y, unpack(x, variant), None, m, variant=variant)  # noqa: E731
+    program = aot_gpu.compile_h100(picked, logits, packed, masks)
     text = program.as_text()
     assert " conditional(" not in text
     assert " sort(" not in text  # XLA's is many times slower than all the rest

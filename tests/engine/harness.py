@@ -60,7 +60,7 @@ def submit(engine: Engine, model: str | tuple[str, ...], prompt: Iterable[int], 
         result.reference += output.reference_logprobs or []
         result.cached_tokens = output.cached_tokens
 
-    more = {k: params.pop(k) for k in ("handoff", "reference_logprobs", "session") if k in params}
+    more = {k: params.pop(k) for k in ("handoff", "reference_logprobs", "session", "grammar") if k in params}
     sampling = SamplingParams(**{"temperature": 0.0, **params})
     engine.submit(Request(models, tuple(prompt), sampling, n, **more), on_output)
     return results

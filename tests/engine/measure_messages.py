@@ -43,7 +43,7 @@ def step_batch(sequences: int, sampled: bool, kernels: str = "tpu") -> StepBatch
     if sampled:
         x = unpack(sampling, variant)
         x.temperature[:], x.seed[:], x.position[:] = 0.7, ints(sequences, 1 << 30), ints(sequences, length)
-    return StepBatch(bucket, step, sampling, variant, [1] * sequences)
+    return StepBatch(bucket, step, sampling, variant, [1] * sequences, {})
 
 
 def microseconds(call, seconds: float = 1.0) -> float:
@@ -70,7 +70,8 @@ def main(counts: list[int]) -> None:
     threading.Thread(target=answer, daemon=True).start()
     for count in counts:
         for sampled in (False, True):
-            call = ("launch", step_batch(count, sampled))
+            batch = step_batch(count, sampled)
+            call = ("launch", batch.bucket, batch.step)
             message = bytearray(encode(call))
 
             def there_and_back(body: bytes = bytes(message)) -> None:

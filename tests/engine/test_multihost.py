@@ -26,6 +26,7 @@ from tests.engine.measure_messages import step_batch
 ROOT = Path(__file__).resolve().parents[2]
 KEY = b"k" * 32
 LOST, MOST = 1.0, 1 << 20
+MASKS = np.zeros((4, 0), np.int32)
 
 
 def same(a, b) -> bool:
@@ -46,8 +47,8 @@ def same(a, b) -> bool:
 @pytest.mark.parametrize("sampled", [False, True])
 def test_a_step_is_the_same_on_the_other_side(sampled):
     batch = step_batch(4, sampled)
-    name, got = decode(bytearray(encode(("launch", batch))))
-    assert name == "launch" and same(batch, got)
+    for call in (("launch", batch.bucket, batch.step), ("sample", batch.variant, batch.sampling, MASKS)):
+        assert same(call, decode(bytearray(encode(call))))
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def launched(engine: Engine) -> list[list[int]]:
 def test_the_next_step_is_launched_before_the_results_of_this_one(world, monkeypatch):  # noqa: F811
     engine = make(world, "a")
     order, launch, results = [], engine.runner.launch, engine.runner.results
-    monkeypatch.setattr(engine.runner, "launch", lambda batch: order.append("launch") or launch(batch))
+    monkeypatch.setattr(engine.runner, "launch", lambda *args: order.append("launch") or launch(*args))
     monkeypatch.setattr(engine.runner, "results", lambda *args: order.append("results") or results(*args))
     submit(engine, "a", PROMPT, max_tokens=4)
     drain(engine)

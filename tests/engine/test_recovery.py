@@ -81,7 +81,7 @@ def fail_once(monkeypatch, owner, name: str, before=lambda: None) -> None:
     monkeypatch.setattr(owner, name, failing)
 
 
-@pytest.mark.parametrize("name", ["prepare", "launch", "results", "load_head", "copy_pages"])
+@pytest.mark.parametrize("name", ["prepare", "launch", "sample", "results", "load_head", "copy_pages"])
 def test_a_failing_step_costs_its_sequences(engine, wanted, monkeypatch, name):
     fail_once(monkeypatch, engine.runner, name)
     assert wait(ask(engine)) == "error"
@@ -131,12 +131,12 @@ def test_those_that_wait_are_not_ended(engine, monkeypatch):
     entered, go = threading.Event(), threading.Event()
     launch = engine.runner.launch
 
-    def first_fails(batch):
+    def first_fails(*args):
         if not entered.is_set():
             entered.set()
             go.wait(300)
             raise RuntimeError("planted")
-        return launch(batch)
+        return launch(*args)
 
     monkeypatch.setattr(engine.runner, "launch", first_fails)
     first = ask(engine, prompt=range(10, 20))
@@ -190,10 +190,10 @@ def test_a_step_that_does_not_end_is_a_failure(engine, monkeypatch):
     entered, go = threading.Event(), threading.Event()
     launch = engine.runner.launch
 
-    def hanging(batch):
+    def hanging(*args):
         entered.set()
         go.wait(600)
-        return launch(batch)
+        return launch(*args)
 
     monkeypatch.setattr(engine.runner, "launch", hanging)
     seen = ask(engine)

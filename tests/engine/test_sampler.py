@@ -13,7 +13,7 @@ import torch
 from transformers.generation import logits_process as hf
 
 from icarus_jax.engine import sampler
-from icarus_jax.engine.sample_inputs import VARIANTS, SampleInputs, packed_width, unpack, variant_for
+from icarus_jax.engine.sample_inputs import VARIANTS, SampleInputs, mask_shape, packed_width, unpack, variant_for
 from icarus_jax.engine.sampler import sample
 
 S, V, C = 5, 300, 24
@@ -28,8 +28,10 @@ def inputs(variant="penalised", shape=(S, C, V), **changes) -> SampleInputs:
     return x
 
 
-def tokens_of(logits, x: SampleInputs, variant="penalised") -> np.ndarray:
-    return np.asarray(run(logits, x, variant=variant).tokens)
+def tokens_of(logits, x: SampleInputs, variant="penalised", masks=None) -> np.ndarray:
+    if masks is None:
+        masks = np.full(mask_shape(len(logits), logits.shape[1], variant), -1, np.int32)
+    return np.asarray(run(logits, x, None, masks, variant=variant).tokens)
 
 
 def kept(**changes) -> np.ndarray:
@@ -209,10 +211,10 @@ def test_rows_keep_what_a_sort_keeps():
 
 # ---- variants and packed inputs
 
-FEATURES = ("random", "filtered", "penalised", "logprobs")
+FEATURES = ("random", "filtered", "penalised", "logprobs", "masked")
 
 
-@pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=4)), ids=str)
+@pytest.mark.parametrize("asked", list(itertools.product([False, True], repeat=5)), ids=str)
 def test_a_variant_does_what_is_asked_for(asked):
     needs = {name for name, wanted in zip(FEATURES, asked, strict=True) if wanted}
     name = variant_for(**dict(zip(FEATURES, asked, strict=True)))
@@ -226,7 +228,30 @@ def test_variants_agree():
         x = inputs(variant, **(some if "random" in does else {}))
         everything = inputs(**(some if "random" in does else {}))
         np.testing.assert_array_equal(tokens_of(LOGITS, x, variant), tokens_of(LOGITS, everything))
-        assert (run(LOGITS, x, variant=variant).logprob is not None) == ("logprobs" in does)
+        masks = np.full(mask_shape(S, V, variant), -1, np.int32)
+        assert (run(LOGITS, x, None, masks, variant=variant).logprob is not None) == ("logprobs" in does)
+
+
+@pytest.mark.parametrize("vocab", [V, 320, 321])
+def test_a_mask_leaves_what_it_allows(vocab):
+    rng = np.random.default_rng(2)
+    logits = rng.standard_normal((S, vocab)).astype(np.float32)
+    allowed = rng.random((S, vocab)) < 0.05
+    allowed[0], allowed[1] = True, np.arange(vocab) == vocab - 1
+    bits = np.packbits(np.pad(allowed, ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little")
+    masks = bits.view(np.int32)
+    assert masks.shape == mask_shape(S, vocab, "masked")
+    want = np.where(allowed, logits, -np.inf)
+    x = inputs("greedy_masked", (S, C, vocab))
+    np.testing.assert_array_equal(tokens_of(logits, x, "greedy_masked", masks), want.argmax(-1))
+    # Filters count what is allowed alone: the three likeliest of these.
+    drawn = [
+        tokens_of(logits, inputs("masked", (S, C, vocab), temperature=1.0, top_k=3, seed=i), "masked", masks)
+        for i in range(60)
+    ]
+    for row in range(S):
+        likeliest = np.argsort(-want[row])[: min(3, allowed[row].sum())]
+        assert {int(tokens[row]) for tokens in drawn} == set(likeliest.tolist())
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

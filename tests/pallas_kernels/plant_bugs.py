@@ -37,11 +37,11 @@ class Bug:
 
 tpu = functools.partial(Bug, file="pallas_kernels/paged_attention/tpu.py", tests=(OP, f"{ITEMS_AND_TILES} and tpu"))
 ATTENTION = [
-    tpu("attention: a missing wait", "        wait(count, half)\n", "", tests=(OP, "dmas")),
+    tpu("attention: a missing wait", "            wait(count, half)\n", "", tests=(OP, "dmas")),
     tpu(
         "attention: a wait too many",
-        "        wait(count, half)\n",
-        "        wait(count, half)\n        wait(count, half)\n",
+        "            wait(count, half)\n",
+        "            wait(count, half)\n            wait(count, half)\n",
         tests=(OP, "dmas"),
     ),
     tpu(
@@ -49,23 +49,23 @@ ATTENTION = [
     ),
     tpu(
         "attention: prefetch into the live buffer",
-        "fetch(block + 1, 1 - half)",
-        "fetch(block + 1, half)",
+        "span.end, 1 - half)",
+        "span.end, half)",
         tests=(OP, "dmas"),
     ),
     tpu(
-        "attention: prefetch after the end of the list",
-        "owner < pl.num_programs(0)",
-        "owner <= pl.num_programs(0)",
-        tests=(OP, "dmas"),
+        "attention: prefetch for the share before",
+        "share * rows if other else (share + 1) * rows",
+        "share * rows",
+        tests=("tests/pallas_kernels/test_tpu_attention.py", "shares"),
     ),
     tpu(
         "attention: page id off by one",
-        "copy(jnp.where(ours, pages_ref[0, 0, at]",
-        "copy(jnp.where(ours, 1 + pages_ref[0, 0, at]",
+        "copy(pages_ref[0, 0, at]",
+        "copy(1 + pages_ref[0, 0, at]",
     ),
-    tpu("attention: the next run's pages from this run", "next_pages_ref[0, 0, at])", "pages_ref[0, 0, at])"),
-    tpu("attention: the parity of halves forgets earlier runs", "plan.earlier[run] + block + 2", "block + 2"),
+    tpu("attention: the next run's pages from this run", "fetch(kind, ref.next_pages", "fetch(kind, ref.pages"),
+    tpu("attention: the parity of halves forgets earlier runs", "done + block + 2", "block + 2"),
     tpu("attention: no tail mask", "jnp.where(seen, scores, 2 * NEG)", "scores"),
     tpu("attention: stale V is not zeroed", "values = jnp.where(any_seen, values, 0)", "values = values"),
     tpu("attention: the newest token is not seen", "position <= _spread", "position < _spread"),
@@ -79,37 +79,45 @@ ATTENTION = [
     tpu(
         "attention: swapped K and V",
         "reshape(chunk, width)\n",
-        "reshape(chunk, width)\n            tokens = jnp.concatenate(jnp.split(tokens, 2, axis=1)[::-1], axis=1)\n",
+        "reshape(chunk, width)\n                tokens = jnp.concatenate(jnp.split(tokens, 2, axis=1)[::-1], axis=1)\n",
     ),
     tpu(
-        "attention: an unmasked padding row",
-        "live = (l > 0) &",
-        "live = (l >= 0) | ",
-        tests=(OP, "partial_results and tpu"),
+        "attention: a row that sees nothing is divided by nothing",
+        "total = jnp.where(l == 0, 1.0, l)",
+        "total = l",
+        tests=(OP, "padding_rows and tpu"),
     ),
     tpu(
         "attention: the window is one too long",
-        "runs.positions - spec.window",
-        "runs.positions - spec.window - 1",
+        "position - window, -1)",
+        "position - window - 1, -1)",
         tests=(OP, "h64-page64-window and tpu"),
     ),
     tpu(
         "attention: pages before the window are not skipped right",
-        "+ 1 - runs.start) // stride, 0)",
-        "+ 1 - runs.start) // stride + 1, 0)",
+        "+ 1 - start, stride), 0)",
+        "+ 1 - start, stride) + 1, 0)",
         tests=(OP, "h64-page64-window and tpu"),
     ),
     tpu(
         "attention: a block is called complete too early",
-        "(page_size - 1)) // stride + 1",
-        "(page_size - 1)) // stride + 2",
+        "(page_size - 1) + stride, 0)",
+        "(page_size - 1) + 2 * stride, 0)",
     ),
-    tpu("attention: the maximum is not carried over", "decay = jnp.exp2(m_ref[h] - m)", "decay = jnp.ones_like(m)"),
+    tpu(
+        "attention: the maximum is not carried over",
+        "decay = jnp.exp2(m_ref[h, :padded] - m)",
+        "decay = jnp.ones_like(m)",
+    ),
     tpu(
         "attention: the shard's offset is forgotten",
-        "base = runs.start + page_offset",
-        "base = runs.start",
+        "base = start + page_offset[0]",
+        "base = start",
         tests=(OP, "shards and tpu"),
+    ),
+    tpu("attention: a run's rows are not put back", "all_rows[at] = mine[:, lanes]", "_ = at"),
+    tpu(
+        "attention: a run forgets the runs before", "mine[:, lanes] = all_rows[at]", "mine[:, lanes] = all_rows[0] * 0"
     ),
     tpu(
         "attention: soft cap after the mask's scale",
@@ -270,15 +278,15 @@ APPEND = [
         "== cells[row] - slabs[job] * slab",
         "== jnp.maximum(cells[row] - slabs[job] * slab, 0)",
     ),
-    append("append: rows of the first grid step again", "new_ref[row - origin]", "new_ref[row]", tests=IN_ORDER),
+    append("append: rows of the first grid step again", "new(row - origin)", "new(row)", tests=IN_ORDER),
     append(
         "append: a job's last row is left out",
         "@pl.loop(begins[job], begins[job + 1])",
         "@pl.loop(begins[job], begins[job + 1] - 1)",
     ),
-    packed("append: swapped K and V", "jnp.stack([k, v], axis=2)", "jnp.stack([v, k], axis=2)"),
-    packed("append: swapped K and V scales", "kv_scales[layer][..., None]", "kv_scales[layer][..., ::-1, None]"),
-    packed("append: another layer's scale", "kv_scales[layer]", "kv_scales[0]"),
+    packed("append: swapped K and V", "prepare(k, 0), prepare(v, 1)", "prepare(v, 0), prepare(k, 1)"),
+    packed("append: swapped K and V scales", "kv_scales[layer, :, side, None]", "kv_scales[layer, :, 1 - side, None]"),
+    packed("append: another layer's scale", "kv_scales[layer, :", "kv_scales[0, :"),
     packed(
         "append: not clipped",
         "jnp.clip(jnp.rint(new) if integer else new, float(info.min), float(info.max))",
@@ -297,22 +305,22 @@ lora = functools.partial(
 )
 TILES = ("tests/pallas_kernels/test_lora.py", "test_tpu_tiles")
 LORA = [
-    lora("lora: wrong slot", "(count[i] - 1, 0))] - 1, 0)", "(count[i] - 1, 0))], 0)"),
+    lora("lora: wrong slot", "active[0]) - 1, 0)", "active[0]), 0)"),
     lora("lora: wrong layer", "return layer[0], jnp", "return 0, jnp"),
     lora(
         "lora: an unmasked row without an adapter",
-        "own = slots_ref[...] == table[tile, u]",
-        "own = (slots_ref[...] == table[tile, u]) | (slots_ref[...] == 0)",
+        "(slots_ref[...] == slot_of) & (slot_of > 0)",
+        "slots_ref[...] == slot_of",
     ),
-    lora("lora: the output is not cleared", "@pl.when(u == 0)", "@pl.when(u < 0)"),
-    lora("lora: stale hidden values", "@pl.when(used & (j == 0))", "@pl.when(used & (j == 0) & (u == 0))"),
-    lora("lora: another adapter overwrites", "jnp.where(own, new, out_ref[:, columns])", "new"),
-    lora("lora: the slots of another tile of rows", "== table[tile, u]", "== table[0, u]", tests=TILES),
+    lora("lora: the output is not cleared", "@pl.when(group == 0)", "@pl.when(group < 0)"),
+    lora("lora: stale hidden values", "@pl.when(used & (j == 0))", "@pl.when(used & (j == 0) & (group == 0))"),
+    lora("lora: another adapter overwrites", "out_ref[:, columns] += new", "out_ref[:, columns] = new"),
+    lora("lora: every adapter's hidden values", "jnp.where(own, _down(x_ref, downs), 0.0)", "_down(x_ref, downs)"),
     lora(
         "lora: a piece of A is left out", "lax.fori_loop(0, din // lanes", "lax.fori_loop(1, din // lanes", tests=TILES
     ),
-    lora("lora: the last adapter in use is left out", "count = present.sum(1)", "count = present.sum(1) - 1"),
-    lora("lora: the last block of B for every one", "jnp.where(k < count[i], j, steps - 1)", "steps - 1", tests=TILES),
+    lora("lora: the last adapter in use is left out", "for i in range(together):", "for i in range(together - 1):"),
+    lora("lora: the last block of B for every one", "jnp.where(used, j, steps - 1)", "steps - 1", tests=TILES),
 ]
 
 # A bug that keeps the source from compiling is not caught: XLA's program then serves.
