@@ -122,6 +122,8 @@ class Simulation:
                 self.fail_in_schedule()
             elif fault < 0.05:
                 self.fail_on_the_device()
+            elif fault < 0.08 and self.device.overlap:
+                self.fail_in_flight()
             else:
                 self.device.run()
                 self.take(self.device.outputs)
@@ -159,6 +161,14 @@ class Simulation:
             for position in range(work.start, work.start + work.num_write):
                 self.device.held[work.seq.page_table[position // size], position % size] = "spoilt"
         raise InjectedFault
+
+    def fail_in_flight(self) -> None:
+        """The program fails after the step before it was committed."""
+        self.device.run()
+        self.take(self.device.outputs)
+        if self.device.in_flight is not None:
+            self.device.held.update(dict.fromkeys(self.device.written, "spoilt"))
+            raise InjectedFault
 
     def recover(self) -> None:
         self.failures += 1

@@ -44,6 +44,7 @@ class Device:
         self.scheduler, self.overlap, self.held, self.slots = scheduler, overlap, {}, {}
         self.in_flight: tuple[StepPlan, list[list[SampleRow]]] | None = None
         self.sampled: dict[Sequence, int] = {}  # by the step in flight
+        self.written: list[tuple[int, int]] = []  # the cells that it has written
 
     def run(self) -> None:
         s = self.scheduler
@@ -78,6 +79,9 @@ class Device:
                 page = seq.page_table[position // size]
                 assert s.pool.refs[page] == 1, "a shared page is written"
                 self.held[page, position % size] = made(seq, position)
+        self.written = [
+            (w.seq.page_table[i // size], i % size) for w in plan.work for i in range(w.start, w.start + w.num_write)
+        ]
         self.sampled = {}
         return [self.results(work, texts[work.seq], made) for work in plan.work]
 
