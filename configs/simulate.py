@@ -7,8 +7,10 @@
     python launch/bench.py simulate --config=simulate.py:llama70b_v6e64      the same on 64 chips
 
 The scheduler, the page pool and the prefix cache are the real ones. The time of a step is a roofline estimate: its
-bytes and FLOPs, divided by the chip's published peak rates times the shares of them that config.assumed assumes. Any
-chip, mesh, model and workload can be given:
+bytes and FLOPs, divided by the chip's published peak rates times the shares of them that config.assumed assumes. Those
+are not measured: it assumes 80% of the bandwidth for K/V and 2 ms of overhead a step, and on an H100 an earlier version
+of this engine reached 26%, and took 10 to 12 ms for a step whose bytes take 0.1 ms (docs/kernels.md). Any chip, mesh,
+model and workload can be given:
 
     ... --config.chip=h100 --config.model=qwen3-8b --config.mesh.model=2 --config.workload.name=coding
 

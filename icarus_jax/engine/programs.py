@@ -162,6 +162,18 @@ class Programs:
         step = empty_step(bucket, self.num_active(bucket))
         return self.forward.lower(bucket, self.weights, self.kv_pages, self.last_tokens, step)
 
+    def lower_sampler(self, variant: str, size: int) -> Lowered:
+        """Lowers a sampler.
+
+        Args:
+            variant: One of sample_inputs.VARIANTS.
+            size: S, the number of rows with logits.
+        """
+        logits = jax.ShapeDtypeStruct((size, self._vocab), jnp.float32, sharding=self.logits)
+        packed = np.zeros((size, packed_width(self._context, variant)), np.int32)
+        masks = np.zeros(mask_shape(size, self._vocab, variant), np.int32)
+        return self.samplers[variant].lower(logits, self.last_tokens, packed, masks)
+
     def others(self, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Callable[[], Lowered]]]:
         """Lists the programs other than `forward`.
 
@@ -172,12 +184,8 @@ class Programs:
             A program's name, and a function that lowers it.
         """
         for size in sorted({bucket.logits for bucket in buckets}):
-            logits = jax.ShapeDtypeStruct((size, self._vocab), jnp.float32, sharding=self.logits)
-            for variant, sampler in self.samplers.items():
-                packed = np.zeros((size, packed_width(self._context, variant)), np.int32)
-                masks = np.zeros(mask_shape(size, self._vocab, variant), np.int32)
-                lower = functools.partial(sampler.lower, logits, self.last_tokens, packed, masks)
-                yield f"sample {size}, {variant}", lower
+            for variant in self.samplers:
+                yield f"sample {size}, {variant}", functools.partial(self.lower_sampler, variant, size)
         ids = np.zeros(COPY_ROWS, np.int32)
         yield "copy_pages", functools.partial(self.copy_pages.lower, self.kv_pages, ids, ids)
         yield "compare_pages", functools.partial(self.compare_pages.lower, self.kv_pages, ids, ids)

@@ -19,7 +19,6 @@ from icarus_jax.engine.plan_rows import PlanRows
 from icarus_jax.engine.programs import COPY_ROWS, Programs
 from icarus_jax.engine.recovery import is_whole, replace_lost
 from icarus_jax.engine.sample_batch import sampling_inputs
-from icarus_jax.engine.sample_inputs import mask_shape, packed_width, unpack
 from icarus_jax.engine.sampler import Samples
 from icarus_jax.engine.step_batch import StepBatch, empty_step, results_by_work, rows_in
 from icarus_jax.models.full_heads import PairedTrunk
@@ -72,6 +71,7 @@ class Runner:
         self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
         self.adapt_writers = adapt_writers
         self._forward: dict[Bucket, Callable] = {}  # the compiled forward programs
+        self._samplers: dict[tuple[str, int], Callable] = {}  # the compiled samplers, by variant and number of logits
         self._bucket_table = BucketTable(self.buckets)
         self._page_tables = PageTables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
         self._last_tokens = self._programs.zeros(self._programs.last_tokens)  # of the last step's rows with logits
@@ -198,7 +198,7 @@ class Runner:
         Returns:
             What it samples, on the device. `results` waits for it.
         """
-        sampler = self._programs.samplers[variant]
+        sampler = self._samplers.get((variant, len(sampling))) or self._programs.samplers[variant]
         samples, self._last_tokens = sampler(self._logits, self._last_tokens, sampling, masks)
         self._logits = None
         for array in jax.tree.leaves(samples):
@@ -250,23 +250,18 @@ class Runner:
             progress: Wraps the list of buckets, for example in a progress bar; it is iterated as they are compiled.
         """
 
-        def compile_bucket(bucket: Bucket) -> Callable:
-            return self._programs.lower(bucket).compile()
-
+        programs = self._programs
+        samplers = [
+            (variant, size) for variant in programs.samplers for size in sorted({b.logits for b in self.buckets})
+        ]
         with ThreadPoolExecutor(2) as pool:
-            for bucket, program in zip(progress(self.buckets), pool.map(compile_bucket, self.buckets), strict=True):
+            forward = pool.map(lambda bucket: programs.lower(bucket).compile(), self.buckets)
+            sample = pool.map(lambda key: programs.lower_sampler(*key).compile(), samplers)
+            for bucket, program in zip(progress(self.buckets), forward, strict=True):
                 self._forward[bucket] = program
+            self._samplers = dict(zip(samplers, sample, strict=True))
         self.copy_pages([(0, 0)])
         self.compare_pages([0], [0])
-        for size in sorted({b.logits for b in self.buckets}):
-            shape = (size, self.model.vocab_size)
-            logits = self._programs.zeros(jax.ShapeDtypeStruct(shape, np.float32, sharding=self._programs.logits))
-            for variant, sampler in self._programs.samplers.items():
-                width = packed_width(self.config.max_model_len, variant)
-                inputs = np.zeros((size, width), np.int32)
-                unpack(inputs, variant).reset(self.model.vocab_size)
-                masks = np.full(mask_shape(size, self.model.vocab_size, variant), -1, np.int32)
-                sampler(logits, self._last_tokens, inputs, masks)
 
     def temporary_bytes(self) -> tuple[int, int]:
         """Returns the temporary bytes of the largest decode program, and the bytes of the KV pages.

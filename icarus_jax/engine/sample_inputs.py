@@ -19,10 +19,9 @@ VARIANTS: dict[str, frozenset[str]] = {
     "filtered": frozenset({"random", "filtered"}),
     "greedy_logprobs": frozenset({"logprobs"}),
     "filtered_logprobs": frozenset({"random", "filtered", "logprobs"}),
-    "greedy_penalised": frozenset({"logprobs", "penalised"}),
-    "penalised": frozenset({"random", "filtered", "logprobs", "penalised"}),
     "greedy_masked": frozenset({"masked"}),
-    "masked": frozenset({"random", "filtered", "logprobs", "penalised", "masked"}),
+    "greedy_changed": frozenset({"logprobs", "penalised", "masked"}),
+    "everything": frozenset({"random", "filtered", "logprobs", "penalised", "masked"}),
 }
 
 

@@ -2,8 +2,8 @@
 
 Work takes its FLOPs or its bytes, each divided by the chip's rate, whichever is longer (or their sum, on a chip that
 does not overlap them). Counted are the weights once a step, the K/V of each sequence once a step, activations, LoRA,
-logits, all-reduces, and a fixed overhead. Peak rates are scaled by assumed efficiencies. It is a simulation, not a
-measurement.
+logits, all-reduces, and a fixed overhead, which stands for everything else. Peak rates are scaled by assumed
+efficiencies. It is a simulation, not a measurement: a tuned engine may reach them, ours has not (Assumptions).
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ _ROW_VECTORS = (10, 4, 4)
 @dataclasses.dataclass(frozen=True)
 class Assumptions:
     """What no data sheet says. A share is the fraction of the peak rate that is reached.
+
+    They were never fitted to an accelerator. What was measured on an H100 before the step on GPUs was rewritten (commit
+    c051a93, docs/kernels.md) is far from kv_share and overhead_s: attention, its merge included, read K/V at 0.26 of
+    the bandwidth, and a step of SmolLM2-135M took 10 to 12 ms, of which its bytes explain 0.1. The new step was not
+    measured.
 
     Attributes:
         flops_share: In matrix products.

@@ -23,10 +23,9 @@ MOST = {
     "filtered": (10.2, 2.2),
     "greedy_logprobs": (8.2, 0),
     "filtered_logprobs": (17.2, 2.2),
-    "greedy_penalised": (32.5, 0),
-    "penalised": (32.5, 2.2),
     "greedy_masked": (4.2, 0),
-    "masked": (36.5, 2.2),
+    "greedy_changed": (36.5, 0),
+    "everything": (36.5, 2.2),
 }
 
 

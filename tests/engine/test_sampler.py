@@ -21,14 +21,14 @@ LOGITS = (np.random.default_rng(0).standard_normal((S, V)) * 4).astype(np.float3
 run = jax.jit(sample, static_argnames="variant")
 
 
-def inputs(variant="penalised", shape=(S, C, V), **changes) -> SampleInputs:
+def inputs(variant="everything", shape=(S, C, V), **changes) -> SampleInputs:
     x = SampleInputs.neutral(*shape, variant)
     for name, value in changes.items():
         getattr(x, name)[...] = value
     return x
 
 
-def tokens_of(logits, x: SampleInputs, variant="penalised", masks=None) -> np.ndarray:
+def tokens_of(logits, x: SampleInputs, variant="everything", masks=None) -> np.ndarray:
     if masks is None:
         masks = np.full(mask_shape(len(logits), logits.shape[1], variant), -1, np.int32)
     return np.asarray(run(logits, x, None, masks, variant=variant).tokens)
@@ -240,13 +240,13 @@ def test_a_mask_leaves_what_it_allows(vocab):
     allowed[0], allowed[1] = True, np.arange(vocab) == vocab - 1
     bits = np.packbits(np.pad(allowed, ((0, 0), (0, -vocab % 32))), axis=1, bitorder="little")
     masks = bits.view(np.int32)
-    assert masks.shape == mask_shape(S, vocab, "masked")
+    assert masks.shape == mask_shape(S, vocab, "everything")
     want = np.where(allowed, logits, -np.inf)
     x = inputs("greedy_masked", (S, C, vocab))
     np.testing.assert_array_equal(tokens_of(logits, x, "greedy_masked", masks), want.argmax(-1))
     # Filters count what is allowed alone: the three likeliest of these.
     drawn = [
-        tokens_of(logits, inputs("masked", (S, C, vocab), temperature=1.0, top_k=3, seed=i), "masked", masks)
+        tokens_of(logits, inputs("everything", (S, C, vocab), temperature=1.0, top_k=3, seed=i), "everything", masks)
         for i in range(60)
     ]
     for row in range(S):
