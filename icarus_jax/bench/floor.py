@@ -83,6 +83,8 @@ def floor_bytes(engine: Engine, names: Sequence[str], context: int) -> int:
 
     model = engine.model_config
     trunk, bank = (sum(x.nbytes for x in jax.tree.leaves(part)) for part in engine.runner.weights)
+    if not model.tie_word_embeddings:  # of the table of embeddings, a step reads a row for each token
+        trunk -= model.vocab_size * model.hidden_size * np.dtype(engine.config.dtype).itemsize
     adapters = len({name for name in names if engine.models[name].kind != "base"})
     weights = trunk + bank * adapters // max(1, engine.runner.num_slots)
     kv = 2 * model.num_layers * model.num_kv_heads * model.head_dim * engine.runner.kv_pages.dtype.itemsize

@@ -56,11 +56,11 @@ def _engine(sequences: int, context: int, steps: int) -> Engine:
     params = {name: np.zeros(shape, np.float32) for name, shape in param_shapes(MODEL).items()}
     engine = Engine.create(config, MODEL, params, heads)
 
-    def sample(_variant: str, sampling: np.ndarray, _masks: np.ndarray) -> Samples:
+    def sample(variant: str, sampling: np.ndarray, masks: np.ndarray) -> Samples:
         return Samples(_Ready(np.full(len(sampling), 5, np.int32)))
 
     engine.runner.launch = lambda *_: None  # type: ignore[method-assign]
-    engine.runner.sample = sample  # type: ignore[method-assign]
+    engine.runner.sample = sample  # type: ignore
     return engine
 
 

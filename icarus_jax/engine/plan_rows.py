@@ -44,6 +44,17 @@ class PlanRows:
         table: All rows by sequence and position. Readers come after writers: their rows are counted on from `writers`.
     """
 
+    writers: int
+    readers: int
+    logits: np.ndarray
+    table: RowTable
+    _extra: np.ndarray  # for each sequence, whether its reference row is an additional reader row
+    _writer: np.ndarray  # the sequence of each writer row
+    _reader: np.ndarray
+    _written: np.ndarray  # the position of each writer row
+    _read: np.ndarray
+    _is_extra: np.ndarray  # for each reader row, whether it is an additional one, at the last position
+
     def __init__(self, plan: StepPlan, pages: np.ndarray, num_pages: np.ndarray, before: PlanRows | None = None):
         """Works out the rows.
 
@@ -93,12 +104,12 @@ class PlanRows:
         self.logits = self._num_logits + self._ranges[7]
         every = np.arange(len(self._work))
         num_read = self._num_read + self._extra
-        self._writer = np.repeat(every, self._num_write)  # the sequence of each writer row
+        self._writer = np.repeat(every, self._num_write)
         self._reader = np.repeat(every, num_read)
         self.writers, self.readers = len(self._writer), len(self._reader)
-        self._written = self._start[self._writer] + _within(self._num_write)  # positions
+        self._written = self._start[self._writer] + _within(self._num_write)
         within = _within(num_read)
-        self._is_extra = within == self._num_read[self._reader]  # at the last position, as the row before it
+        self._is_extra = within == self._num_read[self._reader]
         self._read = self._read_start[self._reader] + within - self._is_extra
         sequence = np.concatenate([self._writer, self._reader])
         positions = np.concatenate([self._written, self._read])

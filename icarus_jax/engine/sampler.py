@@ -118,6 +118,7 @@ def _scores(logits: jax.Array, x: SampleInputs, masks: jax.Array | None, does: f
         rows = jnp.arange(len(logits))[:, None]
         logits = _penalise(logits, x).at[rows, x.bias_ids].add(x.bias, mode="drop")
     if "masked" in does:
+        assert masks is not None
         logits = jnp.where(_allowed(masks, logits.shape[-1]), logits, -jnp.inf)
     if "random" not in does:
         return logits

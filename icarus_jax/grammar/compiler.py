@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask_par
 
 from icarus_jax.errors import RequestError
 from icarus_jax.grammar.spec import MAX_CHARACTERS, GrammarSpec
+from icarus_jax.grammar.trial import Trial
 
 CACHED = 256  # compiled grammars that are kept
-# A schema made to explode ends as an error within about a second. The defaults of llguidance, but for fewer states.
-LIMITS = LLParserLimits(max_lexer_states=50_000, verbose_errors=False)
-
+# The defaults of llguidance are higher. A mask is made within the engine's step.
+LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "step_lexer_fuel": 50_000, "verbose_errors": False}
 
 # A small model under a grammar may write blanks for ever: a few must do between two tokens of JSON.
 BLANKS = r"[ \n\r\t]{0,16}"
@@ -73,17 +76,18 @@ class Compiler:
         Args:
             tokenizer: The tokenizer as the JSON of Hugging Face's tokenizers.
             vocab_size: V, the number of logits.
-            eos_ids: The trunk's end tokens.
+            eos_ids: The trunk's end tokens; without any, the tokenizer names them.
         """
         self._json, self._vocab_size, self._eos_ids = tokenizer, vocab_size, sorted(eos_ids)
         self._tokenizer: LLTokenizer | None = None
+        self._trial = Trial(tokenizer, vocab_size, self._eos_ids, LIMITS)
         self._lock = threading.Lock()
-        self._cache: OrderedDict[GrammarSpec, Grammar] = OrderedDict()
+        self._cache: OrderedDict[GrammarSpec, Grammar | str] = OrderedDict()  # a text: why it cannot be followed
 
     def compile(self, spec: GrammarSpec) -> Grammar:
         """Compiles a grammar, or finds it among the last ones.
 
-        It may take a second. The interpreter's lock is not held meanwhile.
+        It may take a second or two. The interpreter's lock is not held meanwhile.
 
         Args:
             spec: The grammar.
@@ -91,38 +95,53 @@ class Compiler:
         Raises:
             RequestError: It is no grammar, is too complex, or uses what llguidance does not support.
         """
-        with self._lock:
-            if (found := self._cache.get(spec)) is not None:
-                self._cache.move_to_end(spec)
-                return found
-        grammar = Grammar(self._compiled(spec))
-        with self._lock:
-            self._cache[spec] = grammar
-            while len(self._cache) > CACHED:
-                self._cache.popitem(last=False)
-        return grammar
-
-    def _compiled(self, spec: GrammarSpec) -> LLMatcher:
         if len(spec.text) > MAX_CHARACTERS:
             raise RequestError(f"{spec.field}: {len(spec.text)} characters; at most {MAX_CHARACTERS}", spec.field)
-        read = {"json_schema": _read_schema, "regex": LLMatcher.grammar_from_regex, "lark": LLMatcher.grammar_from_lark}
+        with self._lock:
+            found = self._cache.get(spec)
+        if found is None:
+            found = self._compiled(spec)
+        with self._lock:
+            self._cache[spec] = found
+            self._cache.move_to_end(spec)
+            while len(self._cache) > CACHED:
+                self._cache.popitem(last=False)
+        if isinstance(found, str):
+            raise RequestError(f"{spec.field} cannot be followed: {found}", spec.field)
+        return found
+
+    def _compiled(self, spec: GrammarSpec) -> Grammar | str:
+        """Returns the grammar, or why there is none."""
         try:
-            matcher = LLMatcher(self._tokens(), read[spec.kind](spec.text), limits=LIMITS, log_level=0)
-        except ValueError as error:
-            raise RequestError(f"{spec.field}: {error}", spec.field) from None
-        if matcher.is_error():
-            raise RequestError(f"{spec.field} cannot be followed: {matcher.get_error()[:500]}", spec.field)
-        return matcher
+            tokenizer, grammar = self._tokens(), READERS[spec.kind](spec.text)
+        except (ValueError, GbnfToLarkError, RecursionError) as error:
+            return _one_line(str(error))
+        if reason := self._trial.error(grammar):
+            return _one_line(reason)
+        return Grammar(LLMatcher(tokenizer, grammar, limits=LLParserLimits(**LIMITS), log_level=0))
 
     def _tokens(self) -> LLTokenizer:
         with self._lock:
             if self._tokenizer is None:
-                self._tokenizer = LLTokenizer(self._json, n_vocab=self._vocab_size, eos_token=self._eos_ids)
+                self._tokenizer = LLTokenizer(self._json, n_vocab=self._vocab_size, eos_token=self._eos_ids or None)
             return self._tokenizer
 
 
 def _read_schema(text: str) -> str:
     return LLMatcher.grammar_from_json_schema(text, overrides={"whitespace_pattern": BLANKS})
+
+
+def _read_lark(text: str) -> str:
+    """Reads Lark, or llama.cpp's GBNF, which begins with a rule's name and ::=."""
+    return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if GBNF.match(text) else text)
+
+
+GBNF = re.compile(r"(?:\s|#.*\n)*[\w-]+\s*::=")
+READERS = {"json_schema": _read_schema, "regex": LLMatcher.grammar_from_regex, "lark": _read_lark}
+
+
+def _one_line(error: str) -> str:
+    return " ".join(error.split())[:500]
 
 
 _executor: LLExecutor | None = None

@@ -283,8 +283,8 @@ def _kernel(
         span = describe(kind, ref, ref.rows, run, share * rows)
         blocks = pl.cdiv(span.end - span.first, kind.tiling.pages)
 
-        def each_row(act: Callable[[Any, Any], None]) -> None:
-            """Calls act(the row's place in the share, its lanes in the run) for the rows of the share."""
+        def each_row(act: Callable[..., None]) -> None:
+            """Calls act(place in the share, lanes in the run, live, after, upto) for the rows of the share."""
 
             @pl.loop(0, kind.places)
             def one(place):
@@ -474,8 +474,8 @@ def paged_attention(
     grouped = q.reshape(b, kv_heads, n // kv_heads, h).astype(jnp.float32) * (key_scale * scale)
     grouped = grouped.astype(jnp.float32 if kv_pages.dtype == jnp.float32 else jnp.bfloat16)
     call = _call(tuple(kinds), spec, grouped, kv_pages, q.dtype, key_lanes, value_lane)
-    scalars = (layer, page_offset, *(a for runs in some_runs for a in (runs.num, runs.start, runs.length)))
-    scalars = [jnp.asarray(a, jnp.int32).reshape(-1) for a in scalars]
+    numbers = (layer, page_offset, *(a for runs in some_runs for a in (runs.num, runs.start, runs.length)))
+    scalars = [jnp.asarray(a, jnp.int32).reshape(-1) for a in numbers]
     lists = [a[:, None] for runs in some_runs for a in (runs.rows, runs.rows, runs.pages, runs.pages)]
     out, lse = call(*scalars[:2], work.positions, *scalars[2:], grouped, *lists, kv_pages)
     if value_scale is not None:

@@ -1,4 +1,4 @@
-"""Answers that follow a grammar, on a tiny model: with heads, seeds, log-probabilities, handoff, overlap, preemption."""
+"""Answers that follow a grammar: with heads, seeds, log-probabilities, handoff, overlap, preemption."""
 
 from __future__ import annotations
 

@@ -1,0 +1,94 @@
+"""Compiles a grammar in a process of its own first: a grammar made to explode ends that process, not the server.
+
+llguidance's own limits do not cover everything. An intersection of patterns or of `multipleOf` may compile for hours,
+and nothing can end a thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import signal
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+CPU_SECONDS = 1.0
+MEMORY_BYTES = 4 << 30
+CHILD = Path(__file__).resolve().with_name("trial_child.py")
+
+
+class Trial:
+    """A process that compiles grammars. Threads may use it at the same time; it serves one after the other."""
+
+    def __init__(self, tokenizer: str, vocab_size: int, eos_ids: Sequence[int], limits: Mapping[str, Any]):
+        """Prepares. The process starts with the first grammar.
+
+        Args:
+            tokenizer: The tokenizer as the JSON of Hugging Face's tokenizers.
+            vocab_size: V, the number of logits.
+            eos_ids: The trunk's end tokens; without any, the tokenizer names them.
+            limits: The fields of LLParserLimits.
+        """
+        self._terms = {
+            "tokenizer": tokenizer,
+            "vocab_size": vocab_size,
+            "eos_ids": list(eos_ids),
+            "limits": dict(limits),
+            "cpu_seconds": CPU_SECONDS,
+            "memory_bytes": MEMORY_BYTES,
+        }
+        self._process: subprocess.Popen[str] | None = None
+        self._end: Callable[[], object] = lambda: None  # ends the process and gives its pipes back
+        self._lock = threading.Lock()
+
+    def error(self, grammar: str) -> str:
+        """Compiles a grammar and takes the first steps of an answer.
+
+        Args:
+            grammar: The grammar in llguidance's form.
+
+        Returns:
+            Why this is not possible, or '' if it is.
+        """
+        with self._lock:
+            if self._process is None or self._process.poll() is not None:
+                self._process = self._start()
+                self._ask(self._terms)
+            process = self._process
+            self._ask(grammar)
+            assert process.stdout is not None
+            answer = process.stdout.readline()
+            if answer:
+                return json.loads(answer)
+            if process.wait() == -signal.SIGPROF:
+                return f"it takes more than {CPU_SECONDS:g} s to compile"
+            return "the compiler failed on it"
+
+    def _ask(self, what: Any) -> None:
+        assert self._process is not None and self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # then there is no answer
+            self._process.stdin.write(json.dumps(what) + "\n")
+            self._process.stdin.flush()
+
+    def _start(self) -> subprocess.Popen[str]:
+        self._end()
+        # -P: the files beside the child are no modules of its own.
+        command = [sys.executable, "-P", str(CHILD)]
+        pipe, nowhere = subprocess.PIPE, subprocess.DEVNULL
+        # Of a session of its own, so that a Ctrl-C ends it with the server only.
+        process = subprocess.Popen(
+            command, encoding="utf-8", stdin=pipe, stdout=pipe, stderr=nowhere, start_new_session=True
+        )
+        self._end = weakref.finalize(self, _end, process)
+        return process
+
+
+def _end(process: subprocess.Popen[str]) -> None:
+    process.kill()
+    with contextlib.suppress(BrokenPipeError):
+        process.communicate()
