@@ -304,7 +304,9 @@ class _Builder:
         for place in range(size):
             row = begin[chunk] + place
             some = np.flatnonzero(row < end[chunk])
-            self.put(self.work.items, new.start + some, np.full(len(some), place), self.table.rows[row[some]], nth[some])
+            self.put(
+                self.work.items, new.start + some, np.full(len(some), place), self.table.rows[row[some]], nth[some]
+            )
 
 
 def _shared(

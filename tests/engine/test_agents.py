@@ -281,8 +281,8 @@ def test_200_reloads_under_load(world):
     engine.shutdown()
     assert len(done) == 201 and not failed and engine.stats.head_loads == 200
     assert engine.stats.prefill_tokens == len(PROMPT) and engine.stats.evictions == 0
-    # The least of 50: a step that runs meanwhile holds arrays of its own, and other tests' arrays may go.
-    assert min(sizes[150:]) <= 1.01 * min(sizes[:50])
+    # The median of 50: a step that is launched meanwhile holds arrays of its own, or has just given the pages away.
+    assert np.median(sizes[150:]) <= 1.01 * np.median(sizes[:50])
 
 
 # ---- sessions
