@@ -9,15 +9,17 @@ from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from icarus_jax.grammar.spec import StructuredOutputsParams
     from icarus_jax.llm import LLM
     from icarus_jax.scheduling.request import SamplingParams
     from icarus_jax.server.offline import RequestOutput
 
-__all__ = ["LLM", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "RequestOutput", "SamplingParams", "StructuredOutputsParams", "__version__"]
 _HOMES = {
     "LLM": "icarus_jax.llm",
     "RequestOutput": "icarus_jax.server.offline",
     "SamplingParams": "icarus_jax.scheduling.request",
+    "StructuredOutputsParams": "icarus_jax.grammar.spec",
 }
 
 

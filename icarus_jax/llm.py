@@ -20,11 +20,13 @@ from tqdm import tqdm
 from icarus_jax import cli
 from icarus_jax.cli.defaults import TRUNK
 from icarus_jax.errors import usage_errors
+from icarus_jax.grammar.spec import StructuredOutputsParams
 from icarus_jax.scheduling.request import SamplingParams
 
 if TYPE_CHECKING:
     from starlette.types import ASGIApp
 
+    from icarus_jax.grammar.compiler import Grammar
     from icarus_jax.server.offline import RequestOutput
     from icarus_jax.server.prompts import Prompt
 
@@ -91,6 +93,7 @@ class LLM:
         app = cli.build(config)
         from icarus_jax.server.detokenizer import Vocabulary
         from icarus_jax.server.prompts import PromptReader
+        from icarus_jax.server.structured import make_compiler
 
         self.engine = app.engine
         self.tokenizer = app.tokenizer
@@ -99,6 +102,7 @@ class LLM:
         self._vocabulary = Vocabulary(app.tokenizer)
         limit = app.engine.config.max_model_len
         self._reader = PromptReader(self._vocabulary, app.engine.model_config.vocab_size, limit)
+        self._compiler = make_compiler(app.engine, app.tokenizer, app.eos_ids)
         app.start()
 
     def __enter__(self) -> LLM:
@@ -156,6 +160,7 @@ class LLM:
         n: int = 1,
         handoff: Sequence[Mapping[str, Any]] = (),
         reference_logprobs: bool = False,
+        structured_outputs: StructuredOutputsParams | None = None,
         add_special_tokens: bool = True,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -169,6 +174,7 @@ class LLM:
             handoff: Rules {"on": text or token id, "model": name}. After the token that completes `on`, the named model
                 goes on.
             reference_logprobs: Whether to return the trunk's log-probability of each generated token too.
+            structured_outputs: What the answers have to follow. None: free text.
             add_special_tokens: Whether the tokenizer adds its special tokens, for example BOS, to a text.
             use_tqdm: Whether to show a progress bar, if stderr is a terminal.
 
@@ -176,8 +182,8 @@ class LLM:
             One RequestOutput for each prompt, in the order of the prompts.
 
         Raises:
-            RequestError: A prompt does not fit the context, a model is unknown or a rule is wrong; the error's `field`
-                names it.
+            RequestError: A prompt does not fit the context, a model is unknown, or a rule or a grammar is wrong; the
+                error's `field` names it.
             RuntimeError: The engine has failed.
         """
         from icarus_jax.server.offline import request_errors
@@ -192,6 +198,7 @@ class LLM:
             n=n,
             handoff=handoff,
             reference_logprobs=reference_logprobs,
+            grammar=self._grammar(structured_outputs),
         )
 
     def chat(
@@ -203,6 +210,7 @@ class LLM:
         n: int = 1,
         handoff: Sequence[Mapping[str, Any]] = (),
         reference_logprobs: bool = False,
+        structured_outputs: StructuredOutputsParams | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
@@ -215,6 +223,7 @@ class LLM:
             n: The number of answers of each model to each conversation.
             handoff: Rules for a change of models, as in `generate`.
             reference_logprobs: Whether to return the trunk's log-probability of each generated token too.
+            structured_outputs: What the answers have to follow, as in `generate`.
             chat_template_kwargs: More variables for the chat template.
             use_tqdm: Whether to show a progress bar, if stderr is a terminal.
 
@@ -245,7 +254,11 @@ class LLM:
             n=n,
             handoff=handoff,
             reference_logprobs=reference_logprobs,
+            grammar=self._grammar(structured_outputs),
         )
+
+    def _grammar(self, asked: StructuredOutputsParams | None) -> Grammar | None:
+        return None if asked is None else self._compiler.compile(asked.spec())
 
     def _answer(
         self, prompts: Sequence[Prompt], models: str | Sequence[str] | None, use_tqdm: bool, **asked: Any

@@ -40,10 +40,11 @@ def main(config: ConfigDict) -> None:
     if config.server.access_log:
         access_log.write_to_stdout()
     origins = [origin for origin in config.server.cors_origins.split(",") if origin]
+    parser = config.server.tool_call_parser
     hosts = host_names(config.server.allowed_hosts, keys, config.server.allow_remote_without_keys)
     watcher = watching(app.loader, config.server.watch_heads)
     app.start()
-    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader, keys, limits, origins, hosts)
+    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader, keys, limits, origins, hosts, parser)
     with watcher:
         server.run(api, app.engine, config.server.host, config.server.port, config.server.drain_seconds)
 
@@ -59,12 +60,15 @@ def access(section: ConfigDict) -> tuple[Keys, Limits]:
     """
     from icarus_jax.server.auth import Keys, check_host
     from icarus_jax.server.limits import Limits
+    from icarus_jax.server.tool_formats import choose_format
 
     keys = Keys.read(section.api_keys_file, section.admin_keys_file, section.key_weights)
     check_host(section.host, keys, section.allow_remote_without_keys)
     for name in ("max_waiting_requests", "max_waiting_tokens"):
         if section[name] < 0:
             raise UsageError(f"config.server.{name} is {section[name]}; it must be 0 (no limit) or more")
+    with usage_errors("config.server.tool_call_parser"):
+        choose_format("", section.tool_call_parser)
     return keys, Limits(section.max_waiting_requests, section.max_waiting_tokens, shared=len(keys.names) > 1)
 
 

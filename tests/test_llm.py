@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import sys
 
 import httpx
 import pytest
 
 import icarus_jax
-from icarus_jax import LLM, SamplingParams
+from icarus_jax import LLM, SamplingParams, StructuredOutputsParams
 from icarus_jax.errors import RequestError, UsageError
 from tests import tiny
 from tests.engine import harness
@@ -115,6 +116,22 @@ def test_a_chat_is_the_template_and_several_are_a_list(llm):
     (direct,) = llm.generate(prompt, "a", GREEDY, add_special_tokens=False)
     assert one.outputs[0].token_ids == direct.outputs[0].token_ids
     assert [a.prompt for a in llm.chat([messages, messages], "a", GREEDY)] == [prompt, prompt]
+
+
+def test_answers_follow_what_is_asked(llm):
+    whole = {"type": "integer", "minimum": 0, "maximum": 99}
+    schema = {"type": "object", "properties": {"a": whole}, "required": ["a"]}
+    asked = StructuredOutputsParams(json=schema | {"additionalProperties": False})
+    params = SamplingParams(temperature=1.0, max_tokens=60, seed=1)
+    for output in llm.generate(TEXT, llm.models, params, n=2, structured_outputs=asked)[0].outputs:
+        assert output.finish_reason == "stop" and output.stop_reason in (None, llm.tokenizer.eos_token_id)
+        assert 0 <= json.loads(output.text)["a"] < 100
+    choice = StructuredOutputsParams(choice=["yes", "no"])
+    (answer,) = llm.chat([{"role": "user", "content": "?"}], "a", GREEDY, structured_outputs=choice)
+    assert answer.outputs[0].text in ("yes", "no")
+    with pytest.raises(RequestError, match="unclosed") as error:
+        llm.generate(TEXT, structured_outputs=StructuredOutputsParams(regex="("))
+    assert error.value.field == "structured_outputs"
 
 
 def test_heads_come_and_go(llm, files):

@@ -40,6 +40,9 @@ def serving_config() -> ConfigDict:
     # allowed_hosts (NAME,NAME; *: any): the names under which clients may ask the server, besides localhost. '': any if
     # there are keys or allow_remote_without_keys, else none.
     config.server.update(allowed_hosts="")
+    # tool_call_parser: how the trunk writes tool calls: hermes, llama3_json, pythonic, granite, mistral or json. auto:
+    # as its chat template shows.
+    config.server.update(tool_call_parser="auto")
     return config
 
 

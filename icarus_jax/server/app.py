@@ -38,6 +38,8 @@ from icarus_jax.server.openapi import describe_bodies
 from icarus_jax.server.prompts import PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from icarus_jax.server.responses import View, model_card
+from icarus_jax.server.structured import make_compiler
+from icarus_jax.server.tool_formats import AUTO
 
 
 class Api:
@@ -58,7 +60,15 @@ class Api:
         created: when this object was made, in Unix seconds.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Any, eos_ids: Iterable[int], loader: HeadLoader, limits: Limits):
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Any,
+        eos_ids: Iterable[int],
+        loader: HeadLoader,
+        limits: Limits,
+        tool_call_parser: str = AUTO,
+    ):
         """Takes the parts that the endpoints work with.
 
         Args:
@@ -67,6 +77,7 @@ class Api:
             eos_ids: the ids of the tokens that end a text.
             loader: the loader of the engine's heads.
             limits: counts what waits for the engine.
+            tool_call_parser: the name of the form in which the trunk writes tool calls.
         """
         self.engine = engine
         self.limits = limits
@@ -74,7 +85,9 @@ class Api:
         self.metrics = Metrics(engine)
         self.limit = engine.config.max_model_len
         self.reader = PromptReader(self.vocabulary, engine.model_config.vocab_size, self.limit)
-        self.intake = Intake(engine, self.vocabulary, self.reader, frozenset(eos_ids))
+        ends = frozenset(eos_ids)
+        compiler = make_compiler(engine, tokenizer, ends)
+        self.intake = Intake(engine, self.vocabulary, self.reader, ends, compiler, tool_call_parser)
         self.loader = loader
         self.created = int(time.time())
 
@@ -195,6 +208,7 @@ def create_app(
     limits: Limits | None = None,
     cors_origins: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
+    tool_call_parser: str = AUTO,
 ) -> FastAPI:
     """Makes the ASGI app that serves the HTTP API over an engine.
 
@@ -207,11 +221,12 @@ def create_app(
         limits: how much may wait for the engine; None: there are no limits.
         cors_origins: the web pages whose scripts may use the server, such as 'https://example.com'; '*': all.
         hosts: the names under which the server may be asked, besides those of this machine; None: any name.
+        tool_call_parser: the form in which the trunk writes tool calls: 'auto' or a name in tool_formats.py.
 
     Returns:
         The app. `app.state.drain` holds its Drain, which `run` needs to stop the server.
     """
-    api = Api(engine, tokenizer, eos_ids, loader, limits or Limits())
+    api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser)
     app = FastAPI(title="icarus-jax", version=__version__)
     routes: list[tuple[str, str, Callable[..., Any]]] = [
         ("GET", "/health", api.health),

@@ -83,7 +83,7 @@ class Body(BaseModel):
         if not isinstance(data, dict):
             return data
         if cls.model_config.get("extra") != "allow":
-            for name in data.keys() - cls.model_fields.keys():
+            for name in data.keys() - {field.alias or name for name, field in cls.model_fields.items()}:
                 if data[name] is not None and not check_other(cls.refused, name, data[name]):
                     _note_unknown(name[:64])
         return {name: value for name, value in data.items() if value is not None}

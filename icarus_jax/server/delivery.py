@@ -87,13 +87,15 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
     with_usage = options is not None and options.include_usage
 
     def event(choice: Choice, delta: Delta) -> str:
-        return _event(view.chunk(choice, delta) | ({"usage": None} if with_usage else {}))
+        chunk = view.chunk(choice, delta)
+        return _event(chunk | ({"usage": None} if with_usage else {})) if chunk else ""
 
     try:
         async for choice, delta in generation:
             if delta.is_empty and not view.request.return_token_ids:
                 continue
-            yield await _write(functools.partial(event, choice, delta), [delta])
+            if written := await _write(functools.partial(event, choice, delta), [delta]):
+                yield written
         if with_usage:
             yield _event(view.usage_chunk(generation.choices))
     except ClientGone:

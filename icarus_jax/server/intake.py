@@ -6,6 +6,8 @@ import dataclasses
 import functools
 
 from icarus_jax.engine.engine import Engine
+from icarus_jax.grammar.compiler import Compiler, Grammar
+from icarus_jax.grammar.spec import GrammarSpec
 from icarus_jax.scheduling.request import Request, SamplingParams
 from icarus_jax.server.agent_fields import Routing
 from icarus_jax.server.body import ApiError, parse
@@ -17,6 +19,9 @@ from icarus_jax.server.prompts import Prompt, PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, Generate
 from icarus_jax.server.responses import ChatView, CompletionView
 from icarus_jax.server.streams import Choice, echo_of
+from icarus_jax.server.tool_answer import answer_parsers
+from icarus_jax.server.tool_formats import AUTO, choose_format
+from icarus_jax.server.tool_grammar import with_calls
 
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
 MAX_CHOICES = 1024  # of one request: prompts times models times n
@@ -29,7 +34,15 @@ class Intake:
     on; nothing in them needs the loop.
     """
 
-    def __init__(self, engine: Engine, vocabulary: Vocabulary, reader: PromptReader, eos_ids: frozenset[int]):
+    def __init__(
+        self,
+        engine: Engine,
+        vocabulary: Vocabulary,
+        reader: PromptReader,
+        eos_ids: frozenset[int],
+        compiler: Compiler,
+        tool_call_parser: str = AUTO,
+    ):
         """Takes the parts that it works with.
 
         Args:
@@ -37,11 +50,19 @@ class Intake:
             vocabulary: translates between text and token ids.
             reader: makes token ids of prompts, and checks them.
             eos_ids: the ids of the tokens that end a text.
+            compiler: compiles what answers have to follow.
+            tool_call_parser: the name of the form in which the trunk writes tool calls; see tool_formats.py.
+
+        Raises:
+            ValueError: there is no such form.
         """
+        choose_format("", tool_call_parser)
+        self._tool_call_parser = tool_call_parser
         self._engine = engine
         self._vocabulary = vocabulary
         self._reader = reader
         self._eos_ids = eos_ids
+        self._compiler = compiler
 
     def completion(self, raw: bytes, generation: Generation) -> CompletionView:
         """Submits a request to complete one prompt or several, with one model or several.
@@ -69,7 +90,7 @@ class Intake:
             (prompt, self._params(body, min(COMPLETION_TOKENS, room)))
             for prompt, room in zip(prompts, rooms, strict=True)
         ]
-        self._submit(body, jobs, generation)
+        self._submit(body, jobs, generation, body.grammar_spec())
         return CompletionView(body, self._vocabulary)
 
     def chat(self, raw: bytes, generation: Generation) -> ChatView:
@@ -93,8 +114,13 @@ class Intake:
         prompt = self._reader.read_chat(body)
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         room = self._reader.room(prompt, body.asked_tokens(), field)
-        self._submit(body, [(prompt, self._params(body, room))], generation)
-        return ChatView(body, self._vocabulary)
+        template, use = self._reader.template(body.tools), body.tool_use()
+        form, spec = with_calls(choose_format(template, self._tool_call_parser), use, body.grammar_spec())
+        if use is not None and form.special:  # the marks of calls must be seen
+            body = body.model_copy(update={"skip_special_tokens": False})
+        self._submit(body, [(prompt, self._params(body, room))], generation, spec)
+        parsers = answer_parsers(form, use, template, prompt.text or "", free=spec is None)
+        return ChatView(body, self._vocabulary, parsers)
 
     def _check(self, body: Generate) -> None:
         check_routing(body, self._engine, self._reader)
@@ -108,7 +134,14 @@ class Intake:
         self._reader.check_ids(list(params.stop_token_ids), "stop_token_ids")
         return params
 
-    def _submit(self, body: Generate, jobs: list[tuple[Prompt, SamplingParams]], generation: Generation) -> None:
+    def _submit(
+        self,
+        body: Generate,
+        jobs: list[tuple[Prompt, SamplingParams]],
+        generation: Generation,
+        spec: GrammarSpec | None,
+    ) -> None:
+        grammar = None if spec is None else self._compiler.compile(spec)
         writers = [model for model in body.answering for _ in range(body.n)]
         generation.reserve(len(jobs) * len(writers), sum(len(prompt.ids) for prompt, _ in jobs))
         for prompt, params in jobs:
@@ -119,9 +152,9 @@ class Intake:
                 Choice(i, model, prompt, params, vocabulary, self._eos_ids, skip, echo)
                 for i, model in enumerate(writers, first)
             ]
-            generation.submit(self._request(prompt, params, body), choices)
+            generation.submit(self._request(prompt, params, body, grammar), choices)
 
-    def _request(self, prompt: Prompt, params: SamplingParams, body: Generate) -> Request:
+    def _request(self, prompt: Prompt, params: SamplingParams, body: Generate, grammar: Grammar | None) -> Request:
         handoff = functools.partial(Handoff, body.handoff, self._vocabulary, body.skip_special_tokens, prompt.ids)
         caller, session = current().caller, body.session.hint() if body.session else None
         if session is not None:
@@ -132,6 +165,7 @@ class Intake:
             params=params,
             n=body.n,
             handoff=handoff if body.handoff else None,
+            grammar=grammar,
             reference_logprobs=body.reference_logprobs,
             session=session,
             tenant=caller.name,

@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from icarus_jax.engine.engine import Engine
 from icarus_jax.errors import RequestError
+from icarus_jax.grammar.compiler import Grammar
 from icarus_jax.scheduling.request import Request, SamplingParams, TokenLogprob, TokenOutput
 from icarus_jax.server.agent_fields import HandoffRule, Routing
 from icarus_jax.server.body import ApiError
@@ -73,6 +74,7 @@ class Ask:
     n: int = 1
     handoff: Sequence[Mapping[str, Any]] = ()
     reference_logprobs: bool = False
+    grammar: Grammar | None = None
 
     def __post_init__(self) -> None:
         if self.reference_logprobs and self.params.logprobs is None:
@@ -111,7 +113,15 @@ class _Run:
 
     def submit(self, prompt: Prompt, ask: Ask, rules: list[HandoffRule], vocabulary: Vocabulary) -> None:
         watch = functools.partial(Handoff, rules, vocabulary, True, prompt.ids) if rules else None
-        request = Request(ask.models, prompt.ids, ask.params, ask.n, watch, ask.reference_logprobs)
+        request = Request(
+            ask.models,
+            prompt.ids,
+            ask.params,
+            ask.n,
+            watch,
+            grammar=ask.grammar,
+            reference_logprobs=ask.reference_logprobs,
+        )
         choices = [
             Choice(i, ask.models[i // ask.n], prompt, ask.params, vocabulary, self._engine.eos_ids, True)
             for i in range(len(ask.models) * ask.n)

@@ -11,6 +11,7 @@ from icarus_jax.server.body import ApiError
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.messages import for_template
 from icarus_jax.server.protocol import ChatPrompt
+from icarus_jax.server.tool_prompt import knows_tools, without_tools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,13 +92,16 @@ class PromptReader:
         generate = chat.add_generation_prompt
         tokenizer = self.vocabulary.tokenizer
         try:
-            template = tokenizer.get_chat_template(tools=chat.tools)
+            template = self.template(chat.tools)
+            messages = for_template(chat.messages, template)
+            if chat.tools and not knows_tools(template):
+                messages = without_tools(messages, chat.tools)
             # Not apply_chat_template: it takes a null content away, for which some templates ask.
             rendered: Any = render_jinja_template(
                 **{
                     **tokenizer.special_tokens_map,
                     **chat.chat_template_kwargs,
-                    "conversations": [for_template(chat.messages, template)],
+                    "conversations": [messages],
                     "chat_template": template,
                     "tools": chat.tools,
                     "add_generation_prompt": not chat.continue_final_message if generate is None else generate,
@@ -108,6 +112,11 @@ class PromptReader:
         except Exception as error:  # a template is a program, and may raise anything on input it does not expect
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ApiError(400, f"the chat template cannot render these messages: {reason}", "messages") from error
+
+    def template(self, tools: list[dict[str, Any]] | None) -> str:
+        """Returns the source of the chat template; with tools that of the one for them, if there are several."""
+        source: str = self.vocabulary.tokenizer.get_chat_template(tools=tools)
+        return source
 
     def read_chat(self, chat: ChatPrompt) -> Prompt:
         """Reads a conversation: renders it, then encodes the text.

@@ -14,6 +14,8 @@ from icarus_jax.server.agent_fields import MAX_N, Routing
 from icarus_jax.server.body import Body, Int32, Int64
 from icarus_jax.server.messages import MAX_MESSAGES, Message
 from icarus_jax.server.other_fields import GENERATION_FIELDS, PROMPT_FIELDS
+from icarus_jax.server.structured import Structured
+from icarus_jax.server.tool_fields import ToolUse, check_tools, tool_use
 
 
 class StreamOptions(Body):
@@ -21,12 +23,6 @@ class StreamOptions(Body):
 
     include_usage: bool = False
     continuous_usage_stats: Literal[False] = False
-
-
-class ResponseFormat(Body):
-    """OpenAI's `response_format`; only {"type": "text"} is served."""
-
-    type: str
 
 
 # Fields of SamplingParams whose JSON form is another: they stand in the bodies below.
@@ -46,7 +42,7 @@ _SAME_FORM = _sampling_fields()
 Sampling: Any = create_model("Sampling", __base__=Body, **_SAME_FORM)
 
 
-class Generate(Sampling, Routing):
+class Generate(Sampling, Routing, Structured):
     """What completions and chat completions share. Ranges of sampling fields are checked by SamplingParams."""
 
     refused: ClassVar[Mapping[str, tuple[Any, ...]]] = GENERATION_FIELDS
@@ -60,7 +56,6 @@ class Generate(Sampling, Routing):
     stop_token_ids: list[Int32] = Field([])
     skip_special_tokens: bool = True
     return_token_ids: bool = False
-    response_format: ResponseFormat | None = None
     best_of: Int32 | None = None
     cache_salt: str = Field("", max_length=256)
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # seconds, from the request's arrival
@@ -71,8 +66,6 @@ class Generate(Sampling, Routing):
             raise RequestError("stream_options is only allowed with stream=true", "stream_options")
         if self.stream and self.prompt_logprobs is not None:
             raise RequestError("prompt_logprobs is not available with stream=true", "prompt_logprobs")
-        if self.response_format and self.response_format.type != "text":
-            raise RequestError("the only response_format is {'type': 'text'}", "response_format")
         if self.best_of not in (None, self.n):
             raise RequestError(f"best_of is {self.best_of}; it must equal n, which is {self.n}", "best_of")
         return self
@@ -166,6 +159,7 @@ class ChatPrompt(Body):
             )
         if "chat_template" in self.chat_template_kwargs:
             raise RequestError("chat_template_kwargs may not replace the chat_template", "chat_template_kwargs")
+        check_tools(self.tools or [])
         return self
 
 
@@ -178,14 +172,18 @@ class ChatRequest(ChatPrompt, Generate):
     logprobs: bool = False
     top_logprobs: Int32 | None = None
     tool_choice: Any = "auto"
+    parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
     def _check(self) -> ChatRequest:
         if self.top_logprobs and not self.logprobs:
             raise RequestError("top_logprobs needs logprobs=true", "top_logprobs")
-        if self.tool_choice not in ("auto", "none"):
-            raise RequestError("tool_choice must be 'auto' or 'none': a tool call cannot be forced", "tool_choice")
+        self.tool_use()
         return self
+
+    def tool_use(self) -> ToolUse | None:
+        """The tools that the answer may call; None: none."""
+        return tool_use(self.tools, self.tool_choice, self.parallel_tool_calls)
 
     def named_logprobs(self) -> int | None:
         """`top_logprobs`, if `logprobs` is true."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from icarus_jax.scheduling.registry import Model
@@ -13,6 +13,8 @@ from icarus_jax.server.agent_fields import Routing
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest
 from icarus_jax.server.streams import Choice, Delta, Scored, finite
+from icarus_jax.server.tool_answer import AnswerParser
+from icarus_jax.server.tool_text import Said
 
 _ERROR_TYPES = {
     403: "permission_error",
@@ -196,36 +198,36 @@ class ChatView:
         request: the request that is answered.
     """
 
-    def __init__(self, request: ChatRequest, vocabulary: Vocabulary):
+    def __init__(self, request: ChatRequest, vocabulary: Vocabulary, parsers: Mapping[int, AnswerParser]):
         """Gives the answer its id and its time.
 
         Args:
             request: the request that is answered.
             vocabulary: names the tokens in log-probabilities.
+            parsers: what finds the tool calls and the reasoning in the text of each choice, by the choice's index.
         """
         self.request = request
+        self._parsers = parsers
         self._vocabulary = vocabulary
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": request.label}
 
     def whole(self, answers: Sequence[tuple[Choice, Delta]]) -> dict[str, Any]:
         """Returns the body of an answer that is not streamed, given each choice with its joined deltas."""
-        choices = []
-        for choice, delta in answers:
-            message = {"role": "assistant", "content": delta.text}
-            choices.append(self._choice(choice, delta, whole=True) | {"message": message})
+        choices = [self._choice(choice, delta, self._parse(choice, delta), whole=True) for choice, delta in answers]
         body = self._head | {"object": "chat.completion", "choices": choices}
         first, delta = answers[0]  # all choices of a chat have the same prompt
         if self.request.prompt_logprobs is not None:
-            shown = prompt_logprobs(first, delta, self.request.prompt_logprobs, self._vocabulary)
-            body["prompt_logprobs"] = shown
+            body["prompt_logprobs"] = prompt_logprobs(first, delta, self.request.prompt_logprobs, self._vocabulary)
         if self.request.return_token_ids:
             body["prompt_token_ids"] = first.prompt.ids
         return body | {"usage": usage([choice for choice, _ in answers], self.request.by_model)}
 
-    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any]:
-        """Returns one chunk of a streamed answer, and marks the choice as begun."""
-        message = {"content": delta.text} if choice.begun else {"role": "assistant", "content": delta.text}
-        chunk = self._chunk([self._choice(choice, delta) | {"delta": message}])
+    def chunk(self, choice: Choice, delta: Delta) -> dict[str, Any] | None:
+        """Returns one chunk of a streamed answer, and marks the choice as begun. None: there is nothing to say yet."""
+        said = self._parse(choice, delta)
+        if choice.begun and not (said or delta.scored or delta.finish_reason or self.request.return_token_ids):
+            return None
+        chunk = self._chunk([self._choice(choice, delta, said)])
         if self.request.return_token_ids and not choice.begun:
             chunk["prompt_token_ids"] = choice.prompt.ids
         choice.begun = True
@@ -238,11 +240,15 @@ class ChatView:
     def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
         return self._head | {"object": "chat.completion.chunk", "choices": choices}
 
-    def _choice(self, choice: Choice, delta: Delta, whole: bool = False) -> dict[str, Any]:
+    def _parse(self, choice: Choice, delta: Delta) -> Said:
+        return self._parsers[choice.index].feed(delta.text, ends=delta.finish_reason is not None)
+
+    def _choice(self, choice: Choice, delta: Delta, said: Said, whole: bool = False) -> dict[str, Any]:
         shown: dict[str, Any] = {
             "index": choice.index,
+            "message" if whole else "delta": ({} if choice.begun else {"role": "assistant"}) | said.message(not whole),
             "logprobs": None if delta.scored is None else {"content": [self._token(s) for s in delta.scored]},
-            "finish_reason": delta.finish_reason,
+            "finish_reason": "tool_calls" if said.called and delta.finish_reason == "stop" else delta.finish_reason,
             "stop_reason": delta.stop_reason,
         } | _routed(self.request, choice, delta, whole)
         if self.request.return_token_ids:

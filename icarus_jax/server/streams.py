@@ -182,6 +182,7 @@ class Choice:
         self.finish_reason: str | None = None
         self.begun = False
         self._params = params
+        self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self._eos_ids = eos_ids
         self._detokenizer = Detokenizer(vocabulary, params, skip_special_tokens, prompt.ids)
         self._echo = echo
@@ -221,7 +222,7 @@ class Choice:
             if output.finish_reason:
                 delta.text += self._detokenizer.finish()
                 delta.finish_reason = output.finish_reason
-                if output.finish_reason == "stop" and delta.token_ids:
+                if output.finish_reason == "stop" and delta.token_ids and delta.token_ids[-1] in self._ends:
                     last = delta.token_ids[-1]
                     delta.stop_reason = last if self._params.ignore_eos or last not in self._eos_ids else None
         self.tokens_by_model[self.model] = self.tokens_by_model.get(self.model, 0) + len(delta.token_ids)
@@ -230,7 +231,8 @@ class Choice:
 
     def _add_token(self, delta: Delta, output: TokenOutput, i: int, token_id: int) -> None:
         delta.token_ids.append(token_id)
-        is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1
+        # A grammar ends an answer with a token of its text.
+        is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1 and token_id in self._ends
         delta.text += self._detokenizer.push([token_id], is_stop and not self._params.include_stop_str_in_output)
         if delta.scored is not None and output.logprobs is not None:
             logprob, reference = output.logprobs[i], None

@@ -74,7 +74,7 @@ BAD_FIELDS = [
     ("seed", 2**64, 400, None),
     ("stream", "yes", 400, None),
     ("stream_options", {"include_usage": True}, 400, None),
-    ("response_format", {"type": "json_object"}, 400, None),
+    ("response_format", {"type": "xml"}, 400, None),
 ]
 
 
@@ -106,7 +106,7 @@ BAD_CHATS = [
     ({"messages": [{"role": "user", "content": 5}]}, "messages"),
     ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]}, "messages"),
     ({"tools": "hammer"}, "tools"),
-    ({"tools": [{"name": "no function"}]}, "messages"),  # the chat template's own complaint
+    ({"tools": [{"name": "no function"}]}, "tools"),
     ({"tool_choice": "required"}, "tool_choice"),
     ({"top_logprobs": 2}, "top_logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from icarus_jax.grammar.compiler import Compiler
 from icarus_jax.server import app, delivery, intake
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.prompts import PromptReader
@@ -28,6 +29,8 @@ SLOW = [
     ("/v1/completions", HANDED, (Vocabulary, "finders")),
     ("/v1/completions", HANDED, (Vocabulary, "prompt_text")),
     ("/v1/completions", GOOD, (doubles.FakeEngine, "submit")),
+    ("/v1/completions", GOOD | {"guided_regex": "a+"}, (Compiler, "compile")),
+    ("/v1/chat/completions", CHAT | {"response_format": {"type": "json_object"}}, (Compiler, "compile")),
     ("/v1/chat/completions", CHAT, (intake, "parse")),
     ("/v1/chat/completions", CHAT, (PromptReader, "render")),
     ("/v1/chat/completions", CHAT, (Vocabulary, "encode")),

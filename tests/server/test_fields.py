@@ -19,8 +19,8 @@ REFUSED = [
     (path, name) for path, (body, _) in APIS.items() for name in GENERATION_FIELDS if name not in body.model_fields
 ]
 NAMED = (
-    *("guided_json", "guided_regex", "guided_choice", "guided_grammar", "structured_outputs", "allowed_token_ids"),
-    *("bad_words", "truncate_prompt_tokens", "use_beam_search", "functions", "function_call", "length_penalty"),
+    *("allowed_token_ids", "structural_tag", "bad_words", "truncate_prompt_tokens", "use_beam_search"),
+    *("functions", "function_call", "length_penalty"),
     *("logits_processors", "prompt_embeds", "chat_template", "documents", "modalities", "audio", "prediction"),
     *("reasoning_effort", "verbosity", "web_search_options", "suffix"),
 )

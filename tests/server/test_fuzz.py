@@ -90,6 +90,7 @@ FIELDS = (
     ),
     *("chat_template_kwargs", "add_generation_prompt", "continue_final_message", "tokens", "id", "name", "path", "kv"),
     *("user", "metadata", "cache_salt", "timeout", "guided_json", "repetition_penalty", "presence_penalty", "best_of"),
+    *("structured_outputs", "guided_regex", "guided_choice", "guided_grammar"),
     *("ignore_eos", "include_stop_str_in_output", "skip_special_tokens", "return_token_ids", "max_completion_tokens"),
 )
 

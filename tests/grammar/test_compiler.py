@@ -1,0 +1,170 @@
+"""What a grammar accepts, what is refused, and that what is made to explode ends."""
+
+from __future__ import annotations
+
+import gc
+import os
+import threading
+import time
+
+import pytest
+
+from icarus_jax.errors import RequestError
+from icarus_jax.grammar.spec import GrammarSpec, StructuredOutputsParams
+from tests.grammar.following import accepts, make_compiler
+
+
+@pytest.fixture(scope="module")
+def compiler():
+    made = make_compiler()
+    made.compile(GrammarSpec.json_object("warm"))
+    return made
+
+
+CHOICES = ["a b", "new\nline", "<tag>", "é#&~-", "a|b", "x*", "a/b\\d", "tab\t", "日本", '"q"', "[a]", "^a$", ""]
+
+
+@pytest.mark.parametrize("choice", CHOICES)
+def test_a_choice_is_taken_literally(compiler, choice):
+    grammar = compiler.compile(GrammarSpec.choice(CHOICES, "guided_choice"))
+    assert accepts(grammar, choice) and not accepts(grammar, choice + "?") and not accepts(grammar, "xx")
+
+
+@pytest.mark.parametrize(
+    "asked, right, wrong",
+    [
+        ({"json": {"type": "integer", "maximum": 12}}, "12", "13"),
+        ({"json": '{"enum": ["é"]}'}, '"é"', '"e"'),
+        ({"json": {}}, '[1, {"a": null}]', "[1,"),
+        ({"json_object": True}, '{"a": [1]}', "[1]"),
+        ({"regex": r"^\d{2}-[ab]+$"}, "12-abba", "12-"),
+        ({"choice": ["yes", "no"]}, "no", "noo"),
+        ({"grammar": 'start: "a" start | "b"'}, "aab", "aa"),
+        ({"grammar": '# GBNF\nroot ::= "a" root | b\nb ::= [bc]'}, "aac", "aa"),
+        ({"grammar": 'start: "x ::= y"'}, "x ::= y", "x"),
+    ],
+)
+def test_each_kind(compiler, asked, right, wrong):
+    grammar = compiler.compile(StructuredOutputsParams(**asked).spec())
+    assert accepts(grammar, right) and not accepts(grammar, wrong)
+
+
+@pytest.mark.parametrize("asked", [{}, {"json_object": False}, {"regex": "a", "choice": ["a"]}])
+def test_exactly_one_kind(asked):
+    with pytest.raises(RequestError, match="must have one of json, regex, choice"):
+        StructuredOutputsParams(**asked)
+
+
+WRONG = {
+    "no JSON": (GrammarSpec("json_schema", "{", "f"), "EOF"),
+    "no schema": (GrammarSpec.json_schema({"type": "foo"}, "f"), "foo"),
+    "not supported": (GrammarSpec.json_schema({"type": "array", "uniqueItems": True}, "f"), "uniqueItems"),
+    "elsewhere": (GrammarSpec.json_schema({"$ref": "http://localhost/x"}, "f"), "http://localhost/x"),
+    "nothing fits": (GrammarSpec.json_schema({"type": "integer", "minimum": 2, "maximum": 1}, "f"), "Unsatisfiable"),
+    "regex": (GrammarSpec("regex", "(", "f"), "unclosed"),
+    "look-around": (GrammarSpec("regex", "(?=a)b", "f"), "look-around"),
+    "half a character": (GrammarSpec("regex", "\ud800", "f"), "surrogates"),
+    "lark": (GrammarSpec("lark", "start: foo", "f"), "foo"),
+    "gbnf": (GrammarSpec("lark", 'root ::= ("a', "f"), "Unexpected end"),
+    "deep gbnf": (GrammarSpec("lark", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "f"), "recursion"),
+    "long": (GrammarSpec("regex", "a" * 200_001, "f"), "200001 characters"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_wrong_is_said(compiler, name):
+    spec, reason = WRONG[name]
+    for _ in range(2):  # the second time from the cache
+        with pytest.raises(RequestError, match=reason) as error:
+            compiler.compile(spec)
+        assert error.value.field == "f" and "\n" not in str(error.value)
+
+
+def _nested(depth: int) -> dict:
+    schema: dict = {"type": "string"}
+    for _ in range(depth):
+        named = [{"anyOf": [schema, {"type": "object", "properties": {name: schema}}]} for name in "ab"]
+        schema = {"allOf": named}
+    return schema
+
+
+EXPLOSIVE = {
+    "intersected patterns": {
+        "allOf": [{"type": "string", "pattern": f"(a|b){{{i},}}c.*d"} for i in range(1, 40)],
+    },
+    "multiples": {"allOf": [{"type": "integer", "multipleOf": p} for p in (97, 89, 83, 79)]},
+    "many properties": {"type": "object", "properties": {f"property{i}": {"type": "string"} for i in range(5000)}},
+    "more items than a row may have": {
+        "type": "object",
+        "properties": {f"property{i}": {"type": "string"} for i in range(1500)},
+    },
+    "products": {"allOf": [{"anyOf": [{"required": [f"{c}{i}"]} for c in "ab"]} for i in range(20)]},
+    "nested products": _nested(5),
+    "repeats": r"((x{1000}){1000}){10}",
+}
+
+
+@pytest.mark.parametrize("name", EXPLOSIVE)
+def test_what_explodes_ends(compiler, name):
+    """In about a second of processor time; the wall's limit is for busy machines. Other threads go on meanwhile."""
+    asked = EXPLOSIVE[name]
+    spec = GrammarSpec("regex", asked, "f") if isinstance(asked, str) else GrammarSpec.json_schema(asked, "f")
+    ticks, done = [], threading.Event()
+
+    def tick() -> None:
+        while not done.wait(0.01):
+            ticks.append(time.monotonic())
+
+    thread = threading.Thread(target=tick)
+    thread.start()
+    start = time.monotonic()
+    with pytest.raises(RequestError) as error:
+        compiler.compile(spec)
+    seconds = time.monotonic() - start
+    done.set()
+    thread.join()
+    print(f"{name}: {seconds:.2f} s, {error.value}")
+    assert seconds < 30
+    assert len(ticks) >= (seconds - 0.5) * 10  # a thread that could not run would have none
+    assert accepts(compiler.compile(GrammarSpec.choice(["on it goes"], "f")), "on it goes")
+
+
+def test_the_ends_of_its_process_leave_no_files_open():
+    made = make_compiler()
+    made.compile(GrammarSpec.json_object("f"))
+    before = len(os.listdir("/proc/self/fd"))
+    for prime in (97, 101):
+        factors = [{"type": "integer", "multipleOf": p} for p in (prime, 89, 83, 79)]
+        with pytest.raises(RequestError, match="more than 1 s"):
+            made.compile(GrammarSpec.json_schema({"allOf": factors}, "f"))
+    made.compile(GrammarSpec.json_schema({"type": "integer"}, "f"))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_equal_grammars_are_compiled_once(compiler):
+    first, second = (GrammarSpec.json_schema({"type": "integer"}, field) for field in ("a", "b"))
+    assert compiler.compile(first) is compiler.compile(second)
+
+
+def test_it_goes_on_after_its_process_was_killed(compiler):
+    process = compiler._trial._process
+    process.kill()
+    process.wait()
+    assert accepts(compiler.compile(GrammarSpec.choice(["after"], "f")), "after")
+
+
+def test_its_process_ends_with_it():
+    made = make_compiler()
+    made.compile(GrammarSpec.json_object("f"))
+    process = made._trial._process
+    assert process.poll() is None
+    del made
+    gc.collect()
+    assert process.wait(60) is not None
+
+
+def test_a_tokenizer_that_cannot_be_read_is_said():
+    made = make_compiler()
+    made._json = "{}"
+    with pytest.raises(RequestError, match="f cannot be followed"):
+        made.compile(GrammarSpec.json_object("f"))
