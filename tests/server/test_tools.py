@@ -6,7 +6,7 @@ import contextlib
 import json
 from collections.abc import Iterator
 
-import jsonschema_rs
+import jsonschema
 import openai
 import pydantic
 import pytest
@@ -332,7 +332,7 @@ def test_a_small_model_calls_with_valid_arguments(smollm, choice, temperature):
     ((name, arguments),) = calls_of(answer.message)
     values = json.loads(arguments)
     if name == "get_weather":
-        jsonschema_rs.validate({**WEATHER, "additionalProperties": False}, values)
+        jsonschema.validate(values, {**WEATHER, "additionalProperties": False})
     else:
         assert choice == "required" and values == {}
     deltas = [chunk.choices[0] for chunk in smollm.openai.chat.completions.create(**request, stream=True)]
