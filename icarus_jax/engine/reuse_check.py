@@ -64,9 +64,10 @@ class ReuseCheck:
         for work in plan.work:
             reused = self._running.get(work.seq)
             ended = work.start + work.num_write == len(work.seq.tokens)
-            if reused is None or not ended or work.seq.status is not Status.RUNNING:  # it may have lost its pages
+            if reused is None or not ended or not work.counts:
                 continue
-            for identical, difference, scale in self.runner.compare_pages(reused, work.seq.page_table):
+            table = work.seq.page_table if work.seq.status is Status.RUNNING else []  # it may have lost its pages
+            for identical, difference, scale in self.runner.compare_pages(reused[: len(table)], table):
                 self.stats.reuse_pages_checked += 1
                 self.stats.reuse_pages_identical += identical
                 self.stats.reuse_pages_different += not difference <= TOLERANCE * scale  # NaN counts as different

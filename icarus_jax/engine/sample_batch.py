@@ -11,7 +11,7 @@ from icarus_jax.scheduling.plan import StepPlan, Work
 from icarus_jax.scheduling.sequence import Sequence
 
 BAN = -1e30  # the bias of a token that must not be drawn
-_DRAW = attrgetter("params.temperature", "params.top_k", "params.top_p", "params.min_p", "seed")
+_DRAW = attrgetter("params.temperature", "params.top_k", "params.top_p", "params.min_p")
 
 
 def choose_variant(plan: StepPlan) -> str:
@@ -62,8 +62,9 @@ def sampling_inputs(
     rows = last[drawing]
     if x.temperature is not None:
         sequences = [plan.work[q].seq for q in drawing]
-        temperature, top_k, top_p, min_p, seed = np.array(list(map(_DRAW, sequences)), np.float64).reshape(-1, 5).T
-        x.temperature[rows], x.seed[rows] = temperature, seed.astype(np.int64) & 0xFFFFFFFF
+        temperature, top_k, top_p, min_p = np.array(list(map(_DRAW, sequences)), np.float64).reshape(-1, 4).T
+        x.temperature[rows] = temperature
+        x.seed[rows] = [seq.seed & 0xFFFFFFFF for seq in sequences]  # of 64 bits: no float holds them
         x.position[rows] = [plan.work[q].logit_start + plan.work[q].num_logits for q in drawing]
         if x.top_k is not None:
             x.top_k[rows], x.top_p[rows], x.min_p[rows] = np.maximum(top_k, 0), top_p, min_p

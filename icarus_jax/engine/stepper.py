@@ -72,6 +72,9 @@ class Stepper:
         last = self._in_flight
         try:
             flight = self._launch()
+            waits = flight is not None and "masked" in VARIANTS[flight.batch.variant]
+            if flight is not None and not waits:
+                self._sample(flight)
         except Exception:
             if last is not None:
                 self._commit(last)  # the fault of a step is not that of the one before it
@@ -79,8 +82,8 @@ class Stepper:
         if flight is None and last is None and not self._reuse.give_up():
             raise AssertionError("the scheduler has sequences, and can run none of them")
         self._in_flight = flight
-        if flight is not None:
-            if last is not None and "masked" in VARIANTS[flight.batch.variant]:
+        if flight is not None and waits:
+            if last is not None:
                 self._commit(last)
                 last = None
             self._sample(flight)

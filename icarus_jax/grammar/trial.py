@@ -56,18 +56,22 @@ class Trial:
             Why this is not possible, or '' if it is.
         """
         with self._lock:
-            if self._process is None or self._process.poll() is not None:
-                self._process = self._start()
-                self._ask(self._terms)
-            process = self._process
-            self._ask(grammar)
-            assert process.stdout is not None
-            answer = process.stdout.readline()
-            if answer:
-                return json.loads(answer)
-            if process.wait() == -signal.SIGPROF:
-                return f"it takes more than {CPU_SECONDS:g} s to compile"
-            return "the compiler failed on it"
+            answer = self._try(grammar)
+            if answer is None:
+                answer = self._try(grammar)
+            return "the compiler failed on it twice" if answer is None else answer
+
+    def _try(self, grammar: str) -> str | None:
+        """Returns the answer of the process; None if it died, perhaps for a reason of its own."""
+        if self._process is None or self._process.poll() is not None:
+            self._process = self._start()
+            self._ask(self._terms)
+        process = self._process
+        self._ask(grammar)
+        assert process.stdout is not None
+        if answer := process.stdout.readline():
+            return json.loads(answer)
+        return f"it takes more than {CPU_SECONDS:g} s to compile" if process.wait() == -signal.SIGPROF else None
 
     def _ask(self, what: Any) -> None:
         assert self._process is not None and self._process.stdin is not None

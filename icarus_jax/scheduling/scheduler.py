@@ -133,14 +133,15 @@ class Scheduler:
             self._admit(budget, plan, last_resort=True)
             while not plan.work and self.sessions.release_next(pinned=True):
                 self._admit(budget, plan, last_resort=True)
-        plan.loads, self.slots.loads = self.slots.loads, []
-        self._in_flight += bool(plan.work)
+        if plan.work:  # else it is not launched, and its adapters are loaded with the next one
+            plan.loads, self.slots.loads = self.slots.loads, []
+            self._in_flight += 1
         return plan
 
     def _make_room(self, seq: Sequence, budget: Budget, plan: StepPlan) -> bool:
         """Allocates the next writer rows' pages; preempts those admitted last. Returns False if `seq` itself went."""
         while not self._extend(seq, rows_to_write(seq, budget)):
-            victim = self.running[-1]
+            victim = next(s for s in reversed(self.running) if not s.ends_in_flight)  # those give up theirs anyway
             self._requeue(victim)
             plan.preempted.append(victim)
             self.stats.preemptions += 1
@@ -151,9 +152,7 @@ class Scheduler:
     def _extend(self, seq: Sequence, num_write: int) -> bool:
         """Allocates the pages of the next `num_write` writer rows; returns False if there are too few."""
         need = -(-(seq.num_computed + num_write) // self.config.page_size) - len(seq.page_table)
-        if need <= 0:
-            return True
-        if need > self.pool.num_free and not self.sessions.make_room(need):
+        if need > 0 and need > self.pool.num_free and not self.sessions.make_room(need):
             return False
         seq.page_table.extend(self.pool.allocate() for _ in range(need))
         return True
@@ -242,8 +241,8 @@ class Scheduler:
             return None
         self.stats.generated_tokens += len(output.token_ids)
         self._fair.charge(seq, len(output.token_ids))
-        output.finish_reason = seq.finish_reason() if seq.follows_grammar() else "error"
-        if output.finish_reason:
+        if reason := seq.finish_reason() if seq.follows_grammar() else "error":
+            output.finish_reason = reason
             self._finish(seq)
         elif seq.handoff is not None:
             self._hand_over(seq, output)

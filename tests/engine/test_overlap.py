@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from icarus_jax.engine.engine import Engine
+from icarus_jax.engine.sample_inputs import unpack
 from icarus_jax.scheduling.request import SessionHint
 from tests.engine.harness import Result, drain, make_engine, submit
 from tests.engine.test_agents import CONFIG, PROMPT, after, make, world  # noqa: F401 (a fixture)
@@ -153,7 +154,25 @@ def test_the_row_of_a_sequence_that_has_ended_spoils_no_page(world):  # noqa: F8
         assert after_it.token_ids == same.token_ids
 
 
-def test_a_failing_launch_does_not_take_the_step_before_with_it(files, monkeypatch):  # noqa: F811
+@pytest.mark.parametrize("seed", [0, 1, 2**53, 2**62, 2**63 - 1])
+def test_neighbouring_seeds_differ(world, seed):  # noqa: F811
+    """Choices use seed + i; seeds have 64 bits, of which the last 32 count."""
+    engine = make(world, "a")
+    seen, prepare = [], engine.runner.prepare
+
+    def noting(plan):
+        batch = prepare(plan)
+        seen.append([int(s) for s in unpack(batch.sampling, batch.variant).seed[: len(batch.counts)]])
+        return batch
+
+    engine.runner.prepare = noting
+    submit(engine, "a", PROMPT, n=3, max_tokens=2, temperature=1.0, seed=seed)
+    drain(engine)
+    assert sorted(seen[-1]) == sorted((seed + i) % 2**32 for i in range(3))
+
+
+@pytest.mark.parametrize("name", ["prepare", "launch", "sample"])
+def test_a_failing_launch_does_not_take_the_step_before_with_it(files, monkeypatch, name):  # noqa: F811
     """A request whose last token is on its way gets it."""
     engine = make_engine(files[0], {"a": (files[1], "shared")}, dataclasses.replace(CONFIG, async_scheduling=True))
     (short,) = submit(engine, "a", PROMPT, max_tokens=1)
@@ -162,10 +181,10 @@ def test_a_failing_launch_does_not_take_the_step_before_with_it(files, monkeypat
     (long,) = submit(engine, "a", OTHER, max_tokens=4)
     engine.run_inbox()
 
-    def broken(plan):
+    def broken(*args):
         raise RuntimeError("planted")
 
-    monkeypatch.setattr(engine.runner, "prepare", broken)
+    monkeypatch.setattr(engine.runner, name, broken)
     with pytest.raises(RuntimeError, match="planted"):
         engine.step()
     assert short.finish_reason == "length" and len(short.token_ids) == 1 and long.finish_reason is None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 from hypothesis import given, settings
@@ -325,6 +326,35 @@ def test_a_long_queue_does_not_evict_the_next_calls_of_those_before_it():
     computed = scheduler.stats.prompt_tokens - scheduler.stats.cached_tokens_same_model
     needed = sessions * (len(prompts[0]) + (calls - 1) * 3)  # a reply's last token and what came after it
     assert needed <= computed < 1.1 * needed
+
+
+def test_an_adapter_of_a_plan_without_work_is_loaded_with_the_next_one():
+    """A sequence is handed over while a step is in flight, and ends before the next one is planned."""
+    scheduler, models = Scheduler(CONFIG, num_slots=1), make_models()
+    device = Device(scheduler, overlap=True)
+    rule = lambda token: models["b"]  # noqa: E731
+    seq = add(scheduler, 0, models["trunk"], range(9), max_tokens=5, handoff=rule)
+    while seq.model is not models["b"]:
+        device.run()
+    assert device.in_flight is not None and models["b"].slot == 1
+    scheduler.end(seq)
+    device.run()
+    after = add(scheduler, 1, models["b"], range(5), max_tokens=2)
+    while after.status is not Status.FINISHED:
+        device.run()  # it checks that the head is in its slot
+    assert device.slots == {1: models["b"]}
+
+
+def test_what_ends_in_flight_is_not_preempted():
+    """Its pages come back with its last token, and it keeps what its session retains."""
+    for length in range(13, 29):  # so that pages run out at any step
+        scheduler = Scheduler(dataclasses.replace(CONFIG, num_pages=12, max_num_batched_tokens=48))
+        device = Device(scheduler, overlap=True)
+        add(scheduler, 0, Model("trunk", "base"), range(length), max_tokens=18)
+        ending = add(scheduler, 1, Model("trunk", "base"), [9] * 17, max_tokens=4, session=SessionHint("s", math.inf))
+        while ending.status is not Status.FINISHED:
+            device.run()
+        assert len(scheduler.sessions) == 1, length
 
 
 def test_latest_arrival_is_preempted():
