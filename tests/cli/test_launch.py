@@ -119,6 +119,7 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
         "cors_origins": "",
         "access_log": True,
         "allowed_hosts": "",
+        "tool_call_parser": "auto",
     }
     if arg:
         count, kv = int(arg[1]), "isolated" if "isolated" in arg else "shared"

@@ -79,7 +79,8 @@ def test_what_is_not_data_is_not_sent(value):
 
 
 def test_what_is_cut_off_or_garbage_is_an_error():
-    message = encode(("execute", step_batch(1, True)))
+    batch = step_batch(1, True)
+    message = encode(("launch", batch.bucket, batch.step, batch.sampling))
     for length in range(0, len(message), 97):
         with pytest.raises(ValueError, match="not a message"):
             decode(message[:length])
