@@ -83,10 +83,10 @@ class PlanRows:
         """Returns whether this is the step before once more, each sequence one token further, and that one pending."""
         if self.sequences != before.sequences or (self._known != self._start).any():
             return False
-        return bool((self._ranges - before._ranges == ONE_ON[:, None]).all() and self.logits_are_single)
+        return bool((self._ranges - before._ranges == ONE_ON[:, None]).all() and self._draws_once_each)
 
     @property
-    def logits_are_single(self) -> bool:
+    def _draws_once_each(self) -> bool:
         """Whether each sequence has a row with logits that gives its next token, and no other."""
         samples, reference = self._ranges[6:8]
         return bool((self._num_logits == 1).all() and samples.all() and not reference.any())

@@ -118,20 +118,6 @@ class SampleInputs:
     bias: Any = None
     history: Any = None
 
-    @classmethod
-    def neutral(cls, rows: int, context: int, vocab: int, variant: str) -> SampleInputs:
-        """Makes the inputs of greedy sampling without penalties and biases: writable views of one packed array.
-
-        Args:
-            rows: S, the number of rows.
-            context: C, the context length in tokens.
-            vocab: V, the vocabulary size.
-            variant: One of VARIANTS.
-        """
-        x = unpack(np.empty((rows, packed_width(context, variant)), np.int32), variant)
-        x.reset(vocab)
-        return x
-
     def reset(self, vocab: int, rows: Any = slice(None)) -> None:
         """Makes rows neutral.
 

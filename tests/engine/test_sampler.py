@@ -22,7 +22,9 @@ run = jax.jit(sample, static_argnames="variant")
 
 
 def inputs(variant="everything", shape=(S, C, V), **changes) -> SampleInputs:
-    x = SampleInputs.neutral(*shape, variant)
+    rows, context, vocab = shape
+    x = unpack(np.empty((rows, packed_width(context, variant)), np.int32), variant)
+    x.reset(vocab)
     for name, value in changes.items():
         getattr(x, name)[...] = value
     return x
