@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Literal, TypeVar
 
@@ -14,6 +14,7 @@ from starlette.responses import PlainTextResponse, Response
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.server.body import ApiError, B, Body, parse, read_body
+from icarus_jax.server.endpoints import Route
 from icarus_jax.server.head_loader import HeadLoader, UnknownHead
 
 T = TypeVar("T")
@@ -66,7 +67,17 @@ class HeadRoutes:
     """The endpoints that load and unload heads.
 
     Loading takes long. It runs on a thread of its own, so that neither the event loop nor its pool of threads waits.
+
+    Attributes:
+        bodies: path -> the model that checks the body.
     """
+
+    bodies: Mapping[str, type[Body]] = {
+        "/v1/load_head": LoadHead,
+        "/v1/unload_head": UnloadHead,
+        "/v1/load_lora_adapter": LoadLoraAdapter,
+        "/v1/unload_lora_adapter": UnloadLoraAdapter,
+    }
 
     def __init__(self, loader: HeadLoader, show: Callable[[Model], dict[str, Any]]):
         """Takes the loader that does the work.
@@ -79,8 +90,8 @@ class HeadRoutes:
         self._show = show
         self._thread = ThreadPoolExecutor(1, "heads")
 
-    def routes(self) -> list[tuple[str, str, Callable[..., Any]]]:
-        """Returns (HTTP method, path, handler) of each endpoint."""
+    def routes(self) -> list[Route]:
+        """Returns the method, path and handler of each endpoint."""
         return [
             ("POST", "/v1/load_head", self.load_head),
             ("POST", "/v1/unload_head", self.unload_head),
