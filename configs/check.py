@@ -3,7 +3,7 @@
     python launch/check.py --head=DIR --config.data.path=FILE
 
 --config.data.path: JSON lines as for training, {"messages": [..]} or {"prompt", "completion"}. With --config.task they
-are the rows of one of the four tasks (intent, slots, sql, math). The first --config.limit rows are used (0: all).
+are the rows of a task (intent, slots, sql, math, tools). The first --config.limit rows are used (0: all).
 --config.invocation: the text at which an `activated` head comes on (default: the text that all prompts end with).
 """
 

@@ -4,6 +4,8 @@
     python launch/evaluate.py --config=evaluate.py:slots        snips: intent and slots as JSON
     python launch/evaluate.py --config=evaluate.py:sql          geography: a query, run against the database
     python launch/evaluate.py --config=evaluate.py:math         GSM8K: the number after '####'
+    python launch/evaluate.py --config=evaluate.py:tools        Seal-Tools: tool calls
+    python launch/evaluate.py --config=evaluate.py:tools_required   the same with tool_choice=required
     python launch/evaluate.py --config=evaluate.py:humaneval    HumanEval: pass@1, greedy
     python launch/evaluate.py --config=evaluate.py:batch --config.data.path=FILE    any OpenAI batch file
 
@@ -14,7 +16,8 @@ with a larger limit. Other models need another FILE.
 The files are read from ../shared/data, or from --config.data.path (and for sql --config.data.database). They come from
 PolyAI-LDN/task-specific-datasets (banking77: {"text", "category"}), sonos/nlu-benchmark of 2017 (snips:
 {"intent", "data": [{"text", "entity"}, ...]}), jkkummerfeld/text2sql-data (geography: {"question", "sql"}, and the
-database as an sqlite file), openai/grade-school-math and openai/human-eval (as they are), one row a line.
+database as an sqlite file), fairyshine/Seal-Tools ({"query", "tools" in OpenAI's form, "calls"}),
+openai/grade-school-math and openai/human-eval (as they are), one row a line.
 """
 
 from ml_collections import ConfigDict
@@ -26,6 +29,8 @@ FILES = {
     "slots": {"path": "snips_dev.jsonl"},
     "sql": {"path": "geography_dev.jsonl", "database": "geography.sqlite"},
     "math": {"path": "gsm8k_dev.jsonl"},
+    "tools": {"path": "tools_dev.jsonl"},
+    "tools_required": {"path": "tools_dev.jsonl"},
     "humaneval": {"path": "HumanEval.jsonl.gz"},
     "batch": {},
 }

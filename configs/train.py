@@ -30,6 +30,7 @@ SIZES = {
     "slots": (1000, 2e-3, 5, 168, False),
     "sql": (300, 2e-3, 3, 352, False),
     "math": (400, 1e-3, 3, 512, True),
+    "tools": (450, 2e-3, 3, 1664, False),
 }
 OWN_DATA = (500, 1e-3, 4, 512, False)
 
@@ -38,7 +39,7 @@ def get_config(arg: str = "intent") -> ConfigDict:
     """Makes the config.
 
     Args:
-        arg: The head's name, or several names separated by commas. The four tasks have their own data and sizes.
+        arg: The head's name, or several names separated by commas. The five tasks have their own data and sizes.
 
     Raises:
         ValueError: A name has other characters than letters, digits, - and _.
@@ -89,6 +90,9 @@ def get_config(arg: str = "intent") -> ConfigDict:
         {
             "seed": 0,
             "dtype": "float32",  # of the trunk and of all arithmetic; trained weights are kept in float32
+            # A folder: the trunk's K/V of all examples are computed once and kept there, in float16 (SmolLM2: 23 KB a
+            # token), also for other runs on the same data. Empty: each step computes them.
+            "kv_store": "",
             "accumulate": 1,  # batches per update
             "validate_every": 100,
             "checkpoint_every": 50,

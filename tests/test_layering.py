@@ -25,6 +25,10 @@ WITHOUT_JAX = (
         for name in (
             "batch",
             "batch_file",
+            "batch_routes",
+            "batch_store",
+            "batch_table",
+            "batch_worker",
             "result_file",
             "sandbox",
             "sandbox_child",
@@ -34,7 +38,7 @@ WITHOUT_JAX = (
         )
     ),
 )
-OUTSIDE_ROOMS = {"__init__", "config", "errors", "tasks", "llm"}
+OUTSIDE_ROOMS = {"__init__", "config", "errors", "tasks", "chat_template", "llm"}
 MAX_LINES = 300
 
 

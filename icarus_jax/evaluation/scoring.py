@@ -1,7 +1,7 @@
 """Scores generated texts, task by task. Pure functions, no jax.
 
-A score is a dict. Under the name of a figure it has True or False; the figure is the mean of these. Under COUNTS it has
-counts, and under 'error' the reason why an answer could not be used.
+A score is a dict. Under the name of a figure it has True or False; the figure is the mean of these, over the scores
+that have it. Under a name in COUNTS it has counts, and under 'error' the reason why an answer could not be used.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from icarus_jax.tasks import Row
 
 Score = dict[str, Any]
 
-COUNTS = "slots"  # [right, predicted, wanted]: counts of the slots of one sample
+# [right, predicted, wanted]: counts of the slots, or of the tool calls, of one sample -> the name of their figure
+COUNTS = {"slots": "slot_f1", "calls": "call_f1"}
 QUERY_SECONDS = 5.0
 MAX_RESULT_ROWS = 100_000
 MAX_VALUE_BYTES = 1 << 20
@@ -37,15 +38,17 @@ def summarise(scores: Sequence[Score]) -> dict[str, float]:
         scores: the scores of its answers to one task; at least one.
 
     Returns:
-        Name of a figure -> its value, rounded to 4 digits. There is a mean for each figure, and a micro-averaged
-        `slot_f1` if the scores have counts.
+        Name of a figure -> its value, rounded to 4 digits. There is a mean for each figure, and a micro-averaged F1 if
+        the scores have counts.
     """
-    names = [name for name, value in scores[0].items() if isinstance(value, bool)]
-    figures = {name: round(sum(score[name] for score in scores) / len(scores), 4) for name in names}
-    counts = [score[COUNTS] for score in scores if COUNTS in score]
-    if counts:
-        right, predicted, wanted = map(sum, zip(*counts, strict=True))
-        figures["slot_f1"] = round(2 * right / (predicted + wanted), 4) if predicted + wanted else 1.0
+    figures: dict[str, float] = {}
+    for name in dict.fromkeys(name for score in scores for name in score):
+        values = [score[name] for score in scores if name in score]
+        if name in COUNTS:
+            right, predicted, wanted = map(sum, zip(*values, strict=True))
+            figures[COUNTS[name]] = round(2 * right / (predicted + wanted), 4) if predicted + wanted else 1.0
+        elif isinstance(values[0], bool):
+            figures[name] = round(sum(values) / len(values), 4)
     return figures
 
 
@@ -93,7 +96,7 @@ def score_slots(text: str, row: Row) -> Score:
         "exact_match": same_intent and predicted == wanted,
         "intent_accuracy": same_intent,
         "valid_json": error is None,
-        COUNTS: [right, predicted.total(), wanted.total()],
+        "slots": [right, predicted.total(), wanted.total()],
     }
     return score | ({"error": error} if error else {})
 

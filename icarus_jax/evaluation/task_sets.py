@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import gzip
+import json
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from icarus_jax.evaluation import sandbox, scoring
 from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, encode, read_lines
 from icarus_jax.evaluation.result_file import Line
 from icarus_jax.evaluation.scoring import Score
+from icarus_jax.evaluation.tool_scores import score_tools
 from icarus_jax.tasks import TASKS, Row, Task
 
 HUMANEVAL_STOPS = ("\nclass", "\ndef", "\n#", "\nif", "\nprint")
 HUMANEVAL_TOKENS = 512
+TOOL_CHOICES = {"tools": "auto", "tools_required": "required"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,10 +39,15 @@ class TaskSet:
 
 
 def _ask(row: Row, task: Task, score: Callable[[str, Row], Score] | None) -> dict[str, Any]:
-    task.completion(row)
+    task.answer(row)
     if score is not None:
         score("", row)  # raises for a row that cannot be scored, before anything is generated
     return {"messages": task.prompt(row), "max_tokens": task.max_new_tokens, "temperature": 0}
+
+
+def _ask_tools(row: Row, choice: str) -> dict[str, Any]:
+    """Makes a request with tools; `choice` is its tool_choice."""
+    return {**_ask(row, TASKS["tools"], score_tools), "tools": TASKS["tools"].tools(row), "tool_choice": choice}
 
 
 def _ask_humaneval(row: Row) -> dict[str, Any]:
@@ -56,7 +64,7 @@ def task_set(name: str, database: Path | None = None) -> TaskSet:
     """Returns the task set of a name.
 
     Args:
-        name: one of TASKS, or 'humaneval'.
+        name: one of TASKS, 'humaneval', or 'tools_required': 'tools', but every answer must be calls.
         database: the SQLite file that the queries of 'sql' run on.
 
     Raises:
@@ -65,6 +73,8 @@ def task_set(name: str, database: Path | None = None) -> TaskSet:
     if name == "humaneval":
         score = functools.partial(scoring.score_humaneval, run=sandbox.run_program)
         return TaskSet(COMPLETIONS, _ask_humaneval, score)
+    if name in TOOL_CHOICES:
+        return TaskSet(CHAT, functools.partial(_ask_tools, choice=TOOL_CHOICES[name]), score_tools)
     scores = {"intent": scoring.score_intent, "slots": scoring.score_slots, "math": scoring.score_math}
     request = functools.partial(_ask, task=TASKS[name], score=scores.get(name))
     if database is not None:
@@ -140,7 +150,7 @@ def _job(tasks: TaskSet, index: int, row: Row, model: str, body: dict[str, Any],
         if status != 200:
             raise ValueError(f"{where}, model {model}: {answer['error']['message']}")
         choice, usage = answer["choices"][0], answer["usage"]
-        text = choice["text"] if tasks.url == COMPLETIONS else choice["message"]["content"]
+        text = choice["text"] if tasks.url == COMPLETIONS else _said(choice["message"])
         return {
             "model": model,
             "row": index,
@@ -153,6 +163,13 @@ def _job(tasks: TaskSet, index: int, row: Row, model: str, body: dict[str, Any],
         }
 
     return Job((model, index), tasks.url, encode({"model": model, **body}), record)
+
+
+def _said(message: Mapping[str, Any]) -> str:
+    """Returns the text of a chat's answer. Tool calls are written as JSON, as OpenAI has their functions."""
+    if calls := message.get("tool_calls"):
+        return json.dumps([call["function"] for call in calls], ensure_ascii=False)
+    return message["content"] or ""
 
 
 def _report(name: str, models: Sequence[str], lines: list[Line]) -> dict[str, Any]:

@@ -5,13 +5,10 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from transformers.utils.chat_template_utils import render_jinja_template
-
+from icarus_jax.chat_template import render
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.detokenizer import Vocabulary
-from icarus_jax.server.messages import for_template
 from icarus_jax.server.protocol import ChatPrompt
-from icarus_jax.server.tool_prompt import knows_tools, without_tools
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,24 +88,19 @@ class PromptReader:
         """
         generate = chat.add_generation_prompt
         tokenizer = self.vocabulary.tokenizer
+        effort = {} if chat.reasoning_effort is None else {"reasoning_effort": chat.reasoning_effort}
         try:
-            template = self.template(chat.tools)
-            messages = for_template(chat.messages, template)
-            if chat.tools and not knows_tools(template):
-                messages = without_tools(messages, chat.tools)
-            # Not apply_chat_template: it takes a null content away, for which some templates ask.
-            rendered: Any = render_jinja_template(
+            return render(
+                tokenizer,
+                [message.plain() for message in chat.messages],
+                chat.tools,
                 **{
-                    **tokenizer.special_tokens_map,
+                    **effort,
                     **chat.chat_template_kwargs,
-                    "conversations": [messages],
-                    "chat_template": template,
-                    "tools": chat.tools,
                     "add_generation_prompt": not chat.continue_final_message if generate is None else generate,
                     "continue_final_message": chat.continue_final_message,
-                }
+                },
             )
-            return rendered[0][0]  # the text of the first conversation
         except Exception as error:  # a template is a program, and may raise anything on input it does not expect
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ApiError(400, f"the chat template cannot render these messages: {reason}", "messages") from error

@@ -10,12 +10,14 @@ from pydantic import BeforeValidator, Field, create_model, model_validator
 
 from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.request import SamplingParams
-from icarus_jax.server.agent_fields import MAX_N, Routing
+from icarus_jax.server.agent_fields import MAX_N, Routing, Session
 from icarus_jax.server.body import Body, Int32, Int64
 from icarus_jax.server.messages import MAX_MESSAGES, Message
 from icarus_jax.server.other_fields import GENERATION_FIELDS, PROMPT_FIELDS
 from icarus_jax.server.structured import Structured
 from icarus_jax.server.tool_fields import ToolUse, check_tools, tool_use
+
+RETAIN_SECONDS = 300.0  # how long the pages of a session are kept whose request does not say
 
 
 class StreamOptions(Body):
@@ -58,6 +60,7 @@ class Generate(Sampling, Routing, Structured):
     return_token_ids: bool = False
     best_of: Int32 | None = None
     cache_salt: str = Field("", max_length=256)
+    prompt_cache_key: str = Field("", max_length=256)  # names a session, if `session` does not
     timeout: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None  # seconds, from the request's arrival
 
     @model_validator(mode="after")
@@ -68,6 +71,8 @@ class Generate(Sampling, Routing, Structured):
             raise RequestError("prompt_logprobs is not available with stream=true", "prompt_logprobs")
         if self.best_of not in (None, self.n):
             raise RequestError(f"best_of is {self.best_of}; it must equal n, which is {self.n}", "best_of")
+        if self.prompt_cache_key and self.session is None:
+            self.session = Session(id=self.prompt_cache_key, retain=RETAIN_SECONDS)
         return self
 
     def named_logprobs(self) -> int | None:
@@ -146,6 +151,7 @@ class ChatPrompt(Body):
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     tools: list[dict[str, Any]] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"] | None = None
     chat_template_kwargs: dict[str, Any] = Field({})
     add_generation_prompt: bool | None = None  # default: unless the final message is continued
     continue_final_message: bool = False

@@ -1,7 +1,7 @@
 """Training data: the rows of a JSONL file as token ids, split into training and validation.
 
-A row has one of three forms: {"messages": [..]} with the completion as its last message, {"prompt": .., "completion":
-..}, or the format of one of the tasks in tasks.py.
+A row has one of three forms: {"messages": [..]} with the completion as its last message and maybe "tools", as OpenAI
+has it; {"prompt": .., "completion": ..}; or the format of one of the tasks in tasks.py.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from icarus_jax.chat_template import render
 from icarus_jax.tasks import Task
 
 HELD_OUT = 20  # every 20th example (5%) is for validation; it does not depend on the seed
@@ -28,11 +29,13 @@ class Example:
         tokens: i32[n], the prompt's tokens and then the completion's.
         num_prompt: The number of prompt tokens.
         slot: The head that learns from it, counted from 1.
+        start: How many tokens the examples before it have in packed rows; see `numbered`.
     """
 
     tokens: np.ndarray
     num_prompt: int
     slot: int
+    start: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,15 +68,15 @@ class Encoder:
             ValueError: The row has none of the forms, or its prompt or completion is empty.
         """
         if "messages" in row:
-            prompt, completion = self._chat(row["messages"])
+            prompt, completion = self._chat(row["messages"], row.get("tools"))
         elif "prompt" in row and "completion" in row:
             prompt, completion = self._plain(row["prompt"], row["completion"])
         elif task is not None:
             try:
-                answer = {"role": "assistant", "content": task.completion(row)}
-                prompt, completion = self._chat([*task.prompt(row), answer])
+                messages, tools = [*task.prompt(row), task.answer(row)], task.tools(row)
             except (KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"is not of the task's format: {type(error).__name__} {error}") from None
+            prompt, completion = self._chat(messages, tools)
         else:
             raise ValueError('needs {"messages": [..]} or {"prompt": .., "completion": ..}')
         total = len(prompt) + len(completion)
@@ -81,26 +84,19 @@ class Encoder:
             raise TooLong(f"has {total} tokens, prompt and completion, but at most {self.max_length} are allowed")
         return Example(np.array(prompt + completion, np.int32), len(prompt), slot)
 
-    def _chat(self, messages: Any) -> tuple[list[int], list[int]]:
+    def _chat(self, messages: Any, tools: Any = None) -> tuple[list[int], list[int]]:
         """Returns the token ids of the prompt and of the completion, which is the last message.
 
         The completion includes what the template writes after the message, up to the end of the turn.
         """
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
-            raise ValueError('"messages" is not a list of {"role": .., "content": ..}')
-        if len(messages) < 2 or messages[-1]["role"] != "assistant":
-            raise ValueError('the last of "messages" must be the assistant\'s, after at least one other')
-        if not all(isinstance(message.get("content"), str) for message in messages):
-            raise ValueError('every one of "messages" must have a "content" that is a string')
-        if not messages[-1]["content"].strip():
-            raise ValueError("the completion (the last message's content) is empty")
+        _check_messages(messages)
         try:
-            whole = self.tokenizer.apply_chat_template(messages, tokenize=False)
-            prompt = self.tokenizer.apply_chat_template(messages[:-1], tokenize=False, add_generation_prompt=True)
+            whole = render(self.tokenizer, messages, tools)
+            prompt = render(self.tokenizer, messages[:-1], tools, add_generation_prompt=True)
         except Exception as error:  # a template may fail in any way on what it was not written for
             reason = (str(error) or type(error).__name__).splitlines()[0]
             raise ValueError(f"the chat template cannot render these messages: {reason}") from None
-        if not isinstance(whole, str) or not isinstance(prompt, str) or not whole.startswith(prompt):
+        if not whole.startswith(prompt):
             raise ValueError("the chat template does not write the conversation as its prompt and then the answer")
         return self._ids(prompt, False), self._ended(self._ids(whole[len(prompt) :], False))
 
@@ -122,6 +118,20 @@ class Encoder:
         """Cuts the ids after the first end-of-sequence token, or appends one: a head must learn where to stop."""
         end = next((i for i, token in enumerate(ids) if token in self.eos_ids), None)
         return ids[: end + 1] if end is not None else [*ids, int(self.tokenizer.eos_token_id)]
+
+
+def _check_messages(messages: Any) -> None:
+    """Raises ValueError unless the messages are a prompt and the assistant's answer to it."""
+    if not isinstance(messages, list) or not all(isinstance(m, dict) and "role" in m for m in messages):
+        raise ValueError('"messages" is not a list of {"role": .., "content": ..}')
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise ValueError('the last of "messages" must be the assistant\'s, after at least one other')
+    for message in messages:
+        content = message.get("content")
+        if not isinstance(content, str) and (content is not None or not message.get("tool_calls")):
+            raise ValueError('every one of "messages" must have a "content" that is a string, or "tool_calls"')
+    if not messages[-1].get("tool_calls") and not messages[-1]["content"].strip():
+        raise ValueError("the completion (the last message's content) is empty")
 
 
 class TooLong(ValueError):
@@ -191,6 +201,23 @@ def split(examples: Sequence[Example], count: int) -> tuple[list[Example], list[
     count = min(count, len(held))
     validation = [held[i * len(held) // count] for i in range(count)]
     return [e for i, e in enumerate(examples) if i % HELD_OUT != HELD_OUT - 1], validation
+
+
+def numbered(examples: Iterable[Example], prefix_len: int) -> list[Example]:
+    """Sets `start` of examples.
+
+    Args:
+        examples: All examples.
+        prefix_len: The length of the prefix that is left out of packed rows.
+
+    Returns:
+        The same examples, in their order.
+    """
+    placed, start = [], 0
+    for example in examples:
+        placed.append(dataclasses.replace(example, start=start))
+        start += len(example.tokens) - 1 - prefix_len
+    return placed
 
 
 def common_prefix(examples: Iterable[Example]) -> np.ndarray:

@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from icarus_jax.config import KV_TARGETS, LORA_TARGETS, TARGETS
 from icarus_jax.models.full_heads import FullHead, save_full_head
 from icarus_jax.tasks import TASKS
-from icarus_jax.training.data import Encoder, Example, common_prefix, read_examples, split
+from icarus_jax.training.data import Encoder, Example, common_prefix, numbered, read_examples, split
 from icarus_jax.training.heads import Method
 from icarus_jax.training.log import RECORD, plot_losses
 from icarus_jax.training.packing import row_shape
@@ -31,7 +31,13 @@ from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
 METHODS = ("lora", "full")  # values of config.head.method
 TRAINED_KINDS = ("shared", "isolated")  # values of config.head.kv
 # Settings that may differ when a run goes on: they do not change what is trained.
-FREE_SETTINGS = ("config.data.path", "config.head.dtype", "config.train.log_every", "config.train.checkpoint_every")
+FREE_SETTINGS = (
+    "config.data.path",
+    "config.head.dtype",
+    "config.train.kv_store",
+    "config.train.log_every",
+    "config.train.checkpoint_every",
+)
 
 log = logging.getLogger(__name__)
 
@@ -134,8 +140,9 @@ def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> D
         training += train_part
         validation += held
     prefix = common_prefix(training + validation)
-    shape = row_shape(training + validation, prefix, section.rows, section.length)
-    return Data(training, validation, prefix, shape)
+    examples = numbered(training + validation, len(prefix))
+    shape = row_shape(examples, prefix, section.rows, section.length)
+    return Data(examples[: len(training)], examples[len(training) :], prefix, shape)
 
 
 def output_folder(config: ConfigDict, names: list[str]) -> Path:

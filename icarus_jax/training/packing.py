@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
 import grain
@@ -22,6 +23,9 @@ Array = jax.Array | np.ndarray
 # Number of rows that are filled at the same time. With more rows there is less padding, but examples move farther from
 # their place in the shuffled order.
 PACKING_BINS = 64
+
+TRUNK_TOKENS = 2048  # tokens of a batch that only the trunk reads; on a CPU larger ones do not fit its caches
+ROW_STEP = 128  # the lengths of their rows are multiples of this, so that few programs are compiled
 
 
 @jax.tree_util.register_dataclass
@@ -39,6 +43,8 @@ class Batch:
         readers: i32[.., B, R], for each completion token the column of the token before it, from which it is predicted.
         targets: i32[.., B, R], the completion tokens.
         target_segments: i32[.., B, R], their segments.
+        stored: i32[.., B, T], the number of each token among those of all examples.
+        kv: f16[.., B, T, L, 2, K, H], the trunk's K/V of the tokens; None: the step computes them.
     """
 
     tokens: Array
@@ -48,6 +54,8 @@ class Batch:
     readers: Array
     targets: Array
     target_segments: Array
+    stored: Array
+    kv: Array | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,16 +138,38 @@ def validation_batches(examples: Sequence[Example], prefix: np.ndarray, shape: R
     return [Batch(**{name: np.stack([row[name] for row in group]) for name in group[0]}) for group in groups]
 
 
+def trunk_batches(examples: Sequence[Example], prefix: np.ndarray, shards: int) -> list[Batch]:
+    """Puts each example once into rows of about its own length, for which attention does the least work.
+
+    Args:
+        examples: The examples.
+        prefix: i32[P], the prefix that is left out of the rows.
+        shards: What the number of rows must be a multiple of.
+
+    Returns:
+        Batches with arrays [B, ..], of about TRUNK_TOKENS tokens each.
+    """
+    groups: dict[int, list[Example]] = defaultdict(list)
+    for example in examples:
+        groups[-(-(len(example.tokens) - 1 - len(prefix)) // ROW_STEP) * ROW_STEP].append(example)
+    batches = []
+    for length, group in sorted(groups.items()):
+        rows = shards * max(1, TRUNK_TOKENS // (length * shards))
+        batches += validation_batches(group, prefix, RowShape(rows, length, length))
+    return batches
+
+
 def _pack(source: grain.MapDataset, shape: RowShape, *, shuffle_bins: bool, seed: int) -> grain.IterDataset:
     """Fills rows with examples, each into the first row that has room for all of its features (first fit)."""
-    lengths = {"tokens": shape.length, "slots": shape.length, "readers": shape.readers, "targets": shape.readers}
+    wide = dict.fromkeys(("tokens", "slots", "stored"), shape.length)
+    lengths = wide | {"readers": shape.readers, "targets": shape.readers}
     return grain_experimental.FirstFitPackIterDataset(
         source.to_iter_dataset(grain.ReadOptions(num_threads=0)),
         length_struct=lengths,
         num_packing_bins=PACKING_BINS,
         shuffle_bins=shuffle_bins,
         seed=seed,
-        meta_features=("slots", "readers"),
+        meta_features=("slots", "stored", "readers"),
     )
 
 
@@ -153,6 +183,7 @@ def _features(example: Example, prefix: np.ndarray) -> dict[str, np.ndarray]:
     return {
         "tokens": inputs,
         "slots": np.full(len(inputs), example.slot, np.int32),
+        "stored": np.arange(example.start, example.start + len(inputs), dtype=np.int32),
         "readers": np.arange(first, len(inputs), dtype=np.int32),
         "targets": example.tokens[example.num_prompt :],
     }
@@ -172,6 +203,7 @@ def _locate(row: dict[str, np.ndarray], prefix_len: int) -> dict[str, np.ndarray
         "positions": row["tokens_positions"] + np.int32(prefix_len),
         "segments": segments,
         "slots": row["slots"],
+        "stored": row["stored"],
         "readers": np.where(real, row["readers"] + starts[target_segments - 1], 0).astype(np.int32),
         "targets": row["targets"],
         "target_segments": target_segments,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 import math
 import time
@@ -18,8 +19,9 @@ from ml_collections import ConfigDict
 from icarus_jax.training.checkpoints import Checkpoints, stop_signals
 from icarus_jax.training.data import Example
 from icarus_jax.training.heads import Method, init_heads
+from icarus_jax.training.kv_store import KvStore
 from icarus_jax.training.log import TrainLog
-from icarus_jax.training.packing import Batch, RowShape, num_examples, train_batches, validation_batches
+from icarus_jax.training.packing import Batch, RowShape, num_examples, train_batches, trunk_batches, validation_batches
 from icarus_jax.training.step import (
     Optimiser,
     State,
@@ -31,6 +33,7 @@ from icarus_jax.training.step import (
     train_step,
     validate,
 )
+from icarus_jax.training.two_stream import trunk_kv
 from icarus_jax.weights.checkpoint import TrunkCheckpoint
 
 INTERVALS = ("accumulate", "validate_every", "checkpoint_every", "log_every")  # settings that are at least 1
@@ -97,8 +100,23 @@ class Trainer:
         self._prefix = jax.device_put(data.prefix, replicated)
         self._batches = train_batches(data.training, data.prefix, data.shape, section.seed, section.accumulate)
         self._held_out = validation_batches(data.validation, data.prefix, data.shape) if data.validation else []
+        self._store = self._open_store(trunk, data) if section.kv_store else None
         self._schedule = optimiser.schedule()
         self._step, self._examples = 0, 0  # done so far
+
+    def _open_store(self, trunk: TrunkCheckpoint, data: Data) -> KvStore:
+        """Returns the file of the trunk's K/V, complete."""
+        if self._method.kv != "shared":
+            raise ValueError("config.train.kv_store keeps the trunk's K/V: kv='isolated' has no use for them")
+        examples = [*data.training, *data.validation]
+        folder = Path(self._settings.kv_store).expanduser()
+        store = KvStore(folder, trunk.config, trunk.identity, examples, data.prefix)
+        sharding = batch_sharding(self._mesh, stacked=False)
+        made = jax.jit(functools.partial(trunk_kv, trunk.config))
+        compute = lambda batch: np.asarray(made(self._params, self._prefix, jax.device_put(batch, sharding)))  # noqa: E731
+        store.fill(trunk_batches(examples, data.prefix, self._mesh.shape["data"]), compute)
+        self._held_out = [store.attach(batch) for batch in self._held_out]
+        return store
 
     def train(self, folder: Path) -> State:
         """Trains up to the last step. A run whose folder has checkpoints goes on from the newest one.
@@ -165,6 +183,7 @@ class Trainer:
 
     def _update(self, batch: Batch) -> StepMetrics:
         """Updates the state with batches [accumulate, B, ..]."""
+        batch = self._store.attach(batch) if self._store else batch
         placed = jax.device_put(batch, batch_sharding(self._mesh, stacked=True))
         seed = jnp.uint32(self._settings.seed)
         self._state, metrics = train_step(

@@ -155,12 +155,10 @@ def token_logprobs(
     readers = batch.readers
     at = lambda rows: jnp.take_along_axis(rows, readers, axis=1)  # noqa: E731  [B, T] -> [B, R]
     embed = lambda tokens: frozen["embed"][tokens]  # noqa: E731
-    columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
-    mask = _mask(batch, batch.segments, columns, len(prefix))
-    everything = Stream(embed(batch.tokens), batch.positions, batch.slots, mask)
+    everything = _all_tokens(frozen, prefix, batch)
     if method.kv == "shared":
         before = prefix_kv(config, method, trunk, {}, prefix)
-        _, kv = run_layers(config, method, trunk, {}, everything, before)
+        kv = _given(batch, everything.x.dtype) or run_layers(config, method, trunk, {}, everything, before)[1]
         reader_mask = _mask(batch, at(batch.segments), readers, len(prefix))
         stream = Stream(embed(at(batch.tokens)), at(batch.positions), at(batch.slots), reader_mask)
         x, _ = run_layers(config, method, decoder, bank, stream, before, kv, key)
@@ -172,6 +170,40 @@ def token_logprobs(
     logits = decoder.logits(normed).reshape(*readers.shape, -1)
     picked = jnp.take_along_axis(logits, batch.targets[..., None], axis=-1)[..., 0]
     return picked - jax.nn.logsumexp(logits, axis=-1), logits.argmax(-1) == batch.targets
+
+
+def trunk_kv(config: ModelConfig, params: Params, prefix: jax.Array, batch: Batch) -> jax.Array:
+    """Computes the trunk's K/V of a batch's tokens.
+
+    Args:
+        config: The trunk's configuration.
+        params: The trunk's weights.
+        prefix: i32[P], the tokens that all examples begin with.
+        batch: The packed rows, arrays [B, ..].
+
+    Returns:
+        [B, T, L, 2, K, H].
+    """
+    trunk, method = Trunk(config, dict(params)), Method("shared")
+    before = prefix_kv(config, method, trunk, {}, prefix)
+    _, made = run_layers(config, method, trunk, {}, _all_tokens(params, prefix, batch), before)
+    assert made is not None
+    return jnp.moveaxis(jnp.stack(made, 1), (0, 1), (2, 3))
+
+
+def _all_tokens(params: Params, prefix: jax.Array, batch: Batch) -> Stream:
+    """Returns the stream of all tokens of a batch."""
+    columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
+    mask = _mask(batch, batch.segments, columns, len(prefix))
+    return Stream(params["embed"][batch.tokens], batch.positions, batch.slots, mask)
+
+
+def _given(batch: Batch, dtype: jnp.dtype) -> KeyValues | None:
+    """Returns the K/V that a batch brings, K and V [L, B, T, K, H] each; None: it brings none."""
+    if batch.kv is None:
+        return None
+    kv = jnp.moveaxis(jnp.asarray(batch.kv, dtype), (2, 3), (1, 0))
+    return kv[0], kv[1]
 
 
 def _decoder(

@@ -1,5 +1,6 @@
 """Scores worked out by hand."""
 
+import json
 import sqlite3
 from collections import Counter
 from decimal import Decimal
@@ -9,6 +10,7 @@ import pytest
 
 from icarus_jax import tasks
 from icarus_jax.evaluation import scoring
+from icarus_jax.evaluation.tool_scores import score_tools
 
 # ---- intent, slots
 
@@ -68,10 +70,10 @@ def test_slots(text, exact, intent, valid, counts):
 
 def test_the_tasks_own_answers_are_right():
     """What training teaches is what scoring asks for."""
-    assert scoring.score_slots(tasks.TASKS["slots"].completion(SONG), SONG)["exact_match"]
+    assert scoring.score_slots(tasks.TASKS["slots"].answer(SONG)["content"], SONG)["exact_match"]
     row = {"question": "?", "answer": "3 apples at $400 are <<3*400=1200>>1,200\n#### 1,200"}
-    assert scoring.score_math(tasks.TASKS["math"].completion(row), row)["accuracy"]
-    assert scoring.score_intent(tasks.TASKS["intent"].completion({"category": "a_b"}), {"category": "a_b"})
+    assert scoring.score_math(tasks.TASKS["math"].answer(row)["content"], row)["accuracy"]
+    assert scoring.score_intent(tasks.TASKS["intent"].answer({"category": "a_b"})["content"], {"category": "a_b"})
 
 
 def test_figures_of_many_samples():
@@ -80,6 +82,45 @@ def test_figures_of_many_samples():
     # micro: precision 3/6, recall 3/4; the mean of the two samples' F1 would be 0.6667
     assert scoring.summarise(scores) == {"exact_match": 0.5, "slot_f1": 0.6}
     assert scoring.summarise([{"exact_match": True, "slots": [0, 0, 0]}])["slot_f1"] == 1.0
+
+
+# ---- tools
+
+WANTED = [{"name": "f", "arguments": {"n": 5, "to": ["a", "b"]}}, {"name": "g", "arguments": {}}]
+
+
+def called(*calls):
+    return json.dumps([{"name": name, "arguments": json.dumps(arguments)} for name, arguments in calls])
+
+
+@pytest.mark.parametrize(
+    "text, functions, exact, counts",
+    [
+        (called(("g", {}), ("f", {"to": ["a", "b"], "n": "5"})), True, True, [2, 2, 2]),  # in any order, as texts
+        (called(("f", {"n": 5, "to": ["b", "a"]}), ("g", {})), True, False, [1, 2, 2]),
+        (called(("f", {"n": 5, "to": ["a", "b"]})), False, False, [1, 1, 2]),
+        (called(("g", {}), ("g", {}), ("f", {"n": 5, "to": ["a", "b"]})), False, False, [2, 3, 2]),
+        ("I do not know.", False, False, [0, 0, 2]),
+        ('[{"name": "f", "arguments": "{"}]', False, False, [0, 0, 2]),  # cut off
+        ("5", False, False, [0, 0, 2]),
+    ],
+)
+def test_tools(text, functions, exact, counts):
+    want = {"functions": functions, "exact_match": exact, "called": counts[1] > 0, "calls": counts}
+    assert score_tools(text, {"calls": WANTED}) == want
+
+
+def test_single_calls_have_a_figure_of_their_own():
+    right, wrong = {"calls": WANTED[1:]}, {"calls": WANTED[:1]}
+    scores = [score_tools(called(("g", {})), row) for row in ({"calls": WANTED}, right, wrong)]
+    assert [score.get("single_call") for score in scores] == [None, True, False]
+    assert scoring.summarise(scores) == {
+        "functions": 0.3333,
+        "exact_match": 0.3333,
+        "called": 1.0,
+        "call_f1": 0.5714,  # 2 right, 3 made, 4 wanted
+        "single_call": 0.5,
+    }
 
 
 # ---- sql

@@ -132,11 +132,40 @@ def test_chat_is_what_the_server_prompts_with(tmp_path):
     assert tokenizer.decode(example.tokens[example.num_prompt :]) == "yo<eos>"
 
 
+WEATHER = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}
+CALL = {"name": "weather", "arguments": '{"town": "Ulm"}'}
+
+
+@pytest.mark.parametrize("knows", [True, False])
+def test_tools_and_calls_are_rendered_as_they_are_served(tmp_path, knows, monkeypatch):
+    """Rows of OpenAI's fine-tuning form, and those of the task, for templates with and without tools."""
+    template = (
+        "{% for tool in tools or [] %}[{{ tool.function.name }}]{% endfor %}"
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}!{{ call.function.arguments.town }}{% endfor %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    if knows:
+        monkeypatch.setattr(ENCODER.tokenizer, "chat_template", template)
+    answer = {"role": "assistant", "content": None, "tool_calls": [{"type": "function", "function": CALL}]}
+    row = {"messages": [{"role": "user", "content": "hi"}, answer], "tools": [WEATHER]}
+    task_row = {"query": "hi", "tools": [WEATHER], "calls": [{"name": "weather", "arguments": {"town": "Ulm"}}]}
+    encoder = data.Encoder(ENCODER.tokenizer, ENCODER.eos_ids, 600)
+    one, two = encoder.encode(row, None, 1), encoder.encode(task_row, TASKS["tools"], 1)
+    assert one.tokens.tolist() == two.tokens.tolist() and one.num_prompt == two.num_prompt
+    prompt, completion = (encoder.tokenizer.decode(part) for part in np.split(one.tokens, [one.num_prompt]))
+    if knows:
+        assert prompt == "[weather]<user>hi<assistant>" and completion == "!Ulm<eos>"
+    else:
+        assert '{"name": "weather", "parameters"' in prompt and "hi" in prompt
+        assert completion == '{"name": "weather", "arguments": {"town": "Ulm"}}<eos>'
+
+
 def test_task_formats():
     pieces = [{"text": "play "}, {"text": "Ça", "entity": "song"}, {"text": " and "}, {"text": " b ", "entity": "song"}]
     row = {"intent": "PlayMusic", "data": pieces}
     assert TASKS["slots"].prompt(row) == [{"role": "user", "content": "play Ça and  b"}]
-    assert TASKS["slots"].completion(row) == '{"intent":"PlayMusic","slots":{"song":["Ça","b"]}}'
-    assert TASKS["math"].completion({"answer": "2*3=<<2*3=6>>6\n#### 6"}) == "2*3=6\n#### 6"
-    assert TASKS["intent"].completion({"text": "x", "category": "card_arrival"}) == "card_arrival"
+    assert TASKS["slots"].answer(row)["content"] == '{"intent":"PlayMusic","slots":{"song":["Ça","b"]}}'
+    assert TASKS["math"].answer({"answer": "2*3=<<2*3=6>>6\n#### 6"})["content"] == "2*3=6\n#### 6"
+    assert TASKS["intent"].answer({"text": "x", "category": "card_arrival"})["content"] == "card_arrival"
     assert TASKS["sql"].prompt({"question": "how big", "sql": "SELECT 1 ;"})[0]["content"] == "how big"
