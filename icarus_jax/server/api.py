@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -27,7 +27,7 @@ from icarus_jax.server.limits import Limits, header_timeout
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.prompts import PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
-from icarus_jax.server.responses import View, model_card
+from icarus_jax.server.responses import model_card
 from icarus_jax.server.structured import make_compiler
 from icarus_jax.server.tool_formats import AUTO
 
@@ -147,11 +147,16 @@ class Api:
 
     async def completions(self, http: HttpRequest) -> Response:
         """Completes one prompt or several, with one model or several."""
-        return await self._answer(http, self.intake.completion)
+        return await self.answer(http, self.intake.completion, whole_response, event_stream)
 
     async def chat(self, http: HttpRequest) -> Response:
         """Continues a conversation, with one model or several."""
-        return await self._answer(http, self.intake.chat)
+        return await self.answer(http, self.intake.chat, whole_response, event_stream)
+
+    async def embeddings(self) -> Response:
+        """Answers 404: there are no embeddings."""
+        message = "icarus-jax serves generation only: /v1/completions, /v1/chat/completions and /v1/responses"
+        raise ApiError(404, f"there are no embeddings here: {message}", code="embeddings_not_served")
 
     async def release_session(self, http: HttpRequest) -> Any:
         """Ends a session, so that the pages retained for it may be evicted."""
@@ -163,22 +168,35 @@ class Api:
         released = await asyncio.to_thread(self.engine.release_session, caller.session(body.id, body.key))
         return {"id": body.id, "object": "session", "released": released}
 
-    async def _answer(self, http: HttpRequest, submit: Callable[[bytes, Generation], View]) -> Response:
-        """Submits the request to the engine, and answers with a stream or a single response."""
+    async def answer(
+        self,
+        http: HttpRequest,
+        submit: Callable[[bytes, Generation], Awaitable[Any]],
+        whole: Callable[[Generation, Any], Awaitable[Response]],
+        events: Callable[[Generation, Any], AsyncIterator[str]],
+    ) -> Response:
+        """Submits a request to the engine, and answers with a stream or a single response.
+
+        Args:
+            http: the request.
+            submit: submits its body, and returns what writes the answer; that has the attribute `request`.
+            whole: makes the single response. It closes the generation on success.
+            events: yields the events of the stream. It closes the generation in any case.
+        """
         raw = await read_body(http)
         timeout = header_timeout(http.headers.get("x-request-timeout"))
         generation = Generation(self.engine, self.metrics, http, self.limits)
         try:
-            view = await asyncio.to_thread(submit, raw, generation)
+            view = await submit(raw, generation)
             if timeouts := [seconds for seconds in (timeout, view.request.timeout) if seconds is not None]:
                 generation.end_after(min(timeouts))
             if not view.request.stream:
-                return await whole_response(generation, view)
+                return await whole(generation, view)
         except BaseException:
             generation.close()
             raise
         headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(event_stream(generation, view), media_type="text/event-stream", headers=headers)
+        return StreamingResponse(events(generation, view), media_type="text/event-stream", headers=headers)
 
     def routes(self) -> list[Route]:
         """Returns the method, path and handler of each endpoint."""
@@ -190,6 +208,7 @@ class Api:
             ("GET", "/v1/models/{name:path}", self.show_model),
             ("POST", "/v1/completions", self.completions),
             ("POST", "/v1/chat/completions", self.chat),
+            ("POST", "/v1/embeddings", self.embeddings),
             ("POST", "/tokenize", self.tokenize),
             ("POST", "/detokenize", self.detokenize),
             ("POST", "/v1/release_session", self.release_session),

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import uvicorn
@@ -24,6 +25,8 @@ from icarus_jax.server.head_routes import HeadRoutes
 from icarus_jax.server.lifecycle import Drain, DrainingServer, Gate
 from icarus_jax.server.limits import Limits
 from icarus_jax.server.openapi import describe_bodies
+from icarus_jax.server.page_routes import PAGE_FILES, PageRoutes
+from icarus_jax.server.response_routes import ResponseRoutes
 from icarus_jax.server.tool_formats import AUTO
 
 
@@ -37,6 +40,8 @@ def create_app(
     cors_origins: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
     tool_call_parser: str = AUTO,
+    extra: Sequence[Endpoints] = (),
+    lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
     """Makes the ASGI app that serves the HTTP API over an engine.
 
@@ -50,19 +55,21 @@ def create_app(
         cors_origins: the web pages whose scripts may use the server, such as 'https://example.com'; '*': all.
         hosts: the names under which the server may be asked, besides those of this machine; None: any name.
         tool_call_parser: the form in which the trunk writes tool calls: 'auto' or a name in tool_formats.py.
+        extra: more groups of endpoints.
+        lifespan: lifespan(app) is a context that is open while the app is served; None: there is none.
 
     Returns:
         The app. `app.state.drain` holds its Drain, which `run` needs to stop the server.
     """
     api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser)
-    app = FastAPI(title="icarus-jax", version=__version__)
-    groups: list[Endpoints] = [api, HeadRoutes(loader, api.card)]
+    app = FastAPI(title="icarus-jax", version=__version__, lifespan=lifespan)
+    groups: list[Endpoints] = [api, HeadRoutes(loader, api.card), ResponseRoutes(api), PageRoutes(engine), *extra]
     for method, path, handler in (route for group in groups for route in group.routes()):
         needs = [Depends(admin_only)] if path in ADMIN_PATHS else []
-        app.add_api_route(path, handler, methods=[method], response_model=None, dependencies=needs)
+        more: Any = {"response_model": None, "dependencies": needs}
+        app.add_api_route(path, handler, methods=[method], include_in_schema=path not in PAGE_FILES, **more)
         if method == "GET":
-            more: Any = {"include_in_schema": False, "dependencies": needs}
-            app.add_api_route(path, handler, methods=["HEAD"], response_model=None, **more)
+            app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False, **more)
     describe_bodies(app, {path: body for group in groups for path, body in group.bodies.items()})
     add_error_handlers(app)
     app.state.drain = Drain()

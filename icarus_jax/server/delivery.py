@@ -88,7 +88,7 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
 
     def event(choice: Choice, delta: Delta) -> str:
         chunk = view.chunk(choice, delta)
-        return _event(chunk | ({"usage": None} if with_usage else {})) if chunk else ""
+        return written_event(chunk | ({"usage": None} if with_usage else {})) if chunk else ""
 
     try:
         async for choice, delta in generation:
@@ -97,19 +97,20 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
             if written := await _write(functools.partial(event, choice, delta), [delta]):
                 yield written
         if with_usage:
-            yield _event(view.usage_chunk(generation.choices))
+            yield written_event(view.usage_chunk(generation.choices))
     except ClientGone:
         return
     except ApiError as error:
-        yield _event(error_body(error.status, str(error), error.param, error.code))
+        yield written_event(error_body(error.status, str(error), error.param, error.code))
     except Exception:
         log.exception("a stream failed (request %s)", current().request_id)
-        yield _event(internal_error())
+        yield written_event(internal_error())
     finally:
         generation.close()
     yield "data: [DONE]\n\n"
 
 
-def _event(body: dict[str, Any]) -> str:
+def written_event(body: dict[str, Any]) -> str:
+    """Writes a server-sent event."""
     # json.dumps writes ASCII only. This matters: some clients split lines at Unicode line separators too.
     return f"data: {json.dumps(body, separators=(',', ':'))}\n\n"

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import functools
+from collections.abc import Callable
+from typing import Any
 
 from icarus_jax.engine.engine import Engine
+from icarus_jax.grammar.compile_queue import CompileQueue, TooManyGrammars
 from icarus_jax.grammar.compiler import Compiler, Grammar
 from icarus_jax.grammar.spec import GrammarSpec
 from icarus_jax.scheduling.request import Request, SamplingParams
@@ -17,21 +21,39 @@ from icarus_jax.server.generation import Generation
 from icarus_jax.server.handoff import Handoff
 from icarus_jax.server.prompts import Prompt, PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, Generate
-from icarus_jax.server.responses import ChatView, CompletionView
+from icarus_jax.server.responses import ChatView, CompletionView, View
 from icarus_jax.server.streams import Choice, echo_of
-from icarus_jax.server.tool_answer import answer_parsers
+from icarus_jax.server.tool_answer import answer_parsers, reasoning_of
 from icarus_jax.server.tool_formats import AUTO, choose_format
 from icarus_jax.server.tool_grammar import with_calls
+from icarus_jax.server.tool_strict import strict_grammar
 
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
 MAX_CHOICES = 1024  # of one request: prompts times models times n
 
 
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """A request that has been read and checked.
+
+    Attributes:
+        body: the request.
+        jobs: its prompts, each with how to continue it.
+        spec: what the answers have to follow; None: nothing.
+        view: what writes the answer.
+    """
+
+    body: Generate
+    jobs: list[tuple[Prompt, SamplingParams]]
+    spec: GrammarSpec | None
+    view: Any
+
+
 class Intake:
     """Reads and checks requests, and submits them to the engine.
 
-    Its methods take time by the size of a request. The server therefore calls them on a thread, and the event loop goes
-    on; nothing in them needs the loop.
+    What takes time by the size of a request is done on a thread, and the event loop goes on. A grammar is compiled on
+    another kind of thread: those that read requests never wait for one.
     """
 
     def __init__(
@@ -62,9 +84,11 @@ class Intake:
         self._vocabulary = vocabulary
         self._reader = reader
         self._eos_ids = eos_ids
-        self._compiler = compiler
+        self._grammars = CompileQueue(compiler)
+        added, most = vocabulary.tokenizer.get_added_vocab(), engine.model_config.vocab_size
+        self._tokens: dict[str, int] = {text: token_id for text, token_id in added.items() if token_id < most}
 
-    def completion(self, raw: bytes, generation: Generation) -> CompletionView:
+    async def completion(self, raw: bytes, generation: Generation) -> View:
         """Submits a request to complete one prompt or several, with one model or several.
 
         Args:
@@ -78,6 +102,41 @@ class Intake:
             ApiError: the request cannot be served.
             RequestError: the engine or SamplingParams refuses it.
         """
+        return await self.take(self._read_completion, raw, generation)
+
+    async def take(self, read: Callable[[bytes], Asked], raw: bytes, generation: Generation) -> Any:
+        """Submits a request.
+
+        Args:
+            read: reads and checks it; called on a thread.
+            raw: the request's body.
+            generation: takes the choices.
+
+        Returns:
+            What writes the answer.
+
+        Raises:
+            ApiError: the request cannot be served.
+            RequestError: the engine or SamplingParams refuses it.
+        """
+        asked = await asyncio.to_thread(self._begin, read, raw, generation)
+        if asked.spec is not None:
+            try:
+                grammar = await self._grammars.compile(asked.spec)
+            except TooManyGrammars as error:
+                headers = {"Retry-After": str(error.seconds)}
+                raise ApiError(429, str(error), asked.spec.field, "rate_limit_exceeded", headers) from error
+            await asyncio.to_thread(self._submit, asked, generation, grammar)
+        return asked.view
+
+    def _begin(self, read: Callable[[bytes], Asked], raw: bytes, generation: Generation) -> Asked:
+        """Reads a request and, unless its grammar is needed first, submits it."""
+        asked = read(raw)
+        if asked.spec is None:
+            self._submit(asked, generation, None)
+        return asked
+
+    def _read_completion(self, raw: bytes) -> Asked:
         body = parse(CompletionRequest, raw)
         self._check(body)
         if len(body.prompt) * len(body.answering) * body.n > MAX_CHOICES:
@@ -90,10 +149,9 @@ class Intake:
             (prompt, self._params(body, min(COMPLETION_TOKENS, room)))
             for prompt, room in zip(prompts, rooms, strict=True)
         ]
-        self._submit(body, jobs, generation, body.grammar_spec())
-        return CompletionView(body, self._vocabulary)
+        return Asked(body, jobs, body.grammar_spec(), CompletionView(body, self._vocabulary))
 
-    def chat(self, raw: bytes, generation: Generation) -> ChatView:
+    async def chat(self, raw: bytes, generation: Generation) -> View:
         """Submits a request to continue a conversation, with one model or several.
 
         Args:
@@ -107,20 +165,40 @@ class Intake:
             ApiError: the request cannot be served.
             RequestError: the engine or SamplingParams refuses it.
         """
-        body = parse(ChatRequest, raw)
+        return await self.take(self._read_chat, raw, generation)
+
+    def _read_chat(self, raw: bytes) -> Asked:
+        return self.ask(parse(ChatRequest, raw))
+
+    def ask(self, body: ChatRequest, prompt: Prompt | None = None) -> Asked:
+        """Checks a chat request, and makes of it what `take` submits.
+
+        Args:
+            body: the request.
+            prompt: its conversation; None: it is read here.
+
+        Raises:
+            ApiError: the request cannot be served.
+            RequestError: SamplingParams refuses it.
+        """
         self._check(body)
         if len(body.answering) * body.n > MAX_CHOICES:
             raise ApiError(400, f"models times n is above {MAX_CHOICES}", "n")
-        prompt = self._reader.read_chat(body)
+        prompt = prompt or self._reader.read_chat(body)
         field = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         room = self._reader.room(prompt, body.asked_tokens(), field)
-        template, use = self._reader.template(body.tools), body.tool_use()
-        form, spec = with_calls(choose_format(template, self._tool_call_parser), use, body.grammar_spec())
+        template, use, spec = self._reader.template(body.tools), body.tool_use(), body.grammar_spec()
+        form = choose_format(template, self._tool_call_parser)
+        free = spec is None and not (use and use.forced)
+        reasoning = reasoning_of(template, prompt.text or "", free)
+        if free and use is not None:
+            spec = strict_grammar(form, use, self._tokens, reasoning)
+        else:
+            form, spec = with_calls(form, use, spec, self._tokens)
         if use is not None and form.special:  # the marks of calls must be seen
             body = body.model_copy(update={"skip_special_tokens": False})
-        self._submit(body, [(prompt, self._params(body, room))], generation, spec)
-        parsers = answer_parsers(form, use, template, prompt.text or "", free=spec is None)
-        return ChatView(body, self._vocabulary, parsers)
+        parsers = answer_parsers(form, use, reasoning)
+        return Asked(body, [(prompt, self._params(body, room))], spec, ChatView(body, self._vocabulary, parsers))
 
     def _check(self, body: Generate) -> None:
         check_routing(body, self._engine, self._reader)
@@ -134,14 +212,8 @@ class Intake:
         self._reader.check_ids(list(params.stop_token_ids), "stop_token_ids")
         return params
 
-    def _submit(
-        self,
-        body: Generate,
-        jobs: list[tuple[Prompt, SamplingParams]],
-        generation: Generation,
-        spec: GrammarSpec | None,
-    ) -> None:
-        grammar = None if spec is None else self._compiler.compile(spec)
+    def _submit(self, asked: Asked, generation: Generation, grammar: Grammar | None) -> None:
+        body, jobs = asked.body, asked.jobs
         writers = [model for model in body.answering for _ in range(body.n)]
         generation.reserve(len(jobs) * len(writers), sum(len(prompt.ids) for prompt, _ in jobs))
         for prompt, params in jobs:

@@ -24,7 +24,6 @@ PROMPT_FIELDS: dict[str, tuple[Any, ...]] = {
     "media_io_kwargs": OFF,
     "mm_processor_kwargs": OFF,
     "prompt_embeds": OFF,
-    "reasoning_effort": NOTHING,
     "truncate_prompt_tokens": OFF,
 }
 
@@ -52,7 +51,7 @@ ANSWER_FIELDS: dict[str, tuple[Any, ...]] = {
     "suffix": OFF,
     "thinking_token_budget": NOTHING,
     "use_beam_search": OFF,
-    "verbosity": ("medium",),
+    "verbosity": ("low", "medium", "high"),  # no model here knows a difference
     "vllm_xargs": OFF,
     "web_search_options": NOTHING,  # {} is a search with the default options
 }
@@ -67,9 +66,21 @@ OTHER_API_FIELDS: dict[str, tuple[Any, ...]] = {
     "messages": NOTHING,
     "parallel_tool_calls": (True, False),
     "prompt": NOTHING,
+    "reasoning_effort": NOTHING,
     "tool_choice": ("auto", "none"),
     "tools": OFF,
     "top_logprobs": OFF,
+}
+
+# Of /v1/responses; what else it lacks of a chat, it refuses too.
+RESPONSE_FIELDS: dict[str, tuple[Any, ...]] = {
+    "background": OFF,
+    "context_management": OFF,
+    "conversation": OFF,
+    "image": OFF,
+    "moderation": OFF,
+    "prompt": OFF,
+    "stream_options": ({}, {"include_obfuscation": False}),
 }
 
 # Accepted with any value: they say something about a request and change nothing.
@@ -78,7 +89,6 @@ DESCRIBING_FIELDS = frozenset(
         "guided_decoding_backend",
         "guided_whitespace_pattern",
         "metadata",
-        "prompt_cache_key",
         "prompt_cache_retention",
         "request_id",
         "safety_identifier",

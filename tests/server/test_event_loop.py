@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from icarus_jax.grammar.compiler import Compiler
-from icarus_jax.server import app, delivery, intake
+from icarus_jax.server import api, delivery, intake
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.prompts import PromptReader
 from icarus_jax.server.responses import ChatView, CompletionView
@@ -38,15 +38,15 @@ SLOW = [
     ("/v1/completions", GOOD | LONG, (delivery.Answer, "render")),
     ("/v1/completions", GOOD | LONG, (Delta, "join")),
     ("/v1/chat/completions", CHAT | LONG | {"max_tokens": 90}, (ChatView, "whole")),
-    ("/tokenize", {"prompt": "Hello"}, (app, "parse")),
+    ("/tokenize", {"prompt": "Hello"}, (api, "parse")),
     ("/tokenize", {"prompt": "Hello"}, (Vocabulary, "encode")),
     ("/tokenize", {"messages": CHAT["messages"]}, (PromptReader, "render")),
     ("/tokenize", {"prompt": "Hello", "return_token_strs": True}, (Vocabulary, "piece")),
-    ("/tokenize", {"prompt": "Hello"}, (app, "JSONResponse")),
-    ("/detokenize", {"tokens": [5]}, (app, "parse")),
+    ("/tokenize", {"prompt": "Hello"}, (api, "JSONResponse")),
+    ("/detokenize", {"tokens": [5]}, (api, "parse")),
     ("/detokenize", {"tokens": [5]}, (PromptReader, "check_ids")),
-    ("/detokenize", {"tokens": [5]}, (app, "JSONResponse")),
-    ("/v1/release_session", {"id": "x"}, (app, "parse")),
+    ("/detokenize", {"tokens": [5]}, (api, "JSONResponse")),
+    ("/v1/release_session", {"id": "x"}, (api, "parse")),
 ]
 
 
@@ -80,7 +80,7 @@ def test_it_runs_off_the_loop(served, monkeypatch, path, body, slow):
 def test_a_long_event_is_made_off_the_loop(served, monkeypatch):
     monkeypatch.setattr(delivery, "LARGE", 50)
     asked = GOOD | {"prompt": [5] * 60, "max_tokens": 3, "echo": True, "logprobs": 2, "stream": True}
-    on_loop = watched(monkeypatch, delivery, "_event", served)
+    on_loop = watched(monkeypatch, delivery, "written_event", served)
     assert served.http.post("/v1/completions", json=asked).status_code == 200
     assert on_loop == [False, True, True], "the first one brings the prompt"
 
@@ -102,6 +102,6 @@ def test_a_large_answer_is_the_same_json(served, monkeypatch):
 
 
 def test_the_watch_sees_the_loop(served, monkeypatch):
-    on_loop = watched(monkeypatch, app, "read_body", served)
+    on_loop = watched(monkeypatch, api, "read_body", served)
     assert served.http.post("/tokenize", json={"prompt": "x"}).status_code == 200
     assert on_loop == [True]
