@@ -1,7 +1,4 @@
-"""The rows of a plan as vectors. Host only.
-
-Most steps are the one before once more, each sequence one token further. What such steps have in common is copied.
-"""
+"""The rows of a plan as vectors. Host only."""
 
 from __future__ import annotations
 
@@ -16,20 +13,13 @@ from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.scheduling.sequence import Sequence
 from pallas_kernels.paged_attention.work import RowTable
 
-_RANGES = attrgetter(
-    *("start", "num_write", "read_start", "num_read", "logit_start", "num_logits", "samples", "reference", "flight")
-)
-ONE_ON = np.array([1, 0, 1, 0, 1, 0, 0, 0, 0])  # how the ranges change if a sequence is one token further
+_RANGES = attrgetter("start", "num_write", "read_start", "num_read", "logit_start", "num_logits", "reference")
 _MODELS = attrgetter("model.slot", "adapted_from")
 
 
 def _within(counts: np.ndarray) -> np.ndarray:
     """Returns 0, 1, .. for each of the ranges of these lengths, one range after the other."""
     return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-
-
-def _sizes(rows: Rows) -> tuple[int, ...]:
-    return len(rows.tokens), len(rows.kv_cells), len(rows.sample_rows), len(rows.active)
 
 
 class PlanRows:
@@ -40,76 +30,32 @@ class PlanRows:
         writers: The number of writer rows.
         readers: The number of reader rows.
         logits: i32[Q], the number of rows with logits of each sequence, reference rows included.
-        copied: Whether the step is the one before once more, so that most was copied from there.
         table: All rows by sequence and position. Readers come after writers: their rows are counted on from `writers`.
     """
 
-    writers: int
-    readers: int
-    logits: np.ndarray
-    table: RowTable
-    _extra: np.ndarray  # for each sequence, whether its reference row is an additional reader row
-    _writer: np.ndarray  # the sequence of each writer row
-    _reader: np.ndarray
-    _written: np.ndarray  # the position of each writer row
-    _read: np.ndarray
-    _is_extra: np.ndarray  # for each reader row, whether it is an additional one, at the last position
-
-    def __init__(self, plan: StepPlan, pages: np.ndarray, num_pages: np.ndarray, before: PlanRows | None = None):
+    def __init__(self, plan: StepPlan, pages: np.ndarray, num_pages: np.ndarray):
         """Works out the rows.
 
         Args:
             plan: A plan with work.
             pages: i32[Q, P], the page tables of its sequences.
             num_pages: i32[Q], the number of pages of each.
-            before: The rows of the step before, which have been filled.
         """
-        self._work = plan.work
         self.sequences = [work.seq for work in plan.work]
         self._known = np.array([len(seq.tokens) for seq in self.sequences])
-        self._ranges = np.array(list(map(_RANGES, plan.work)), np.int64).T
-        self._start, self._num_write, self._read_start, self._num_read, self._logit_start, self._num_logits = (
-            self._ranges[:6]
-        )
-        self._before = before if before is not None and self._is_one_on(before) else None
-        self._filled: Rows | None = None
-        self.copied = self._before is not None
-        if self._before is not None:
-            self._copy(self._before, pages, num_pages)
-        else:
-            self._work_out(pages, num_pages)
-
-    def _is_one_on(self, before: PlanRows) -> bool:
-        """Returns whether this is the step before once more, each sequence one token further, and that one pending."""
-        if self.sequences != before.sequences or (self._known != self._start).any():
-            return False
-        return bool((self._ranges - before._ranges == ONE_ON[:, None]).all() and self._draws_once_each)
-
-    @property
-    def _draws_once_each(self) -> bool:
-        """Whether each sequence has a row with logits that gives its next token, and no other."""
-        samples, reference = self._ranges[6:8]
-        return bool((self._num_logits == 1).all() and samples.all() and not reference.any())
-
-    def _copy(self, before: PlanRows, pages: np.ndarray, num_pages: np.ndarray) -> None:
-        self._extra, self._is_extra, self.logits = before._extra, before._is_extra, before.logits
-        self._writer, self._reader = before._writer, before._reader
-        self.writers, self.readers = before.writers, before.readers
-        self._written, self._read = before._written + 1, before._read + 1
-        old = before.table
-        self.table = RowTable(old.sequence, old.rows, old.positions + np.int32(1), pages, num_pages)
-
-    def _work_out(self, pages: np.ndarray, num_pages: np.ndarray) -> None:
-        self._extra = np.array([work.reference and work.reads_reference for work in self._work], np.int64)
-        self.logits = self._num_logits + self._ranges[7]
-        every = np.arange(len(self._work))
+        ranges = np.array(list(map(_RANGES, plan.work)), np.int64).T
+        self._start, self._num_write, self._read_start, self._num_read, self._logit_start, self._num_logits = ranges[:6]
+        self.logits = self._num_logits + ranges[6]
+        every = np.arange(len(plan.work))
+        # For each sequence, whether its reference row is an additional reader row.
+        self._extra = np.array([work.reference and work.reads_reference for work in plan.work], np.int64)
         num_read = self._num_read + self._extra
-        self._writer = np.repeat(every, self._num_write)
+        self._writer = np.repeat(every, self._num_write)  # the sequence of each writer row
         self._reader = np.repeat(every, num_read)
         self.writers, self.readers = len(self._writer), len(self._reader)
-        self._written = self._start[self._writer] + _within(self._num_write)
+        self._written = self._start[self._writer] + _within(self._num_write)  # the position of each writer row
         within = _within(num_read)
-        self._is_extra = within == self._num_read[self._reader]
+        self._is_extra = within == self._num_read[self._reader]  # whether it is an additional one, at the last position
         self._read = self._read_start[self._reader] + within - self._is_extra
         sequence = np.concatenate([self._writer, self._reader])
         positions = np.concatenate([self._written, self._read])
@@ -147,18 +93,9 @@ class PlanRows:
         """
         page = self.table.page_tables[self._writer, self._written // page_size]
         rows.kv_cells[: self.writers] = page * page_size + self._written % page_size
-        before, self._before = self._before, None
-        old = before._filled if before is not None else None
-        if old is not None and _sizes(old) == _sizes(rows):
-            rows.slots[:], rows.active[:], rows.sample_rows[:] = old.slots, old.active, old.sample_rows
-            first_reader = len(rows.kv_cells)
-            rows.tokens[: self.writers] = -1 - self._writer  # row i with logits is that of sequence i
-            rows.tokens[first_reader : first_reader + self.readers] = -1 - self._reader
-        else:
-            self._fill_tokens(rows.tokens, len(rows.kv_cells), last_rows)
-            self._fill_slots(rows)
-            self._fill_sample_rows(rows.sample_rows, len(rows.kv_cells))
-        self._filled = rows
+        self._fill_tokens(rows.tokens, len(rows.kv_cells), last_rows)
+        self._fill_slots(rows)
+        self._fill_sample_rows(rows.sample_rows, len(rows.kv_cells))
 
     def _fill_slots(self, rows: Rows) -> None:
         slot, adapted_from = np.array(list(map(_MODELS, self.sequences)), np.int64).T

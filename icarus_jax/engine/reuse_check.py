@@ -46,10 +46,10 @@ class ReuseCheck:
         Args:
             plan: The plan of the step.
         """
-        for work in plan.work:
+        for work in plan.work if self.fraction else ():
             seq = work.seq
             pages = (seq.cached_tokens or 0) // self.scheduler.config.page_size
-            if not self.fraction or seq.private or seq.seq_id in self._seen:
+            if seq.private or seq.seq_id in self._seen:
                 continue
             self._seen.add(seq.seq_id)
             if pages and self.scheduler.pool.num_free > 2 * pages and self._random.random() < self.fraction:
@@ -61,7 +61,7 @@ class ReuseCheck:
         Args:
             plan: The plan of the step, which has been executed.
         """
-        for work in plan.work:
+        for work in plan.work if self._running else ():
             reused = self._running.get(work.seq)
             ended = work.start + work.num_write == len(work.seq.tokens)
             if reused is None or not ended or not work.counts:

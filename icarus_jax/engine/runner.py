@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import logging
 from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Seq
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,6 +20,7 @@ from icarus_jax.engine.page_tables import PageTables
 from icarus_jax.engine.plan_rows import PlanRows
 from icarus_jax.engine.programs import COPY_ROWS, Programs
 from icarus_jax.engine.recovery import is_whole, replace_lost
+from icarus_jax.engine.repeat import next_inputs, next_sampling
 from icarus_jax.engine.sample_batch import sampling_inputs
 from icarus_jax.engine.sampler import Samples
 from icarus_jax.engine.step_batch import StepBatch, empty_step, results_by_work, rows_in
@@ -76,8 +79,7 @@ class Runner:
         self._page_tables = PageTables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
         self._last_tokens = self._programs.zeros(self._programs.last_tokens)  # of the last step's rows with logits
         self._logits: Any = None  # of the step launched last, until it is sampled
-        self._last_planned: PlanRows | None = None  # the rows of the last step
-        self._last_rows: dict[Sequence, int] = {}  # for each sequence that it sampled for, the row
+        self._last: tuple[StepPlan, StepBatch] | None = None  # the step prepared last
 
     def num_active(self, bucket: Bucket) -> int:
         """Returns how many adapter slots a step of this shape can use at most; `step_batch.rows_in` needs it."""
@@ -94,20 +96,35 @@ class Runner:
         Args:
             plan: A plan with work.
         """
+        if self._last is not None and plan.repeats(self._last[0]):
+            batch = self._repeated(plan, self._last[1])
+        else:
+            batch = self._worked_out(plan, self._last[1].draws if self._last is not None else {})
+        self._last = plan, batch
+        return batch
+
+    def _repeated(self, plan: StepPlan, before: StepBatch) -> StepBatch:
+        step = next_inputs(before, plan, self.num_active(before.bucket), self.config.page_size)
+        sampling, variant = next_sampling(before, len(plan.work)), before.variant
+        if sampling is None:
+            sampling, variant = self._sampling(plan, before.bucket, before.draws)
+        return dataclasses.replace(before, step=step, sampling=sampling, variant=variant)
+
+    def _sampling(self, plan: StepPlan, bucket: Bucket, last_rows: dict[Sequence, int]) -> tuple[np.ndarray, str]:
+        return sampling_inputs(plan, bucket.logits, self.config.max_model_len, self.model.vocab_size, last_rows)
+
+    def _worked_out(self, plan: StepPlan, last_rows: dict[Sequence, int]) -> StepBatch:
         places, num_pages = self._page_tables.update([work.seq for work in plan.work])
-        planned = PlanRows(plan, self._page_tables.pages[places], num_pages, self._last_planned)
+        planned = PlanRows(plan, self._page_tables.pages[places], num_pages)
         num_logits, page_size = int(planned.logits.sum()), self.config.page_size
         bucket = self._bucket_table.find(planned.writers, planned.readers, num_logits, planned.table, page_size)
         num_active = self.num_active(bucket)
         step = empty_step(bucket, num_active)
         rows = rows_in(step, bucket, num_active)
-        planned.fill(rows, self._last_rows, page_size)
+        planned.fill(rows, last_rows, page_size)
         fill_work(rows.work, planned.table_in(bucket), bucket.work, page_size)
-        sampling, variant = sampling_inputs(
-            plan, bucket.logits, self.config.max_model_len, self.model.vocab_size, self._last_rows
-        )
-        self._last_rows, self._last_planned = planned.drawing_rows(plan), planned
-        return StepBatch(bucket, step, sampling, variant, planned.logits.tolist(), self._last_rows)
+        sampling, variant = self._sampling(plan, bucket, last_rows)
+        return StepBatch(bucket, step, sampling, variant, planned.logits.tolist(), planned.drawing_rows(plan))
 
     # ---- execute
 
@@ -205,7 +222,7 @@ class Runner:
             array.copy_to_host_async()
         return samples
 
-    def results(self, batch: StepBatch, samples: Samples) -> list[list[SampleRow]]:
+    def results(self, batch: StepBatch, samples: Samples) -> Seq[Seq[SampleRow]]:
         """Waits for the end of a step.
 
         Args:

@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,7 @@ def empty_step(bucket: Bucket, num_active: int) -> np.ndarray:
 # ---- results
 
 
-def results_by_work(samples: Samples, batch: StepBatch) -> list[list[SampleRow]]:
+def results_by_work(samples: Samples, batch: StepBatch) -> Seq[Seq[SampleRow]]:
     """Splits the sampler's results by sequence.
 
     Args:
@@ -136,7 +137,7 @@ def results_by_work(samples: Samples, batch: StepBatch) -> list[list[SampleRow]]
         targets = unpack(batch.sampling, batch.variant).target
         rows = [_scored_row(samples, int(targets[i]), i) for i in range(sum(batch.counts))]
     if len(rows) == len(batch.counts) and 0 not in batch.counts:
-        return [[row] for row in rows]
+        return list(zip(rows, strict=True))
     remaining = iter(rows)
     return [[next(remaining) for _ in range(count)] for count in batch.counts]
 

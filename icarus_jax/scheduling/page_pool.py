@@ -10,21 +10,21 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Sequence as Tokens
+from typing import NamedTuple
 
-from icarus_jax.scheduling.page_keys import Chain, page_key
+from icarus_jax.scheduling.page_keys import Chain
 
 
 class OutOfPages(Exception):
     """No page is free and none can be evicted."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Content:
+class Content(NamedTuple):
     """What a cached page holds.
 
     Attributes:
         parent: What the page's name is derived from (`Chain.parent`).
-        tokens: The page's tokens.
+        tokens: The tokens whose K/V the page stores; fewer than the page size if it is partly filled.
         key: The page's name.
         model: The name of the model for which the page was first written.
     """
@@ -183,26 +183,21 @@ class PagePool:
             raise
         return [*match.pages, copy], [(tail, copy)]
 
-    def register(self, page: int, parent: bytes, tokens: Tokens[int], model: str) -> None:
+    def register(self, page: int, content: Content) -> None:
         """Puts a page into the prefix cache. If a page of the same name is cached already, nothing happens.
 
         Args:
             page: A page that somebody holds.
-            parent: What its name is derived from (`Chain.parent`).
-            tokens: The tokens whose K/V it stores; fewer than the page size if it is partly filled.
-            model: The name of the model for which they were written.
+            content: What it holds. If the page is cached already, the model for which it was first written stays.
         """
-        if not self.caching or not tokens:
+        if not self.caching or content.key in self._by_key:
             return
-        key = page_key(parent, tokens)
-        if key in self._by_key:
-            return
-        first = self._content[page].model if page in self._content else model
-        self._forget(page)
-        content = Content(parent, tuple(tokens), key, first)
+        if page in self._content:
+            content = content._replace(model=self._content[page].model)
+            self._forget(page)
         self._content[page] = content
-        self._by_key[key] = page
-        self._children[parent, content.tokens[0]][page] = content.tokens
+        self._by_key[content.key] = page
+        self._children[content.parent, content.tokens[0]][page] = content.tokens
 
     def hold(self, pages: Tokens[int]) -> None:
         """Adds a holder to each page.

@@ -72,12 +72,22 @@ class StepPlan:
         loads: The heads whose adapters must be copied into their slots before the step.
         copies: The page copies (src, dst) that must run before the step.
         preempted: The sequences that lost their pages to others, and wait again.
+        decodes: Whether every sequence gets just the token after the one that the step in flight samples.
     """
 
     work: list[Work] = dataclasses.field(default_factory=list)
     loads: list[Model] = dataclasses.field(default_factory=list)
     copies: list[tuple[int, int]] = dataclasses.field(default_factory=list)
     preempted: list[Sequence] = dataclasses.field(default_factory=list)
+    decodes: bool = True
+
+    def repeats(self, before: StepPlan) -> bool:
+        """Returns whether it is another plan once more, each sequence one token further.
+
+        Args:
+            before: The plan of the step before.
+        """
+        return self.decodes and before.decodes and [w.seq for w in self.work] == [w.seq for w in before.work]
 
     @property
     def num_writers(self) -> int:
@@ -139,24 +149,25 @@ def rows_to_write(seq: Sequence, budget: Budget) -> int:
         seq: A sequence that is to run.
         budget: What is left of the step.
     """
-    return min(seq.length - seq.num_computed, budget.writers)
+    return min(len(seq.tokens) + seq.pending - seq.num_computed, budget.writers)
 
 
-def plan_rows(seq: Sequence, budget: Budget, plan: StepPlan) -> None:
+def plan_rows(seq: Sequence, num_write: int, budget: Budget, plan: StepPlan) -> None:
     """Adds a sequence's rows to the plan, as many as the budget allows. docs/design.md, section 2, has the rules.
 
     The sequence is taken to where the step will leave it. Its next token is pending until the step is committed.
 
     Args:
         seq: The sequence. It must have the pages for its writer rows already.
+        num_write: How many these are (`rows_to_write`).
         budget: What is left of the step. The rows are taken from it.
         plan: The plan to add to.
     """
     length, start = len(seq.tokens) + seq.pending, seq.num_computed
-    if length - start == 1 and seq.params.prompt_logprobs is None and not seq.reference:
-        return _plan_next_token(seq, budget, plan)
-    num_write = rows_to_write(seq, budget)
     end = start + num_write
+    if num_write == 1 and end == length and seq.params.prompt_logprobs is None and not seq.reference:
+        return _plan_next_token(seq, budget, plan)
+    plan.decodes = False
     first = seq.num_scored if seq.wants_score else length - 1
     read_end = end if seq.model.kind == "shared" else start
     room = budget.logits - seq.reference
@@ -180,18 +191,16 @@ def plan_rows(seq: Sequence, budget: Budget, plan: StepPlan) -> None:
 
 def _plan_next_token(seq: Sequence, budget: Budget, plan: StepPlan) -> None:
     """Adds a writer row, and the reader row of a `shared` head: the most common case of `plan_rows`, in fewer words."""
-    if not budget.writers:
-        return
     start, reads = seq.num_computed, int(seq.model.kind == "shared")
-    samples = budget.logits > 0 and budget.readers >= reads
-    if not samples:
-        reads = 0
-    plan.work.append(Work(seq, seq.flight, start, 1, start, reads, start, int(samples), samples))
+    if samples := budget.logits > 0 and budget.readers >= reads:
+        budget.readers -= reads
+        budget.logits -= 1
+        seq.pending += 1
+    plan.work.append(Work(seq, seq.flight, start, 1, start, reads * samples, start, int(samples), samples))
     budget.writers -= 1
-    budget.readers -= reads
-    budget.logits -= samples
     seq.num_computed = start + 1
-    seq.pending += samples
+    if seq.pending != 2:
+        plan.decodes = False
 
 
 def take_results(work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
@@ -204,21 +213,23 @@ def take_results(work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
     Returns:
         The output for the sequence's stream, still without a finish_reason; None if the step sampled nothing for it.
     """
-    seq = work.seq
+    seq, params = work.seq, work.seq.params
+    scores = params.prompt_logprobs is not None
     left = seq.prompt_len - 1 - work.logit_start  # rows that score the prompt's own next token
-    if seq.params.prompt_logprobs is not None and left > 0:
+    if scores and left > 0:
         seq.prompt_logprobs.extend(row.target for row in results[:left])
     if not work.samples:
         return None
     seq.pending -= 1
-    output = TokenOutput(seq.seq_id, [], seq.model.name, cached_tokens=seq.cached_tokens or 0)
-    if seq.params.prompt_logprobs is not None and not seq.num_output:
+    output = TokenOutput(seq.seq_id, [], seq.model.name)
+    output.cached_tokens = seq.cached_tokens or 0
+    if scores and not seq.num_output:
         output.prompt_logprobs = [None, *seq.prompt_logprobs]
-    if seq.params.max_tokens:
+    if params.max_tokens:
         row = results[work.num_logits - 1]
         seq.tokens.append(row.token)
         output.token_ids = [row.token]
-        output.logprobs = None if row.logprob is None or seq.params.logprobs is None else [row.logprob]
+        output.logprobs = None if row.logprob is None or params.logprobs is None else [row.logprob]
         if work.reference and results[-1].target is not None:
             output.reference_logprobs = [results[-1].target.logprob]
     return output

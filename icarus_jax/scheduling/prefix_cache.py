@@ -6,7 +6,7 @@ Host only. The page pool keeps the cached pages; here is what links them to sequ
 from __future__ import annotations
 
 from icarus_jax.scheduling.page_keys import Chain, page_key
-from icarus_jax.scheduling.page_pool import Match, PagePool
+from icarus_jax.scheduling.page_pool import Content, Match, PagePool
 from icarus_jax.scheduling.registry import NEVER
 from icarus_jax.scheduling.sequence import Sequence
 from icarus_jax.scheduling.sessions import Sessions
@@ -112,12 +112,11 @@ class PrefixCache:
         one_more = before >= seq.prompt_len and seq.num_stored == before + 1
         if seq.private or (one_more and seq.num_stored % size):
             return
-        if seq.num_stored // size > len(seq.page_keys):
-            seq.page_keys = seq.chain.keys(seq.tokens[: seq.num_stored], size, seq.page_keys)
         for i in range(before // size, seq.num_stored // size):
-            parent = seq.chain.parent(seq.page_keys, i)
-            self._pool.register(seq.page_table[i], parent, seq.tokens[i * size : (i + 1) * size], seq.model.name)
-            self._pending.pop(seq.page_keys[i], None)
+            parent, tokens = seq.chain.parent(seq.page_keys, i), seq.tokens[i * size : (i + 1) * size]
+            if i == len(seq.page_keys):
+                seq.page_keys.append(page_key(parent, tokens))
+            self._register(seq, i, parent, tokens, seq.page_keys[i])
         prefilled = before < seq.prompt_len or seq.num_stored - before > 1
         if prefilled and seq.num_stored == len(seq.tokens):
             self.add_tail(seq)
@@ -129,5 +128,8 @@ class PrefixCache:
         tail = seq.tokens[full * size : seq.num_stored]
         if tail and len(seq.page_keys) >= full and not seq.private:
             parent = seq.chain.parent(seq.page_keys, full)
-            self._pool.register(seq.page_table[full], parent, tail, seq.model.name)
-            self._pending.pop(page_key(parent, tail), None)
+            self._register(seq, full, parent, tail, page_key(parent, tail))
+
+    def _register(self, seq: Sequence, i: int, parent: bytes, tokens: list[int], key: bytes) -> None:
+        self._pool.register(seq.page_table[i], Content(parent, tuple(tokens), key, seq.model.name))
+        self._pending.pop(key, None)

@@ -284,7 +284,8 @@ class TokenOutput:
         reference_logprobs: Their log-probabilities under the trunk, in nats; None if they were not asked for.
         prompt_logprobs: The log-probabilities of the whole prompt, in the stream's first output if they were asked
             for. The first entry is None, because nothing precedes the first token.
-        finish_reason: Why the stream ends with this output: 'stop', 'length', 'abort' or 'error'. None: it goes on.
+        finish_reason: Why the stream ends with this output: 'stop', 'length', 'abort', 'error', or 'grammar_error' if
+            its grammar has become too complex to go on. None: it goes on.
         cached_tokens: How many tokens of the prompt were taken from the prefix cache.
     """
 

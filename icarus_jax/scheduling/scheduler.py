@@ -124,9 +124,11 @@ class Scheduler:
         self.sessions.expire()
         budget = Budget.of(self.config)
         for seq in list(self.running):
-            runs = seq.status is Status.RUNNING and not seq.ends_in_flight
-            if runs and self._make_room(seq, budget, plan):
-                plan_rows(seq, budget, plan)
+            if seq.status is Status.RUNNING and not seq.ends_in_flight:  # it may just have been preempted
+                num_write = rows_to_write(seq, budget)
+                room = len(seq.page_table) * self.config.page_size - seq.num_computed
+                if num_write <= room or self._make_room(seq, num_write, plan):
+                    plan_rows(seq, num_write, budget, plan)
         if not plan.preempted:
             self._admit(budget, plan)
         if not plan.work and self.waiting and not self._in_flight:  # nothing can run unless what is pinned yields
@@ -138,9 +140,9 @@ class Scheduler:
             self._in_flight += 1
         return plan
 
-    def _make_room(self, seq: Sequence, budget: Budget, plan: StepPlan) -> bool:
+    def _make_room(self, seq: Sequence, num_write: int, plan: StepPlan) -> bool:
         """Allocates the next writer rows' pages; preempts those admitted last. Returns False if `seq` itself went."""
-        while not self._extend(seq, rows_to_write(seq, budget)):
+        while not self._extend(seq, num_write):
             victim = next(s for s in reversed(self.running) if not s.ends_in_flight)  # those give up theirs anyway
             self._requeue(victim)
             plan.preempted.append(victim)
@@ -191,7 +193,7 @@ class Scheduler:
         self._enter(seq, match, covered, to_compute, plan)
         if not self._extend(seq, len(seq.tokens) - seq.num_computed):
             raise AssertionError("admission counted more free pages than there are")
-        plan_rows(seq, budget, plan)
+        plan_rows(seq, rows_to_write(seq, budget), budget, plan)
         return Verdict.ADMITTED
 
     def _enter(self, seq: Sequence, match: Match, covered: int, to_compute: list[bytes], plan: StepPlan) -> None:
@@ -219,46 +221,42 @@ class Scheduler:
         Returns:
             The outputs for the streams of the sequences.
         """
-        outputs = []
         self._in_flight -= 1
-        for work, results in zip(plan.work, rows, strict=True):
-            seq = work.seq
-            if not work.counts:
-                continue
-            end = work.start + work.num_write
-            if work.start < seq.prompt_len:
-                self.stats.prefill_tokens += min(seq.prompt_len, end) - work.start
-            if seq.status is Status.RUNNING:  # else it has lost its pages since then; what was sampled still counts
-                before, seq.num_stored = seq.num_stored, end
-                self.cache.add_filled(seq, before)
-            output = self._accept(seq, work, results)
-            if output is not None:
-                outputs.append(output)
-        return outputs
+        counting = [(work, results) for work, results in zip(plan.work, rows, strict=True) if work.counts]
+        for work, _ in counting:  # pages first: what fails here fails the step before any sequence has its token
+            self._store(work)
+        outputs = [self._accept(work, results) for work, results in counting]
+        return [output for output in outputs if output is not None]
 
-    def _accept(self, seq: Sequence, work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
+    def _store(self, work: Work) -> None:
+        """Notes which K/V of a sequence is in its pages now."""
+        seq, end = work.seq, work.start + work.num_write
+        if work.start < seq.prompt_len:
+            self.stats.prefill_tokens += min(seq.prompt_len, end) - work.start
+        if seq.status is Status.RUNNING:  # else it has lost its pages since then; what was sampled still counts
+            before, seq.num_stored = seq.num_stored, end
+            self.cache.add_filled(seq, before)
+
+    def _accept(self, work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
+        """Gives a sequence its token. If its grammar or its handoff rule fails, it alone is ended."""
         if (output := take_results(work, results)) is None:
             return None
+        seq, model = work.seq, None
         self.stats.generated_tokens += len(output.token_ids)
         self._fair.charge(seq, len(output.token_ids))
-        if reason := seq.finish_reason() if seq.follows_grammar() else "error":
+        try:
+            reason = seq.finish_reason()
+            if reason is None and seq.handoff is not None:
+                model = seq.handoff(seq.tokens[-1])
+        except Exception:
+            log.exception("sequence %d is ended: its grammar or its handoff rule failed", seq.seq_id)
+            reason = "error"
+        if reason:
             output.finish_reason = reason
             self._finish(seq)
-        elif seq.handoff is not None:
-            self._hand_over(seq, output)
-        return output
-
-    def _hand_over(self, seq: Sequence, output: TokenOutput) -> None:
-        """Asks the request's rule which model goes on. A rule that raises ends its own sequence alone."""
-        assert seq.handoff is not None
-        try:
-            model = seq.handoff(seq.tokens[-1])
-        except Exception:
-            log.exception("the handoff of sequence %d failed; the sequence is ended", seq.seq_id)
-            output.finish_reason = "error"
-            return self._finish(seq)
-        if model not in (None, seq.model):
+        elif model is not None and model is not seq.model:
             self._switch(seq, model)
+        return output
 
     def _finish(self, seq: Sequence) -> None:
         if seq.status is Status.WAITING:

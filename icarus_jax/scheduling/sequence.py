@@ -25,7 +25,7 @@ class Status(enum.Enum):
     FINISHED = "finished"
 
 
-@dataclasses.dataclass(eq=False)
+@dataclasses.dataclass(eq=False, slots=True)
 class Sequence:
     """One stream of tokens of one model.
 
@@ -110,11 +110,6 @@ class Sequence:
         """
         return [self.model.slot] * num if self.model.kind == "shared" else self.writer_slots(start, num)
 
-    @property
-    def length(self) -> int:
-        """How many tokens there are, the pending ones included."""
-        return len(self.tokens) + self.pending
-
     def give_up_flight(self) -> None:
         """Gives up the results of the steps in flight. What they would have sampled is sampled again."""
         self.flight += 1
@@ -135,19 +130,14 @@ class Sequence:
         """Whether log-probabilities of prompt tokens are still missing. The row of token i - 1 scores token i."""
         return self.params.prompt_logprobs is not None and self.num_scored < self.prompt_len - 1
 
-    def follows_grammar(self) -> bool:
-        """Tells its grammar the last token. Returns False if the grammar cannot go on."""
-        if self.grammar is None or not self.num_output:
-            return True
-        try:
-            self.grammar.accept(self.tokens[-1])
-            return True
-        except GrammarError:
-            log.exception("sequence %d is ended", self.seq_id)
-            return False
-
     def finish_reason(self) -> str | None:
-        """Returns why the sequence ends with its last token: 'stop', 'length', or None if it goes on."""
+        """Tells its grammar the last token. Returns why the sequence ends with it; None: it goes on."""
+        if self.grammar is not None and self.num_output:
+            try:
+                self.grammar.accept(self.tokens[-1])
+            except GrammarError:
+                log.exception("sequence %d is ended", self.seq_id)
+                return "grammar_error"
         if self.tokens[-1] in self.stops and self.num_output and self.num_output >= self.params.min_tokens:
             return "stop"
         if self.grammar is not None and self.grammar.ended:

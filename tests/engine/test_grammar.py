@@ -101,7 +101,7 @@ def test_a_grammar_that_gives_up_costs_its_own_answer(world, grammar, monkeypatc
 
     monkeypatch.setattr(seq.grammar, "accept", broken)
     drain(engine)
-    assert bound.finish_reason == "error" and free.finish_reason == "length" and len(free.token_ids) == 8
+    assert bound.finish_reason == "grammar_error" and free.finish_reason == "length" and len(free.token_ids) == 8
 
 
 def test_log_probabilities_are_those_of_the_model(world, grammar):  # noqa: F811

@@ -9,6 +9,8 @@ import pytest
 
 from icarus_jax.engine.engine import Engine
 from icarus_jax.engine.sample_inputs import unpack
+from icarus_jax.engine.step_batch import rows_in
+from icarus_jax.models.trunk import Rows
 from icarus_jax.scheduling.request import SessionHint
 from tests.engine.harness import Result, drain, make_engine, submit
 from tests.engine.test_agents import CONFIG, PROMPT, after, make, world  # noqa: F401 (a fixture)
@@ -66,29 +68,61 @@ def test_the_answers_are_those_of_single_steps(world, changes):  # noqa: F811
         assert all(engine.stats.preemptions for engine in engines)
 
 
-def test_what_is_copied_from_the_step_before_is_what_would_be_worked_out(world):  # noqa: F811
-    engine = make(world, "abx", num_pages=200, max_num_seqs=6)
-    runner, prepare, copied = engine.runner, engine.runner.prepare, []
+def attention(rows: Rows) -> tuple[list, list]:
+    """The runs, in any order, and for each row in order what it attends to and where."""
+    both, places, runs = (rows.work.items, rows.work.tiles), [], []
+    for kind in both:
+        columns = (kind.rows, kind.positions, kind.pages, kind.start[:, None], kind.length[:, None])
+        described = np.concatenate(columns, 1).tolist()
+        assert all(kind.length[: kind.num] > 0) and not any(kind.length[kind.num :])
+        places += [(described[i], place) for i, place in np.ndindex(kind.rows.shape)]
+        runs.append(sorted(described))
+    assert rows.work.num_parts == (rows.work.parts >= 0).sum(1).max()
+    seen = [[places[part] for part in parts[parts >= 0]] for parts in rows.work.parts]
+    return runs, seen
+
+
+def check_repeated_steps(engine: Engine) -> list[bool]:
+    """Works out every step that repeats the one before once more. Returns which steps do, as they run."""
+    runner, prepare, repeated = engine.runner, engine.runner.prepare, []
 
     def checked(plan):
-        last_rows = runner._last_rows
+        last = runner._last
         batch = prepare(plan)
-        planned = runner._last_planned
-        copied.append(planned.copied)
-        runner._last_rows, runner._last_planned = last_rows, None
-        anew = prepare(plan)
-        assert not runner._last_planned.copied
-        runner._last_planned = planned
-        assert anew.bucket == batch.bucket and (anew.counts, anew.variant) == (batch.counts, batch.variant)
-        np.testing.assert_array_equal(anew.step, batch.step)
+        prepared = runner._last
+        repeated.append(last is not None and batch.draws is last[1].draws)
+        anew = runner._worked_out(plan, last[1].draws if last is not None else {})
+        assert runner._last is prepared
+        assert (anew.bucket, anew.counts, anew.variant) == (batch.bucket, batch.counts, batch.variant)
+        assert anew.draws == batch.draws
         np.testing.assert_array_equal(anew.sampling, batch.sampling)
+        made, want = (rows_in(b.step, b.bucket, runner.num_active(b.bucket)) for b in (batch, anew))
+        for field in ("tokens", "slots", "active", "kv_cells", "sample_rows"):
+            np.testing.assert_array_equal(getattr(made, field), getattr(want, field), field)
+        np.testing.assert_array_equal(made.work.positions, want.work.positions)
+        assert attention(made) == attention(want)
         return batch
 
     runner.prepare = checked
+    return repeated
+
+
+def test_a_repeated_step_is_what_would_be_worked_out(world):  # noqa: F811
+    engine = make(world, "abx", num_pages=200, max_num_seqs=6)
+    repeated = check_repeated_steps(engine)
     answers(engine)
-    submit(engine, ("a", "b", "trunk", "x"), PROMPT, max_tokens=20)
+    assert any(repeated) and not all(repeated)
+
+
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.8}, {"presence_penalty": 0.1}])
+def test_a_repeated_step_of_long_sequences(world, sampling):  # noqa: F811
+    """Their items fill up, one after the other, behind a prefix that they share."""
+    engine = make(world, "abx", num_pages=400, max_num_seqs=6, max_model_len=260)
+    repeated = check_repeated_steps(engine)
+    submit(engine, ("a", "b", "trunk", "x"), PROMPT * 5, max_tokens=80, **sampling)
+    submit(engine, ("a", "x"), OTHER, max_tokens=80, **sampling)
     drain(engine)
-    assert sum(copied) > 10 and not all(copied)
+    assert sum(repeated) > 60
 
 
 def launched(engine: Engine) -> list[list[int]]:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
+
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.adapter_slots import AdapterSlots
 from icarus_jax.scheduling.plan import SampleRow, StepPlan
 from icarus_jax.scheduling.registry import NO_SLOT, Model
 from icarus_jax.scheduling.request import SamplingParams, SessionHint
 from icarus_jax.scheduling.scheduler import Scheduler
-from icarus_jax.scheduling.sequence import Sequence
+from icarus_jax.scheduling.sequence import Sequence, Status
 from tests.scheduling.test_scheduler import add
 
 CONFIG = EngineConfig(page_size=4, num_pages=20, max_num_seqs=2, max_num_batched_tokens=64, max_model_len=80)
@@ -165,3 +167,56 @@ def test_no_more_pinned_sessions_go_than_are_in_the_way():
     add(scheduler, 9, trunk, range(900, 920), max_tokens=1)  # 5 pages
     step(scheduler)
     assert len(scheduler.sessions) == 3
+
+
+class BrokenGrammar:
+    """A grammar with a fault that is not a GrammarError."""
+
+    ended = False
+
+    def accept(self, token: int) -> None:
+        raise RuntimeError("planted")
+
+
+def preempted_in_flight() -> tuple[Scheduler, list[Sequence], list[StepPlan]]:
+    """Two plans. In the second the second of three sequences has lost its pages; the third ends with the first plan."""
+    config = EngineConfig(**{**vars(CONFIG), "num_pages": 4, "max_model_len": 16, "max_num_seqs": 3})
+    scheduler, trunk = Scheduler(config), Model("t", "base")
+    sequences = [add(scheduler, i, trunk, range(10 * i, 10 * i + 4), max_tokens=1 if i == 2 else 8) for i in range(3)]
+    plans = [scheduler.schedule(), scheduler.schedule()]
+    assert plans[1].preempted == sequences[1:2] and [work.seq for work in plans[1].work] == sequences[:1]
+    return scheduler, sequences, plans
+
+
+def run_to_the_end(scheduler: Scheduler) -> None:
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.pool.check([])
+
+
+def test_a_grammar_that_fails_ends_its_own_sequence_alone():
+    """The token of a sequence that had been preempted meanwhile was lost: the sequence had it, its stream had not."""
+    scheduler, (first, preempted, broken), (plan, next_plan) = preempted_in_flight()
+    broken.grammar = BrokenGrammar()
+    outputs = scheduler.commit(plan, [[SampleRow(7)]] * 3)
+    got = {output.seq_id: (output.token_ids, output.finish_reason) for output in outputs}
+    assert got == {0: ([7], None), 1: ([7], None), 2: ([7], "error")}
+    assert preempted.num_output == 1 and broken.status is Status.FINISHED
+    scheduler.commit(next_plan, [[SampleRow(7)]])
+    run_to_the_end(scheduler)
+    assert first.num_output == preempted.num_output == 8
+
+
+def test_a_cache_that_fails_takes_no_token_with_it(monkeypatch):
+    """The step fails before any sequence has its token; one that waits again samples it again."""
+    scheduler, (_, preempted, broken), (plan, _) = preempted_in_flight()
+    with monkeypatch.context() as patch:
+        add_filled = scheduler.cache.add_filled
+        fail = lambda seq, before: {}["planted"] if seq is broken else add_filled(seq, before)  # noqa: E731
+        patch.setattr(scheduler.cache, "add_filled", fail)
+        with pytest.raises(KeyError, match="planted"):
+            scheduler.commit(plan, [[SampleRow(7)]] * 3)
+    scheduler.reset(keep_pages=True)
+    assert preempted.num_output == 0 and list(scheduler.waiting) == [preempted]
+    run_to_the_end(scheduler)
+    assert preempted.num_output == 8

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from icarus_jax.config import EngineConfig
 from icarus_jax.scheduling.admission import LOOKAHEAD, PATIENCE
-from icarus_jax.scheduling.page_pool import Chain, OutOfPages, PagePool, page_key
+from icarus_jax.scheduling.page_keys import Chain, page_key
+from icarus_jax.scheduling.page_pool import Content, OutOfPages, PagePool
 from icarus_jax.scheduling.plan import SampleRow, StepPlan, Work
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import SamplingParams, SessionHint, TokenLogprob
@@ -378,12 +379,16 @@ def test_a_full_cache_hit_needs_no_writer():
         assert (work.num_write, work.num_read, work.num_logits) == (0, 1, 1) and again.cached_tokens == 11
 
 
+def register(pool: PagePool, page: int, parent: bytes, tokens: list[int]) -> None:
+    pool.register(page, Content(parent, tuple(tokens), page_key(parent, tokens), "m"))
+
+
 def test_pool_evicts_the_oldest_and_the_tail_first():
     pool = PagePool(4, 2)
     keys = Chain().keys([1, 2, 3, 4], 2)
     pages = [pool.allocate(), pool.allocate()]
-    pool.register(pages[0], b"", [1, 2], "m")
-    pool.register(pages[1], keys[0], [3, 4], "m")
+    register(pool, pages[0], b"", [1, 2])
+    register(pool, pages[1], keys[0], [3, 4])
     pool.release(pages)
     assert pool.match(Chain(), [1, 2, 3, 4, 5], keys).pages == pages and pool.num_cached == 2
     for _ in range(3):
@@ -397,7 +402,7 @@ def test_pool_evicts_the_oldest_and_the_tail_first():
 def test_pool_takes_over_or_copies_a_partial_page():
     pool = PagePool(3, 4)
     page = pool.allocate()
-    pool.register(page, b"", [5, 6, 7], "m")
+    register(pool, page, b"", [5, 6, 7])
     match = pool.match(Chain(), [5, 6, 7, 8], [page_key(b"", [5, 6, 7, 8])])
     assert (match.tail_page, match.tail_len) == (page, 3)
     copied, copies = pool.take(match)  # still held by its writer: copied
@@ -406,7 +411,7 @@ def test_pool_takes_over_or_copies_a_partial_page():
     table, copies = pool.take(match)  # nobody's, and continued exactly: taken over
     assert (table, copies) == ([page], []) and pool.match(Chain(), [5, 6, 7], []).tail_page is None
     pool.release(copied)
-    pool.register(page, b"", [5, 6, 7], "m")
+    register(pool, page, b"", [5, 6, 7])
     assert pool.match(Chain(), [5, 9], []).tail_len == 1 and pool.match(Chain("s"), [5, 6], []).tail_page is None
 
 
