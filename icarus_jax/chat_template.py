@@ -49,7 +49,7 @@ def render(
     Raises:
         Exception: of any kind. A template is a program, which may fail on what it was not written for.
     """
-    template: str = tokenizer.get_chat_template(tools=tools)
+    template: str = tokenizer.get_chat_template(tools=list(tools) if tools else None)
     shown = _for_template(messages, template)
     if tools and not knows_tools(template):
         shown = _without_tools(shown, tools)

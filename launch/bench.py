@@ -7,6 +7,7 @@
     python launch/bench.py prefix                        the prefill saved if eight heads take turns in a conversation
     python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads, against eight isolated requests
     python launch/bench.py host --sequences=32,256,1024 --context=2048   the host's work of a step, without a device
+    python launch/bench.py structured --sequences=1,8,24 --schemas=FILE,FOLDER   what it costs to follow JSON schemas
     python launch/bench.py soak                          twice the load that the server can carry, with reloads
     python launch/bench.py cpu                           the CPU kernels against XLA's programs
     python launch/bench.py kernels                       instruction bundles of the TPU kernels; no TPU is needed
@@ -34,6 +35,8 @@ _CONTEXT = flags.DEFINE_integer("context", 512, "step: tokens of each sequence")
 _STEPS = flags.DEFINE_integer("steps", 10, "step: steps timed in each round")
 _PROMPT = flags.DEFINE_integer("prompt", 2000, "fanout: tokens of the prompt")
 _OUTPUT = flags.DEFINE_string("output", "results/peers", "peers: the folder to write")
+_SCHEMAS = flags.DEFINE_list("schemas", [], "structured: files and folders with JSON schemas; none: our own requests'")
+_REPORT = flags.DEFINE_string("report", "results/structured.json", "structured: the file for the figures")
 _HEADS = cli.define_heads()
 
 
@@ -50,6 +53,14 @@ def bench_host(config: ConfigDict) -> dict:
     from icarus_jax.bench import host
 
     return host.run(config, [int(s) for s in _SEQUENCES.value], _CONTEXT.value, _STEPS.value)
+
+
+def bench_structured(config: ConfigDict) -> dict:
+    """Measures what it costs that answers follow a JSON schema."""
+    from icarus_jax.bench import structured
+
+    sizes = [int(s) for s in _SEQUENCES.value]
+    return structured.run(config, sizes, _CONTEXT.value, _STEPS.value, _SCHEMAS.value, Path(_REPORT.value))
 
 
 def bench_serve(config: ConfigDict) -> dict:
@@ -113,6 +124,7 @@ def bench_kernels(config: ConfigDict) -> dict:
 COMMANDS = {
     "step": (bench_step, "multi.py:8"),
     "host": (bench_host, "multi.py"),
+    "structured": (bench_structured, "multi.py"),
     "serve": (bench_serve, "bench.py"),
     "prefix": (bench_serve, "bench.py:prefix"),
     "calibrate": (bench_calibrate, "bench.py"),

@@ -27,6 +27,7 @@ from icarus_jax.scheduling.request import SamplingParams
 
 if TYPE_CHECKING:
     from icarus_jax.engine.engine import Engine
+    from icarus_jax.grammar.compiler import Grammar
 
 ROUNDS = 2
 WARM = 2  # steps of each round that are run first and not timed
@@ -66,7 +67,7 @@ class Decoding:
         prefill: prompt tokens computed per second.
     """
 
-    def __init__(self, engine: Engine, names: list[str], context: int, steps: int):
+    def __init__(self, engine: Engine, names: list[str], context: int, steps: int, grammar: Grammar | None = None):
         """Empties the cache, and prefills a random prompt for each sequence.
 
         Args:
@@ -74,6 +75,7 @@ class Decoding:
             names: the model of each sequence.
             context: tokens of each prompt.
             steps: how many steps the batch has to last.
+            grammar: what the answers follow; None: nothing.
         """
         from icarus_jax.scheduling.request import Request
 
@@ -85,7 +87,7 @@ class Decoding:
         engine.scheduler.pool.clear()
         for name in names:
             prompt = tuple(rng.integers(0, engine.model_config.vocab_size, context).tolist())
-            self.ids += engine.submit(Request((name,), prompt, params), lambda *_: None)
+            self.ids += engine.submit(Request((name,), prompt, params, grammar=grammar), lambda *_: None)
         engine.run_inbox()
         begin = time.perf_counter()
         scheduler = engine.scheduler

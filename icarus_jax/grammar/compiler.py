@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import queue
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
-from llguidance.numpy import fill_next_token_bitmask_par
+from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from icarus_jax.errors import RequestError
 from icarus_jax.grammar.spec import MAX_CHARACTERS, GrammarSpec
 from icarus_jax.grammar.trial import Trial
 
-CACHED = 256  # compiled grammars that are kept
+CACHED = 256  # compiled grammars that are kept, and reasons why there is none
+TRIALS = 2  # grammars that are tried at the same time
+TOO_MANY = "too many states"  # llguidance's error at max_lexer_states
 # The defaults of llguidance are higher. A mask is made within the engine's step.
 LIMITS: dict[str, Any] = {"max_lexer_states": 50_000, "step_lexer_fuel": 50_000, "verbose_errors": False}
 
@@ -36,9 +39,11 @@ class Matcher:
         ended: Whether the answer is complete: nothing but an end token may follow.
     """
 
-    def __init__(self, matcher: LLMatcher):
-        """Starts before the first token."""
-        self._matcher = matcher
+    def __init__(self, grammar: Grammar, matcher: LLMatcher):
+        """Starts before the first token. `matcher` shares its states, and so their limit, with the grammar's others."""
+        self._grammar, self._matcher = grammar, matcher
+        self._shares = True
+        self._tokens: list[int] = []
         self.ended = False
 
     def accept(self, token: int) -> None:
@@ -50,21 +55,42 @@ class Matcher:
         Raises:
             GrammarError: The grammar's limits are reached, or it does not allow the token.
         """
-        if not self._matcher.consume_token(token):
+        self._tokens.append(token)
+        # A mask that could not be made allows the end only, and llguidance takes that token as if nothing were wrong.
+        failed = self._matcher.is_error() or not (self._matcher.consume_token(token) or self.part())
+        if failed:
             raise GrammarError(self._matcher.get_error() or "the grammar does not allow what was generated")
         self.ended = self._matcher.is_stopped()
 
+    def part(self) -> bool:
+        """Goes on with states of its own, if those that the answers share have become too many.
+
+        Returns:
+            Whether the answer can go on.
+        """
+        if not self._shares or TOO_MANY not in self._matcher.get_error():
+            return False
+        self._shares, self._matcher = False, self._grammar.make()
+        self._grammar.worn = True
+        return self._matcher.consume_tokens(self._tokens)
+
 
 class Grammar:
-    """A compiled grammar, from which each answer gets a matcher of its own."""
+    """A compiled grammar, from which each answer gets a matcher of its own.
 
-    def __init__(self, matcher: LLMatcher):
-        """Keeps a matcher that has not been used."""
-        self._matcher = matcher
+    Attributes:
+        worn: Whether the states that its answers share have become too many.
+    """
+
+    def __init__(self, make: Callable[[], LLMatcher]):
+        """Starts without answers. `make` compiles the grammar."""
+        self.make, self._matcher, self.worn = make, make(), False
 
     def start(self) -> Matcher:
         """Returns a matcher before the first token. Threads may call it at the same time."""
-        return Matcher(self._matcher.deep_copy())
+        if self.worn:
+            self._matcher, self.worn = self.make(), False
+        return Matcher(self, self._matcher.deep_copy())
 
 
 class Compiler:
@@ -80,9 +106,31 @@ class Compiler:
         """
         self._json, self._vocab_size, self._eos_ids = tokenizer, vocab_size, sorted(eos_ids)
         self._tokenizer: LLTokenizer | None = None
-        self._trial = Trial(tokenizer, vocab_size, self._eos_ids, LIMITS)
+        self._trials: queue.LifoQueue[Trial] = queue.LifoQueue()  # the last one first: its process has started
+        for _ in range(TRIALS):
+            self._trials.put(Trial(tokenizer, vocab_size, self._eos_ids, LIMITS))
         self._lock = threading.Lock()
         self._cache: OrderedDict[GrammarSpec, Grammar | str] = OrderedDict()  # a text: why it cannot be followed
+
+    def find(self, spec: GrammarSpec) -> Grammar | None:
+        """Finds a grammar among the last ones.
+
+        Args:
+            spec: The grammar.
+
+        Returns:
+            The grammar; None: it is not among them.
+
+        Raises:
+            RequestError: It is, and there was a reason why it cannot be followed.
+        """
+        with self._lock:
+            found = self._cache.get(spec)
+            if found is not None:
+                self._cache.move_to_end(spec)
+        if isinstance(found, str):
+            raise _refusal(spec, found)
+        return found
 
     def compile(self, spec: GrammarSpec) -> Grammar:
         """Compiles a grammar, or finds it among the last ones.
@@ -97,18 +145,16 @@ class Compiler:
         """
         if len(spec.text) > MAX_CHARACTERS:
             raise RequestError(f"{spec.field}: {len(spec.text)} characters; at most {MAX_CHARACTERS}", spec.field)
+        if (found := self.find(spec)) is not None:
+            return found
+        made = self._compiled(spec)
         with self._lock:
-            found = self._cache.get(spec)
-        if found is None:
-            found = self._compiled(spec)
-        with self._lock:
-            self._cache[spec] = found
-            self._cache.move_to_end(spec)
+            self._cache[spec] = made
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
-        if isinstance(found, str):
-            raise RequestError(f"{spec.field} cannot be followed: {found}", spec.field)
-        return found
+        if isinstance(made, str):
+            raise _refusal(spec, made)
+        return made
 
     def _compiled(self, spec: GrammarSpec) -> Grammar | str:
         """Returns the grammar, or why there is none."""
@@ -116,9 +162,14 @@ class Compiler:
             tokenizer, grammar = self._tokens(), READERS[spec.kind](spec.text)
         except (ValueError, GbnfToLarkError, RecursionError) as error:
             return _one_line(str(error))
-        if reason := self._trial.error(grammar):
+        trial = self._trials.get()
+        try:
+            reason = trial.error(grammar)
+        finally:
+            self._trials.put(trial)
+        if reason:
             return _one_line(reason)
-        return Grammar(LLMatcher(tokenizer, grammar, limits=LLParserLimits(**LIMITS), log_level=0))
+        return Grammar(lambda: LLMatcher(tokenizer, grammar, limits=LLParserLimits(**LIMITS), log_level=0))
 
     def _tokens(self) -> LLTokenizer:
         with self._lock:
@@ -138,6 +189,10 @@ def _read_lark(text: str) -> str:
 
 GBNF = re.compile(r"(?:\s|#.*\n)*[\w-]+\s*::=")
 READERS = {"json_schema": _read_schema, "regex": LLMatcher.grammar_from_regex, "lark": _read_lark}
+
+
+def _refusal(spec: GrammarSpec, reason: str) -> RequestError:
+    return RequestError(f"{spec.field} cannot be followed: {reason}", spec.field)
 
 
 def _one_line(error: str) -> str:
@@ -160,3 +215,6 @@ def fill_masks(matchers: Sequence[tuple[int, Matcher]], masks: np.ndarray) -> No
     if _executor is None:
         _executor = LLExecutor()
     fill_next_token_bitmask_par(_executor, [(matcher._matcher, row) for row, matcher in matchers], masks)
+    for row, matcher in matchers:
+        if matcher._matcher.is_error() and matcher.part():
+            fill_next_token_bitmask(matcher._matcher, masks, row)

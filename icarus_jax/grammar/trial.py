@@ -11,7 +11,6 @@ import json
 import signal
 import subprocess
 import sys
-import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ CHILD = Path(__file__).resolve().with_name("trial_child.py")
 
 
 class Trial:
-    """A process that compiles grammars. Threads may use it at the same time; it serves one after the other."""
+    """A process that compiles grammars. Only one thread at a time may use it."""
 
     def __init__(self, tokenizer: str, vocab_size: int, eos_ids: Sequence[int], limits: Mapping[str, Any]):
         """Prepares. The process starts with the first grammar.
@@ -44,7 +43,6 @@ class Trial:
         }
         self._process: subprocess.Popen[str] | None = None
         self._end: Callable[[], object] = lambda: None  # ends the process and gives its pipes back
-        self._lock = threading.Lock()
 
     def error(self, grammar: str) -> str:
         """Compiles a grammar and takes the first steps of an answer.
@@ -55,11 +53,10 @@ class Trial:
         Returns:
             Why this is not possible, or '' if it is.
         """
-        with self._lock:
+        answer = self._try(grammar)
+        if answer is None:
             answer = self._try(grammar)
-            if answer is None:
-                answer = self._try(grammar)
-            return "the compiler failed on it twice" if answer is None else answer
+        return "the compiler failed on it twice" if answer is None else answer
 
     def _try(self, grammar: str) -> str | None:
         """Returns the answer of the process; None if it died, perhaps for a reason of its own."""

@@ -20,16 +20,19 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from icarus_jax.errors import UsageError, usage_errors
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.exchange import Caller, current
+from icarus_jax.server.page_routes import PAGE_FILES
 from icarus_jax.server.responses import error_body
 
-OPEN_PATHS = ("/health", "/version")
+OPEN_PATHS = ("/health", "/version", *PAGE_FILES)
 ADMIN_PATHS = (
     "/metrics",
+    "/page/stats",
     "/v1/load_head",
     "/v1/unload_head",
     "/v1/load_lora_adapter",
     "/v1/unload_lora_adapter",
 )
+TENANT = "icarus_jax.tenant"  # in the ASGI scope of a request that this process itself makes for a tenant
 NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 KEY = re.compile(r"[\x21-\x7e]+")  # what a header can carry: visible ASCII
 
@@ -82,9 +85,9 @@ class Keys:
         return bool(self._callers)
 
     @property
-    def names(self) -> set[str]:
-        """The names of the keys: the tenants."""
-        return {caller.name for caller in self._callers.values()}
+    def tenants(self) -> dict[str, Caller]:
+        """The tenants: the names of the keys, and the caller of each."""
+        return {caller.name: caller for caller in self._callers.values()}
 
     def find(self, key: str) -> Caller | None:
         """Returns whose key it is; None if nobody's. Takes the same time whichever key it is.
@@ -113,7 +116,7 @@ class Keys:
     def _weigh(self, weights: str) -> None:
         for part in filter(None, weights.split(",")):
             name, _, number = part.partition("=")
-            if name not in self.names:
+            if name not in self.tenants:
                 raise UsageError(f"config.server.key_weights: {part!r}: no key has the name {name!r}")
             with usage_errors(f"config.server.key_weights: {part!r}"):
                 weight = float(number)
@@ -149,8 +152,10 @@ class Auth:
             return await self._app(scope, receive, send)
         scheme, _, key = Headers(scope=scope).get("authorization", "").partition(" ")
         caller = self._keys.find(key.strip()) if scheme.lower() == "bearer" else None
+        if TENANT in scope:
+            caller = self._keys.tenants.get(scope[TENANT])
         if caller is None:
-            reason = "the API key is not known" if scheme else "there is no API key"
+            reason = "the API key is not known" if scheme or TENANT in scope else "there is no API key"
             body = error_body(401, f"{reason}; send 'Authorization: Bearer KEY'", code="invalid_api_key")
             return await JSONResponse(body, 401, {"WWW-Authenticate": "Bearer"})(scope, receive, send)
         current().caller = caller

@@ -143,7 +143,7 @@ class Metrics:
 
         Args:
             model: the model that generated its last tokens.
-            reason: the finish_reason: 'stop', 'length', 'abort', 'error' or 'timeout'.
+            reason: the finish_reason: 'stop', 'length', 'abort', 'error', 'grammar_error' or 'timeout'.
             since_arrival: seconds since the request's arrival.
         """
         self._requests.labels(model, reason).inc()

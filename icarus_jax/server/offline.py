@@ -35,7 +35,7 @@ class CompletionOutput:
         text: what was generated, without the stop string.
         token_ids: the generated tokens, the one that stopped it included.
         cached_tokens: tokens of the prompt whose K/V was in the cache already.
-        finish_reason: 'stop' or 'length'.
+        finish_reason: 'stop', 'length', or 'grammar_error' if what it had to follow became too complex to go on.
         stop_reason: the stop string or stop token id that ended it; None for the model's own end, or the length.
         logprobs: of each generated token, if SamplingParams.logprobs asks for them.
         reference_logprobs: the trunk's own log-probability of each generated token, if asked for.

@@ -9,7 +9,7 @@ from typing import Any
 
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import TokenLogprob
-from icarus_jax.server.agent_fields import Routing
+from icarus_jax.server.choice_fields import ended, routed
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest
 from icarus_jax.server.streams import Choice, Delta, Scored, finite
@@ -101,22 +101,6 @@ def usage(choices: Sequence[Choice], by_model: bool) -> dict[str, Any]:
     return counts | split if by_model else counts
 
 
-def _routed(request: Routing, choice: Choice, delta: Delta, whole: bool) -> dict[str, Any]:
-    """Returns the fields of a choice that tell about its models.
-
-    `model` is the model that wrote the delta, or that began the whole choice. `handoffs`, of a whole choice, lists
-    {"token": index of a generated token, "model": the model that wrote from there on}. `kl_to_base`, at the end of a
-    choice, is the sum of logprob - reference_logprob over its tokens: an estimate of the divergence from the trunk, in
-    nats.
-    """
-    shown: dict[str, Any] = {"model": delta.model}
-    if whole and request.handoff:
-        shown["handoffs"] = [{"token": at, "model": model} for at, model in choice.handoffs]
-    if delta.finish_reason and request.reference_logprobs:
-        shown["kl_to_base"] = choice.kl_to_base
-    return shown
-
-
 class CompletionView:
     """Writes choices in the format of /v1/completions.
 
@@ -158,9 +142,8 @@ class CompletionView:
             "index": choice.index,
             "text": delta.text,
             "logprobs": None if delta.scored is None else self._logprobs(delta.scored),
-            "finish_reason": delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        } | _routed(self.request, choice, delta, whole)
+        }
+        shown |= ended(delta) | routed(self.request, choice, delta, whole)
         if self.request.return_token_ids:
             shown["token_ids"] = delta.token_ids
             if not choice.begun:  # the prompt may be long, so only the first chunk has its ids
@@ -248,9 +231,8 @@ class ChatView:
             "index": choice.index,
             "message" if whole else "delta": ({} if choice.begun else {"role": "assistant"}) | said.message(not whole),
             "logprobs": None if delta.scored is None else {"content": [self._token(s) for s in delta.scored]},
-            "finish_reason": "tool_calls" if said.called and delta.finish_reason == "stop" else delta.finish_reason,
-            "stop_reason": delta.stop_reason,
-        } | _routed(self.request, choice, delta, whole)
+        }
+        shown |= ended(delta, said.called) | routed(self.request, choice, delta, whole)
         if self.request.return_token_ids:
             shown["token_ids"] = delta.token_ids
         return shown

@@ -93,7 +93,8 @@ class Delta:
         token_ids: the new tokens.
         scored: the new tokens' log-probabilities; None if the request does not ask for them.
         prompt_logprobs: the log-probability of each prompt token, in the delta that brings them; its first is None.
-        finish_reason: why the choice ended: 'stop', 'length', 'abort' or 'error'; None while it goes on.
+        finish_reason: why the choice ended: 'stop', 'length', 'abort', 'error' or 'grammar_error'; None while it goes
+            on.
         stop_reason: the stop string or the stop token's id that ended the choice. None for an EOS token.
     """
 
@@ -231,8 +232,12 @@ class Choice:
 
     def _add_token(self, delta: Delta, output: TokenOutput, i: int, token_id: int) -> None:
         delta.token_ids.append(token_id)
-        # A grammar ends an answer with a token of its text.
-        is_stop = output.finish_reason == "stop" and i == len(output.token_ids) - 1 and token_id in self._ends
+        # A grammar ends an answer with a token of its text; one that gives up, perhaps with an end token.
+        is_stop = (
+            output.finish_reason in ("stop", "grammar_error")
+            and i == len(output.token_ids) - 1
+            and token_id in self._ends
+        )
         delta.text += self._detokenizer.push([token_id], is_stop and not self._params.include_stop_str_in_output)
         if delta.scored is not None and output.logprobs is not None:
             logprob, reference = output.logprobs[i], None

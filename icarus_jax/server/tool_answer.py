@@ -2,32 +2,44 @@
 
 from __future__ import annotations
 
+import enum
 from collections import defaultdict
+from collections.abc import Callable, Mapping
 
 from icarus_jax.server.tool_fields import ToolUse
 from icarus_jax.server.tool_formats import ToolFormat
-from icarus_jax.server.tool_parser import CallParser
+from icarus_jax.server.tool_parser import CallParser, NamedCallParser
 from icarus_jax.server.tool_text import Said, overlap
+from icarus_jax.server.tool_values import Schema
+from icarus_jax.server.tool_xml import XmlCallParser
 
 OPEN, CLOSE = "<think>", "</think>"
+
+
+class Reasoning(enum.Enum):
+    """Whether an answer begins with reasoning, which ends with </think>."""
+
+    NONE = "none"
+    POSSIBLE = "possible"  # if the answer begins with <think>
+    BEGUN = "begun"  # the prompt ends with <think>
 
 
 class AnswerParser:
     """Divides an answer into reasoning, tool calls and content."""
 
-    def __init__(self, calls: CallParser | None, thinks: bool = False, thinking: bool = False):
+    def __init__(self, calls: CallParser | None, reasoning: Reasoning = Reasoning.NONE):
         """Starts before the answer.
 
         Args:
             calls: finds the tool calls; None: there are none.
-            thinks: whether an answer may begin with its reasoning, in <think> and </think>.
-            thinking: whether the prompt ended with <think>.
+            reasoning: whether the answer begins with reasoning.
         """
         self._calls = calls
         self._called = False
         self._held = ""
-        self._step = self._in_reasoning if thinking else self._before if thinks else self._in_content
-        self._trim = thinking  # whether whitespace that comes next is dropped
+        steps = {Reasoning.BEGUN: self._in_reasoning, Reasoning.POSSIBLE: self._before}
+        self._step: Callable[[Said], bool] = steps.get(reasoning, self._in_content)
+        self._trim = reasoning is Reasoning.BEGUN  # whether whitespace that comes next is dropped
 
     def feed(self, text: str, ends: bool = False) -> Said:
         """Takes the next piece of the answer, and returns what it brought. `ends`: whether it is the last one."""
@@ -88,26 +100,46 @@ class AnswerParser:
         return False
 
 
-def answer_parsers(
-    form: ToolFormat, use: ToolUse | None, template: str, prompt: str, free: bool
-) -> defaultdict[int, AnswerParser]:
+def call_parser(form: ToolFormat, tools: Mapping[str, Schema], parallel: bool = True) -> CallParser:
+    """Makes what finds the calls of an answer.
+
+    Args:
+        form: how the model writes them.
+        tools: the tools that may be called, and the schemas of their arguments.
+        parallel: whether there may be several calls; if not, those after the first are dropped.
+    """
+    if form.style == "xml":
+        return XmlCallParser(form, tools, parallel)
+    return (NamedCallParser if form.style == "named" else CallParser)(form, tools, parallel)
+
+
+def reasoning_of(template: str, prompt: str, free: bool) -> Reasoning:
+    """Says whether answers begin with reasoning.
+
+    Args:
+        template: the source of the chat template. One that writes <think> is of a model that begins with reasoning.
+        prompt: the text that the answers continue.
+        free: whether they may be free text. A grammar of the whole answer leaves no room for reasoning.
+    """
+    if not free or OPEN not in template:
+        return Reasoning.NONE
+    return Reasoning.BEGUN if prompt.rstrip().endswith(OPEN) else Reasoning.POSSIBLE
+
+
+def answer_parsers(form: ToolFormat, use: ToolUse | None, reasoning: Reasoning) -> defaultdict[int, AnswerParser]:
     """Makes a parser for each answer of a chat, when it is first asked for.
 
     Args:
         form: how the model writes calls.
         use: the tools that may be called; None: none.
-        template: the source of the chat template. One that writes <think> is of a model that begins with reasoning.
-        prompt: the text that the answers continue.
-        free: whether they follow no grammar. A grammar leaves no room for reasoning.
+        reasoning: whether they begin with reasoning.
 
     Returns:
         The parsers, by the answer's number.
     """
-    thinks = free and OPEN in template
-    thinking = thinks and prompt.rstrip().endswith(OPEN)
 
     def new() -> AnswerParser:
-        calls = None if use is None else CallParser(form, use.tools, use.max_calls > 1)
-        return AnswerParser(calls, thinks, thinking)
+        calls = None if use is None else call_parser(form, use.tools, use.max_calls > 1)
+        return AnswerParser(calls, reasoning)
 
     return defaultdict(new)

@@ -1,4 +1,8 @@
-"""The forms in which models write tool calls, and which of them a chat template speaks. The names are vLLM's."""
+"""The forms in which models write tool calls, and which of them a chat template speaks.
+
+The names are vLLM's, which has one, mistral, for what is two here: mistral, a list, and mistral_args, as newer models
+write it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ AUTO = "auto"  # the form is chosen from the chat template
 
 @dataclasses.dataclass(frozen=True)
 class ToolFormat:
-    """A form of tool calls. In all but pythonic a call is a JSON object, or an element of a list of them.
+    """A form of tool calls.
 
     Attributes:
         name: the form's name.
@@ -21,7 +25,9 @@ class ToolFormat:
         end: the text that closes what a marker opened; '' if there is none.
         bare: the characters that begin a call without a marker, where an answer begins or a call has ended.
         arguments: the key of a call's arguments, as the model is asked to write it. Both usual keys are read.
-        pythonic: whether calls are written as in Python, within brackets.
+        style: how a call is written. 'json': as an object, alone or in a list. 'pythonic': as in Python, within
+            brackets. 'named': as the tool's name, [ARGS] and the arguments' JSON. 'xml': as Qwen3-Coder does, with a
+            tag for the function and one for each argument. Calls in JSON are read in all but pythonic.
         special: whether a marker may be a special token, which would be missing from the text without them.
     """
 
@@ -30,24 +36,28 @@ class ToolFormat:
     end: str = ""
     bare: str = ""
     arguments: str = "arguments"
-    pythonic: bool = False
+    style: str = "json"
     special: bool = False
 
 
 _ALL = (
     ToolFormat("hermes", ("<tool_call>",), "</tool_call>"),
     ToolFormat("llama3_json", ("<|python_tag|>",), bare="{", arguments="parameters", special=True),
-    ToolFormat("pythonic", ("<|python_start|>",), "<|python_end|>", bare="[", pythonic=True, special=True),
+    ToolFormat("pythonic", ("<|python_start|>",), "<|python_end|>", bare="[", style="pythonic", special=True),
     ToolFormat("granite", ("<|tool_call|>", "<tool_call>"), bare="[", special=True),
     ToolFormat("mistral", ("[TOOL_CALLS]",), bare="[", special=True),
+    ToolFormat("mistral_args", ("[TOOL_CALLS]",), style="named", special=True),
+    ToolFormat("qwen3_coder", ("<tool_call>", "<function="), "</tool_call>", style="xml"),
     ToolFormat("json", bare="[{"),
 )
 FORMATS = {form.name: form for form in _ALL}
 
 # The first that a chat template contains decides.
 _SIGNS = (
+    ("mistral_args", re.compile(re.escape("[ARGS]"))),
     ("mistral", re.compile(re.escape("[TOOL_CALLS]"))),
     ("granite", re.compile(re.escape("<|tool_call|>"))),
+    ("qwen3_coder", re.compile("<function=.*<parameter=", re.DOTALL)),
     ("hermes", re.compile("<tool_call>")),
     ("pythonic", re.compile(r"\[\w+\(\w+=")),  # a template's example of a call
     ("llama3_json", re.compile(r'<\|python_tag\|>|"parameters": dictionary')),
@@ -74,6 +84,16 @@ def choose_format(template: str, name: str = AUTO) -> ToolFormat:
     return FORMATS[name]
 
 
+def to_json(value: Any) -> str:
+    """Writes JSON that can be sent as UTF-8: half a surrogate pair, which a model may write, is an escape.
+
+    Raises:
+        ValueError: it holds a number that JSON has not.
+    """
+    written = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    return json.dumps(value) if _SURROGATE.search(written) else written
+
+
 def read_json_call(text: str) -> tuple[str, str] | None:
     """Reads a call from a whole JSON object.
 
@@ -88,11 +108,11 @@ def read_json_call(text: str) -> tuple[str, str] | None:
         arguments = call.get("arguments", call.get("parameters", {}))
         if isinstance(arguments, str):
             arguments = json.loads(arguments)
+        if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
+            return None
+        return call["name"], to_json(arguments)
     except (ValueError, RecursionError):
         return None
-    if not isinstance(call.get("name"), str) or not isinstance(arguments, dict):
-        return None
-    return call["name"], json.dumps(arguments, ensure_ascii=False)
 
 
 def read_python_call(text: str) -> tuple[str, str] | None:
@@ -112,11 +132,24 @@ def read_python_call(text: str) -> tuple[str, str] | None:
         arguments = {str(keyword.arg): _value(keyword.value) for keyword in call.keywords if keyword.arg}
         if len(arguments) < len(call.keywords):  # **kwargs
             return None
-        return name.strip(), json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+        return name.strip(), to_json(arguments)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
         return None
 
 
+def read_literal(text: str) -> Any:
+    """Reads a literal of Python that JSON has too, or one of JSON's names.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        return _value(ast.parse(_ESCAPE.sub(_known_escape, text), mode="eval").body)
+    except (SyntaxError, RecursionError, MemoryError) as error:
+        raise ValueError("no literal") from error
+
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPE = re.compile(r"\\(.)", re.DOTALL)
 _JSON_NAMES = {"true": True, "false": False, "null": None}
 

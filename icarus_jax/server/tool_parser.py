@@ -20,6 +20,7 @@ from icarus_jax.server.tool_text import Balance, CallDelta, Said, overlap
 
 HEAD_CHARACTERS = 512  # of a call: name and key of the arguments stand within them, or the whole call is awaited
 _HEAD = re.compile(r'\{\s*"name"\s*:\s*"([^"\\]*)"\s*,\s*"(?:arguments|parameters)"\s*:\s*(?=\{)')
+_NAMED_HEAD = re.compile(r"([\w.-]{1,64})\s*(?:\[CALL_ID\]\w*\s*)?\[ARGS\]\s*(?=\{)")
 _PYTHON_NAME = re.compile(r"[\w.-]{1,64}\s*(\()?")
 
 
@@ -43,6 +44,7 @@ class CallParser:
         self._in_list = False  # of calls
         self._calls_before = 0  # the number of calls when the last marker was read
         self._call = ""  # the text of a call that is not certain yet
+        self._wrapped = True  # whether the arguments stand in an object
         self._balance = Balance('"')
 
     def feed(self, text: str) -> Said:
@@ -57,11 +59,15 @@ class CallParser:
         """Ends the text, and returns what was held back."""
         rest = self._raw + self._call + self._held
         self._raw = self._call = self._held = ""
-        if self._step in (self._in_arguments, self._after_arguments):
+        if self._step in self._within_call():
             rest = ""
         elif self._blank and self._num_calls and self._form.end.startswith(rest.strip(" \n\r\t,;]")):
             rest = ""  # only marks, perhaps half of one
         return Said(content=rest)
+
+    def _within_call(self) -> tuple[Callable[[Said], bool], ...]:
+        """Returns the steps whose text is no content, whatever comes of the call."""
+        return self._in_arguments, self._after_arguments
 
     def _in_text(self, said: Said) -> bool:
         """Reads content up to where calls begin."""
@@ -110,12 +116,12 @@ class CallParser:
             return False
         if not begins:
             return self._leave(said)
-        self._balance, self._step = Balance("\"'" if form.pythonic else '"'), self._in_call
+        self._balance, self._step = Balance("\"'" if form.style == "pythonic" else '"'), self._in_call
         return True
 
     def _begins_call(self, held: str) -> bool | None:
         """Whether a text begins a call; None: more of it must come."""
-        if not self._form.pythonic:
+        if self._form.style != "pythonic":
             return held[0] == "{"
         name = _PYTHON_NAME.match(held) if self._in_list else None
         if name is None or name[1] or name.end() < len(held):
@@ -142,18 +148,16 @@ class CallParser:
         """Reads a call until it is certain: with its head, if that says all, or as a whole."""
         new, self._held = self._held, ""
         self._call += new
-        head = None if self._form.pythonic else _HEAD.match(self._call[:HEAD_CHARACTERS])
+        pythonic = self._form.style == "pythonic"
+        head = None if pythonic else _HEAD.match(self._call[:HEAD_CHARACTERS])
         if head and head[1] in self._names:
-            self._begin(said, head[1])
-            self._held, self._call = self._call[head.end() :], ""
-            self._balance, self._step = Balance('"'), self._in_arguments
-            return True
+            return self._begin_arguments(said, head[1], head.end())
         end = self._balance.read(new)
         if end is None:
             return False
         cut = len(self._call) - len(new) + end
         text, self._held, self._call = self._call[:cut], self._call[cut:], ""
-        call = read_python_call(text) if self._form.pythonic else read_json_call(text)
+        call = read_python_call(text) if pythonic else read_json_call(text)
         if call is None or call[0] not in self._names:
             said.content += self._raw + text
             self._raw, self._blank, self._step = "", False, self._in_text
@@ -163,13 +167,22 @@ class CallParser:
         self._step = self._in_region
         return True
 
+    def _begin_arguments(self, said: Said, name: str, at: int, wrapped: bool = True) -> bool:
+        """Begins a call whose arguments begin at a character of it."""
+        self._begin(said, name)
+        self._held, self._call = self._call[at:], ""
+        self._wrapped, self._balance, self._step = wrapped, Balance('"'), self._in_arguments
+        return True
+
     def _in_arguments(self, said: Said) -> bool:
         """Passes the arguments on as they are written."""
         end = self._balance.read(self._held)
         self._more(said, self._held[:end])
         self._held = "" if end is None else self._held[end:]
-        if end is not None:
+        if end is not None and self._wrapped:
             self._balance, self._step = Balance('"', depth=1), self._after_arguments
+        elif end is not None:
+            self._step = self._in_region
         return end is not None
 
     def _after_arguments(self, said: Said) -> bool:
@@ -194,3 +207,35 @@ class CallParser:
         if not said.calls or said.calls[-1].index != index:
             said.calls.append(CallDelta(index))
         said.calls[-1].arguments += arguments
+
+    def _give_up(self, said: Said, mark: str = "") -> bool:
+        """Takes what has been read for content, and the text of the call for text that has not been read.
+
+        Args:
+            said: gets the content.
+            mark: the beginning of the call that is not to be read once more.
+        """
+        said.content += self._raw + mark
+        self._held, self._raw, self._call = self._call[len(mark) :] + self._held, "", ""
+        self._blank, self._step = False, self._in_text
+        return True
+
+
+class NamedCallParser(CallParser):
+    """Finds calls that are written as a name and arguments: [TOOL_CALLS]name[ARGS]{..}, perhaps with a [CALL_ID]."""
+
+    def _begins_call(self, held: str) -> bool | None:
+        if self._in_list or self._num_calls > self._calls_before:
+            return held[0] == "{" and self._in_list
+        return held[0] == "{" or _PYTHON_NAME.match(held) is not None
+
+    def _in_call(self, said: Said) -> bool:
+        if (self._call or self._held).startswith("{"):
+            return super()._in_call(said)
+        self._call, self._held = self._call + self._held, ""
+        if "{" not in self._call and len(self._call) < HEAD_CHARACTERS:
+            return False
+        head = _NAMED_HEAD.match(self._call[:HEAD_CHARACTERS])
+        if head and head[1] in self._names:
+            return self._begin_arguments(said, head[1], head.end(), wrapped=False)
+        return self._give_up(said)

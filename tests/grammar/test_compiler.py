@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import gc
 import os
+import random
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from icarus_jax.errors import RequestError
+from icarus_jax.grammar.compiler import LIMITS, GrammarError, fill_masks
 from icarus_jax.grammar.spec import GrammarSpec, StructuredOutputsParams
-from tests.grammar.following import accepts, make_compiler
+from icarus_jax.grammar.trial import Trial
+from tests.grammar.following import EOS, TOKENIZER, accepts, make_compiler
 
 
 @pytest.fixture(scope="module")
@@ -146,17 +150,75 @@ def test_equal_grammars_are_compiled_once(compiler):
     assert compiler.compile(first) is compiler.compile(second)
 
 
+COMPLEX = "[ab]*a[ab]{14}c"  # the more of it is written, the more states it has
+LETTERS = TOKENIZER.convert_tokens_to_ids(["a", "b"])
+
+
+def written(matcher, most: int, seed: int = 0) -> int:
+    """Writes a and b at random under the masks, and the end where neither is allowed; returns how many of them."""
+    pick, mask = random.Random(seed), np.zeros((1, -(-len(TOKENIZER) // 32)), np.int32)
+    for count in range(most):
+        fill_masks([(0, matcher)], mask)
+        allowed = [token for token in LETTERS if mask[0, token // 32] >> token % 32 & 1]
+        try:
+            matcher.accept(pick.choice(allowed) if allowed else EOS)
+        except GrammarError as error:
+            assert "too many states" in str(error) and not matcher.ended
+            return count
+    return most
+
+
+def test_a_mask_that_cannot_be_made_is_no_end(compiler, monkeypatch):
+    """Its only token is the end, which must not pass for the end of a whole answer."""
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 300)
+    assert 50 < written(compiler.compile(GrammarSpec("regex", COMPLEX, "f")).start(), 1000) < 1000
+
+
+def test_an_answer_that_is_too_complex_costs_no_other_one(monkeypatch):
+    """Answers share states: those that run, and those that come later, must not pay for one that makes too many."""
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 300)
+    grammar = make_compiler().compile(GrammarSpec("regex", COMPLEX, "f"))
+    beside = grammar.start()
+    assert written(beside, 20, seed=1) == 20
+    assert written(grammar.start(), 1000) < 1000
+    later = grammar.start()
+    for matcher in (beside, later):
+        assert written(matcher, 20, seed=2) == 20
+        for token in TOKENIZER.encode("aaaaaaaaaaaaaaac"):
+            matcher.accept(token)
+        assert matcher.ended
+
+
+def test_what_failed_is_not_tried_again(compiler, monkeypatch):
+    tried = []
+    monkeypatch.setattr(Trial, "error", lambda trial, grammar: tried.append(grammar) or "it is bad")
+    spec = GrammarSpec("regex", "never seen", "f")
+    for find in (compiler.compile, compiler.find, compiler.compile):
+        with pytest.raises(RequestError, match="it is bad"):
+            find(spec)
+    assert len(tried) == 1 and compiler.find(GrammarSpec("regex", "nor this", "f")) is None
+
+
+def test_the_cache_is_bounded(compiler, monkeypatch):
+    monkeypatch.setattr("icarus_jax.grammar.compiler.CACHED", 2)
+    specs = [GrammarSpec.choice([name], "f") for name in ("one", "two", "three")]
+    for spec in (specs[0], specs[1], specs[0], specs[2]):
+        compiler.compile(spec)
+    assert [compiler.find(spec) is not None for spec in specs] == [True, False, True]  # the one used last is kept
+
+
 def test_it_goes_on_after_its_process_was_killed(compiler):
-    process = compiler._trial._process
-    process.kill()
-    process.wait()
+    for trial in compiler._trials.queue:
+        if trial._process is not None:
+            trial._process.kill()
+            trial._process.wait()
     assert accepts(compiler.compile(GrammarSpec.choice(["after"], "f")), "after")
 
 
 def test_its_process_ends_with_it():
     made = make_compiler()
     made.compile(GrammarSpec.json_object("f"))
-    process = made._trial._process
+    (process,) = [trial._process for trial in made._trials.queue if trial._process]
     assert process.poll() is None
     del made
     gc.collect()

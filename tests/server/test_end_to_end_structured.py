@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import json
+import re
 from typing import Literal
 
 import jsonschema
@@ -12,6 +14,7 @@ import pydantic
 import pytest
 
 from icarus_jax.config import EngineConfig
+from icarus_jax.grammar.compiler import LIMITS
 from icarus_jax.weights import checkpoint, tokenizer
 from tests import tiny
 from tests.engine.harness import SMALL, make_engine
@@ -130,6 +133,40 @@ def test_the_other_kinds(served, asked, said):
     answer = served.complete(prompt=["One", "Two"], max_tokens=30, n=3, **{**asked, "temperature": 1})
     assert {choice["text"] for choice in answer["choices"]} <= said
     assert {choice["finish_reason"] for choice in answer["choices"]} == {"stop"}
+
+
+def test_a_grammar_that_becomes_too_complex_costs_its_own_choice(served, monkeypatch):
+    """It ends with the reason, in a whole answer as in a stream; the luckier choices end as they would."""
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 300)
+    pattern = "[ab]*a[ab]{14}c"
+    (c,) = served.http.post("/tokenize", json={"prompt": "c"}).json()["tokens"]
+    asked = {"model": "trunk", "structured_outputs": {"regex": pattern}, "temperature": 1, "seed": 4, "n": 3}
+    asked |= {"logit_bias": {str(c): -3.5}}  # some answers find their end in time
+
+    def check_ends(choices: list[dict]) -> None:
+        texts: dict = collections.defaultdict(str)
+        for choice in choices:
+            said = choice.get("message") or choice.get("delta") or {"content": choice.get("text")}
+            text = texts[choice["index"]] = texts[choice["index"]] + (said["content"] or "")
+            if choice["finish_reason"] == "stop":
+                assert re.fullmatch(pattern, text) and "error" not in choice
+            elif choice["finish_reason"]:
+                assert choice["finish_reason"] == "error" and set(text) <= set("ab") and len(text) > 50
+                assert choice["error"]["code"] == "grammar_too_complex" and "too complex" in choice["error"]["message"]
+        ends = [choice["finish_reason"] for choice in choices if choice["finish_reason"]]
+        assert len(ends) == len(texts) and "error" in ends
+
+    for path, more in (
+        ("completions", {"prompt": "Go", "max_tokens": 600}),
+        ("chat/completions", {"messages": MESSAGES}),
+    ):
+        answer = served.http.post(f"/v1/{path}", json=asked | more)
+        assert answer.status_code == 200, answer.text
+        check_ends(answer.json()["choices"])
+        lines = served.http.post(f"/v1/{path}", json=asked | more | {"stream": True}).text.splitlines()
+        assert lines[-2] == "data: [DONE]"
+        check_ends([choice for line in lines[:-2] if line for choice in json.loads(line[6:])["choices"]])
+    assert served.metric('icarus_requests_total{finished_reason="grammar_error",model_name="trunk"}') > 0
 
 
 class Part(pydantic.BaseModel):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import pytest
 
+from icarus_jax.grammar import compile_queue, trial
 from icarus_jax.scheduling.request import SamplingParams, TokenOutput
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.prompts import Prompt
@@ -120,19 +122,40 @@ def test_a_schema_nested_too_deeply_is_a_400(served):
     assert answer.status_code == 400, answer.text
 
 
-def test_others_are_answered_while_one_compiles(served):
-    """A schema of a second's work, and requests without one."""
-    asked = {"guided_json": explosive(101)}
-    answers: list = []
-    thread = threading.Thread(target=lambda: answers.append(served.http.post("/v1/completions", json=GOOD | asked)))
-    thread.start()
-    between = 0
-    while not answers:
-        assert served.http.post("/v1/completions", json=GOOD).status_code == 200
-        between += not answers
-    thread.join()
-    check_error(answers[0], 400, "guided_json")
-    assert between > 3
+def test_others_are_answered_while_grammars_compile(monkeypatch):
+    """More explosive grammars than the server has threads, and requests without a grammar or with a known one."""
+    monkeypatch.setattr(trial, "CPU_SECONDS", 0.3)
+    refused: list = []
+    with serving(eos_ids=(EOS,)) as served, ThreadPoolExecutor(12) as clients:
+
+        def ask(**more) -> httpx.Response:
+            return served.http.post("/v1/completions", json=GOOD | more)
+
+        assert ask(guided_json=SCHEMA).status_code == 200
+        for i in range(12):
+            clients.submit(lambda i=i: refused.append(ask(guided_json=explosive(101 + i))))
+        meanwhile = [0]
+        while len(refused) < 12:
+            before = len(refused)
+            assert ask().status_code == ask(guided_json=SCHEMA).status_code == 200
+            meanwhile.append(len(refused) - before)
+    for answer in refused:
+        assert "more than 0.3 s" in check_error(answer, 400, "guided_json")["message"]
+    assert max(meanwhile) < 6  # who waits for a thread has seen most of them refused
+
+
+def test_too_many_grammars_are_a_429(served, monkeypatch):
+    """Which names the field, and costs those without a new grammar nothing."""
+    asked = GOOD | {"guided_choice": ["one", "two"]}
+    monkeypatch.setattr(compile_queue, "MOST", 0)
+    refused = served.http.post("/v1/completions", json=asked)
+    error = check_error(refused, 429, "guided_choice", "rate_limit_exceeded")
+    assert error["type"] == "rate_limit_error" and refused.headers["retry-after"] in error["message"]
+    assert served.http.post("/v1/completions", json=GOOD).status_code == 200
+    monkeypatch.undo()
+    assert served.http.post("/v1/completions", json=asked).status_code == 200
+    monkeypatch.setattr(compile_queue, "MOST", 0)
+    assert served.http.post("/v1/completions", json=asked).status_code == 200  # it is known now
 
 
 def test_a_grammars_end_keeps_its_last_token():

@@ -12,12 +12,12 @@ import pytest
 from icarus_jax.errors import RequestError
 from icarus_jax.grammar.compiler import Compiler, fill_masks
 from icarus_jax.grammar.spec import GrammarSpec
-from icarus_jax.server.tool_answer import AnswerParser
+from icarus_jax.server.tool_answer import AnswerParser, call_parser
 from icarus_jax.server.tool_fields import MAX_CALLS, MAX_TOOLS, ToolUse, check_tools, tool_use
 from icarus_jax.server.tool_formats import FORMATS
 from icarus_jax.server.tool_grammar import calls_grammar, with_calls
-from icarus_jax.server.tool_parser import CallParser
 from tests import doubles
+from tests.grammar.following import accepts
 
 TOKENIZER = doubles.byte_level_tokenizer()
 V = len(TOKENIZER)
@@ -56,7 +56,7 @@ def drawn(spec, seed: int, most: int = 1500) -> str:
 
 
 def read(form, use: ToolUse, text: str) -> tuple[str, list[tuple[str, str]]]:
-    parser = AnswerParser(CallParser(form, use.tools))
+    parser = AnswerParser(call_parser(form, use.tools))
     said = parser.feed(text, ends=True)
     return said.content, [(call.name, call.arguments) for call in said.calls]
 
@@ -114,6 +114,52 @@ def test_a_schema_that_says_of_others_is_kept():
     assert '"additionalProperties": false' in calls_grammar(FORMATS["json"], ToolUse({"f": SHUT}, True, 1)).text
 
 
+@pytest.mark.parametrize("name,text", [
+    ("hermes", '<tool_call>\n{"name": "shut", "arguments": {"it": null}}\n</tool_call>'),
+    ("qwen3_coder", "<tool_call>\n<function=shut>\n<parameter=it>\nnull\n</parameter>\n</function>\n</tool_call>"),
+    ("mistral_args", '[TOOL_CALLS]shut[ARGS]{"it": null}'),
+])  # fmt: skip
+def test_marks_may_be_tokens(name, text):
+    """As models of these forms have them. To llguidance a token of the form <..> is not its text."""
+    tokenizer = doubles.byte_level_tokenizer()
+    tokenizer.add_tokens(["<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]"])
+    compiler = Compiler(tokenizer.backend_tokenizer.to_str(), len(tokenizer), [tokenizer.eos_token_id])
+    _, spec = with_calls(FORMATS[name], ToolUse(SCHEMAS, True, 1), None, tokenizer.get_added_vocab())
+    for ids in (tokenizer.encode(text), TOKENIZER.encode(text)):
+        matcher = compiler.compile(spec).start()
+        for token in ids:
+            matcher.accept(token)
+        assert matcher.ended
+
+
+def test_arguments_in_tags_follow_their_schemas():
+    schema = {
+        "type": "object",
+        "properties": {
+            "unit": {"type": "string", "enum": ["C", "a\nb", ""]},
+            "city": {"type": "string", "maxLength": 3},
+            "note": {"type": "string", "description": "Free."},
+            "when": {"type": "string", "pattern": "^[0-9]{2}$"},
+            "days": {"type": "integer", "maximum": 9},
+        },
+        "required": ["unit", "city"],
+    }
+    grammar = COMPILER.compile(calls_grammar(FORMATS["qwen3_coder"], ToolUse({"f": schema}, True, 1)))
+
+    def takes(**values: str) -> bool:
+        tags = "".join(f"<parameter={key}>\n{value}\n</parameter>\n" for key, value in values.items())
+        return accepts(grammar, f"<tool_call>\n<function=f>\n{tags}</function>\n</tool_call>")
+
+    for unit in ("C", "a\nb", ""):
+        assert takes(unit=unit, city="Rom")
+    assert takes(unit="C", city="", note='any "<b>"\n\n', when='"12"', days="9")
+    assert takes(unit="C", city="é\n", days="0")
+    for wrong in ({"unit": "K", "city": ""}, {"unit": "C"}, {"unit": "C", "city": "Oslo"}, {"city": "a", "unit": "C"}):
+        assert not takes(**wrong), wrong
+    for wrong in ({"when": "12"}, {"when": '"1"'}, {"days": "10"}, {"days": '"1"'}, {"other": "1"}):
+        assert not takes(unit="C", city="", **wrong), wrong
+
+
 def test_an_error_names_the_tools():
     spec = calls_grammar(FORMATS["hermes"], ToolUse({"f": {"properties": {"a": {"type": "strange"}}}}, True, 1))
     with pytest.raises(RequestError) as error:
@@ -135,6 +181,7 @@ def test_an_error_names_the_tools():
         ([tool(None)], "tools.0.function.name"),
         ([tool(), tool()], "so is another"),
         ([tool(parameters=[])], "tools.0.function.parameters"),
+        ([tool(strict="yes")], "tools.0.function.strict"),
         ([tool(parameters={"type": "array"})], "tools.0.function.parameters"),
     ],
 )
@@ -158,10 +205,31 @@ def test_what_is_asked_for():
     assert tool_use(tools, named, True) == ToolUse({"a": SHUT}, True, 1)
 
 
+@pytest.mark.parametrize("nested", [True, False])
+def test_some_tools_may_be_allowed(nested):
+    """In the form of chat completions, and in that of the Responses API."""
+    tools = [tool("a", parameters=SHUT, strict=True), tool("b"), tool("c", strict=True), tool("d", strict=None)]
+
+    def use(mode: str, *names: str) -> ToolUse | None:
+        named = [tool(name) if nested else {"type": "function", "name": name} for name in names]
+        allowed = {"mode": mode, "tools": named}
+        choice = {"type": "allowed_tools", **({"allowed_tools": allowed} if nested else allowed)}
+        return tool_use(tools, choice, False)
+
+    none = {"type": "object", "properties": {}}
+    assert use("auto", "b", "a") == ToolUse({"b": none, "a": SHUT}, False, 1, frozenset(["a"]))
+    assert use("required", "d") == ToolUse({"d": none}, True, 1)
+    assert tool_use(tools, "auto", True).strict == {"a", "c"}
+
+
 @pytest.mark.parametrize(
     "choice",
     ["maybe", 1, {}, [], {"type": "function"}, {"type": "function", "function": {"name": 1}},
-     {"type": "function", "function": {"name": "b"}}, {"type": "allowed_tools", "function": {"name": "a"}}],
+     {"type": "function", "function": {"name": "b"}}, {"type": "allowed_tools", "function": {"name": "a"}},
+     {"type": "allowed_tools", "mode": "none", "tools": [tool("a")]}, {"type": "allowed_tools", "mode": "auto"},
+     {"type": "allowed_tools", "mode": "auto", "tools": []}, {"type": "allowed_tools", "allowed_tools": "a"},
+     {"type": "allowed_tools", "mode": "auto", "tools": ["a"]}, {"type": "custom", "function": {"name": "a"}},
+     {"type": "allowed_tools", "mode": "auto", "tools": [tool("a"), tool("b")]}],
 )  # fmt: skip
 def test_choices_that_are_refused(choice):
     with pytest.raises(RequestError) as error:

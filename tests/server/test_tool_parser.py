@@ -9,17 +9,24 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from icarus_jax.server.tool_answer import AnswerParser
+from icarus_jax.server.tool_answer import AnswerParser, Reasoning, call_parser
 from icarus_jax.server.tool_formats import FORMATS, choose_format, read_python_call
 from icarus_jax.server.tool_parser import CallParser
 from icarus_jax.server.tool_text import Said, overlap
 
 NAMES = ("look", "add", "get-it")
+ADD_SCHEMA = {"properties": {"a": {"type": "integer"}, "b": {"type": "array"}}}
+OPTIONAL = {"anyOf": [{"type": "string"}, {"type": "null"}]}
+TOOLS = {
+    "look": {"properties": {"city": {"type": "string"}, "day": {"enum": ["1", "2"]}, "unit": OPTIONAL}},
+    "add": ADD_SCHEMA,
+    "get-it": {},
+}
 
 
-def parse(form: str, *pieces: str, parallel: bool = True, thinks: bool = False, thinking: bool = False):
+def parse(form: str, *pieces: str, parallel: bool = True, reasoning: Reasoning = Reasoning.NONE):
     """(content, [(name, arguments)], reasoning), put together from deltas as a client does."""
-    parser = AnswerParser(CallParser(FORMATS[form], NAMES, parallel), thinks, thinking)
+    parser = AnswerParser(call_parser(FORMATS[form], TOOLS, parallel), reasoning)
     content, reasoning, calls, ids = "", "", [], []
     said: list[Said] = [*map(parser.feed, pieces), parser.feed("", ends=True)]
     for delta in said:
@@ -40,6 +47,8 @@ def parse(form: str, *pieces: str, parallel: bool = True, thinks: bool = False, 
 LOOK, ADD = ("look", '{"city": "Paris"}'), ("add", '{"a": 1, "b": [2, {"c": "}"}]}')
 L, A = (f'{{"name": "{name}", "arguments": {arguments}}}' for name, arguments in (LOOK, ADD))
 P = L.replace("arguments", "parameters")
+X = "<tool_call>\n<function=look>\n<parameter=city>\n"
+Y = "\n</parameter>\n</function>\n</tool_call>"
 GOLDEN = [
     # Hermes, Qwen
     ("hermes", f"<tool_call>\n{L}\n</tool_call>", "", [LOOK]),
@@ -107,6 +116,41 @@ GOLDEN = [
     ("mistral", "[TOOL", "[TOOL", []),
     ("mistral", f"[TOOL_CALLS] [{L}, oops", ", oops", [LOOK]),
     ("mistral", '[TOOL_CALLS] [{"name": "look", "arguments": {"city": "Paris"}, "id": "a}b", "x": {}}]', "", [LOOK]),
+    # newer Mistral
+    ("mistral_args", '[TOOL_CALLS]look[ARGS]{"city": "Paris"}', "", [LOOK]),
+    ("mistral_args", '[TOOL_CALLS]look[ARGS]{"city": "Paris"}[TOOL_CALLS]add[ARGS]{"a": 1}', "",
+     [LOOK, ("add", '{"a": 1}')]),
+    ("mistral_args", 'Right. [TOOL_CALLS] look [CALL_ID]abc123DEF[ARGS] {"city": "}"} so', "Right.  so",
+     [("look", '{"city": "}"}')]),
+    ("mistral_args", '[TOOL_CALLS]get-it[ARGS]{"a', "", [("get-it", '{"a')]),  # half
+    ("mistral_args", f"[TOOL_CALLS] [{L}, {A}]", "", [LOOK, ADD]),
+    ("mistral_args", f"[TOOL_CALLS]{L}", "", [LOOK]),
+    ("mistral_args", "[TOOL_CALLS]dig[ARGS]{}", "[TOOL_CALLS]dig[ARGS]{}", []),
+    ("mistral_args", "[TOOL_CALLS]look{}[TOOL_CALLS]look[ARGS]{}", "[TOOL_CALLS]look{}", [("look", "{}")]),
+    ("mistral_args", "[TOOL_CALLS]look[ARGS]", "[TOOL_CALLS]look[ARGS]", []),
+    ("mistral_args", "[TOOL_CALLS]", "[TOOL_CALLS]", []),
+    # Qwen3-Coder
+    ("qwen3_coder", X + "Paris" + Y, "", [LOOK]),
+    ("qwen3_coder", f"So:\n{X}Paris{Y}\n{X}Rom{Y} and", "So:\n and", [LOOK, ("look", '{"city": "Rom"}')]),
+    ("qwen3_coder", X.removeprefix("<tool_call>\n") + "Paris" + Y, "", [LOOK]),  # the first mark is missing
+    ("qwen3_coder", X + 'a\n\n "</b>\\<é\n' + Y, "", [("look", '{"city": "a\\n\\n \\"</b>\\\\<é\\n"}')]),
+    ("qwen3_coder", X + "12" + Y, "", [("look", '{"city": "12"}')]),
+    ("qwen3_coder", "<tool_call><function=look><parameter=city>Paris</parameter></function></tool_call>", "", [LOOK]),
+    ("qwen3_coder", "<tool_call>\n<function=get-it>\n</function>\n</tool_call>", "", [("get-it", "{}")]),
+    ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=a>\n1\n</parameter>\n<parameter=b>\n"
+     '[2, {"c": "}"}]\n</parameter>\n</function>\n</tool_call>', "", [ADD]),
+    ("qwen3_coder", "<function=get-it><parameter=x>True</parameter><parameter=y>{'a': None}</parameter>"
+     "<parameter=z>a b</parameter></function>", "", [("get-it", '{"x": true, "y": {"a": null}, "z": "a b"}')]),
+    ("qwen3_coder", "<function=look><parameter=unit>null</parameter><parameter=day>1</parameter></function>", "",
+     [("look", '{"unit": null, "day": "1"}')]),
+    ("qwen3_coder", "<function=look><parameter=unit>5</parameter>oops <b></tool_call>", "",
+     [("look", '{"unit": "5"}')]),  # the function's end is missing
+    ("qwen3_coder", X + "Pari", "", [("look", '{"city": "Pari')]),  # half
+    ("qwen3_coder", "<tool_call>\n<function=add>\n<parameter=a>\n1", "", [("add", '{"a": ')]),
+    ("qwen3_coder", f"<tool_call>\n{L}\n</tool_call>", "", [LOOK]),
+    ("qwen3_coder", "<tool_call>\n<function=dig>\n</function>", "<tool_call>\n<function=dig>\n</function>", []),
+    ("qwen3_coder", "<function=look", "<function=look", []),
+    ("qwen3_coder", "a <function=b", "a <function=b", []),
     # none
     ("json", L, "", [LOOK]),
     ("json", f"[{L}, {A}]", "", [LOOK, ADD]),
@@ -149,12 +193,16 @@ def test_arguments_come_as_they_are_written():
     ],
 )
 def test_reasoning(text, want):
-    assert parse("hermes", text, thinks=True) == parse("hermes", *text, thinks=True) == want
+    assert (
+        parse("hermes", text, reasoning=Reasoning.POSSIBLE)
+        == parse("hermes", *text, reasoning=Reasoning.POSSIBLE)
+        == want
+    )
 
 
 def test_reasoning_that_the_prompt_began():
     for pieces in (["\nHm. \n</think>\nYes"], "\nHm. \n</think>\nYes"):
-        assert parse("hermes", *pieces, thinking=True) == ("Yes", [], "Hm.")
+        assert parse("hermes", *pieces, reasoning=Reasoning.BEGUN) == ("Yes", [], "Hm.")
 
 
 @pytest.mark.parametrize(
@@ -167,6 +215,7 @@ def test_reasoning_that_the_prompt_began():
             (f"f(a={bad})", None)
             for bad in ("b'x'", "1j", "...", "{1: 2}", "{1}", "1e999", "x", "1+1", "-'a'", "not 1")
         ),
+        ("f(a='\\ud83d\\ude00')", {"a": "😀"}),
         ("f(**{'a': 1})", None),
         ("f(a=1)(b=2)", None),
         ("f(a=1, a=2)", None),
@@ -181,6 +230,21 @@ def test_python_literals(text, want):
     assert (call and json.loads(call[1])) == want
 
 
+@pytest.mark.parametrize(
+    "form,text",
+    [
+        ("pythonic", "[look(city='\\ud83d')]"),
+        ("json", '{"arguments": {"city": "\\ud83d"}, "name": "look"}'),
+        ("qwen3_coder", '<function=look><parameter=unit>["\\ud83d"]</parameter></function>'),
+        ("qwen3_coder", '<function=get-it><parameter=unit>"\\ud83d"</parameter></function>'),
+    ],
+)
+def test_half_a_surrogate_pair_can_be_sent(form, text):
+    """A model may write it as an escape; as a character it is no UTF-8."""
+    _, ((_, arguments),), _ = parse(form, text)
+    assert "\\ud83d" in arguments and arguments.encode() and json.loads(arguments)
+
+
 def test_the_overlap_with_a_mark():
     assert [overlap(text, "<tool>") for text in ("", "a", "a<", "<to", "<tool>", "<<t", "ttt")] == [0, 0, 1, 3, 0, 2, 0]
 
@@ -188,6 +252,7 @@ def test_the_overlap_with_a_mark():
 # Any text of these parts, cut at any places, is read as the whole is.
 ATOMS = [
     *("<tool_call>", "</tool_call>", "<|tool_call|>", "<|python_tag|>", "[TOOL_CALLS]", "<think>", "</think>"),
+    *(X, Y, "<function=", "</function>", "<parameter=city>", "<parameter=b>", "</parameter>", "look[ARGS]", "[ARGS]"),
     *(L, A, P, L[:-1], L[: len(L) // 2], '{"name": "dig", "arguments": {}}', '{"name": "look"}', '{"a": "\\"}"}'),
     *("[", "]", "{", "}", ",", ";", '"', "\\", "'", "(", ")", " ", "\n", "look", "look(", "look(a='x')", "add(b=[1])"),
     *("Hello. ", "<", "é🙂", "<|python_start|>", "<|python_end|>", "x" * 70, " " * 520),
@@ -196,11 +261,11 @@ TEXTS = st.lists(st.one_of(st.sampled_from(ATOMS), st.text(max_size=3)), max_siz
 
 
 @settings(max_examples=600, deadline=None)
-@given(st.sampled_from(sorted(FORMATS)), TEXTS, st.data(), st.booleans(), st.booleans())
-def test_cuts_change_nothing(form, text, data, thinks, parallel):
+@given(st.sampled_from(sorted(FORMATS)), TEXTS, st.data(), st.sampled_from(Reasoning), st.booleans())
+def test_cuts_change_nothing(form, text, data, reasoning, parallel):
     places = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=20)))
     pieces = [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
-    options = {"thinks": thinks, "parallel": parallel}
+    options = {"reasoning": reasoning, "parallel": parallel}
     whole = parse(form, text, **options)
     assert parse(form, *pieces, **options) == whole
     assert parse(form, *text, **options) == whole
@@ -242,13 +307,29 @@ def test_what_is_written_is_read(form, calls, ascii):
     assert [(name, json.loads(arguments)) for name, arguments in got] == calls
 
 
-@pytest.mark.parametrize("unit", ["<tool_call>{", '<tool_call>{"a": "', "[", "<think>", " ", "<tool_call>[", "look("])
+@pytest.mark.parametrize(
+    "unit",
+    [
+        "<tool_call>{",
+        '<tool_call>{"a": "',
+        "[",
+        "<think>",
+        " ",
+        "<tool_call>[",
+        "look(",
+        "<function=",
+        X,
+        "[TOOL_CALLS]look",
+        "<function=add><parameter=a>",
+        "<",
+    ],
+)
 @pytest.mark.parametrize("form", sorted(FORMATS))
 def test_time_goes_with_the_length(form, unit):
     """A model that writes marks for ever does not hold the event loop up."""
     text = unit * (100_000 // len(unit))
     start = time.process_time()
-    parse(form, *(text[i : i + 4] for i in range(0, len(text), 4)), thinks=True)
+    parse(form, *(text[i : i + 4] for i in range(0, len(text), 4)), reasoning=Reasoning.POSSIBLE)
     assert time.process_time() - start < 5
 
 
@@ -258,6 +339,8 @@ TEMPLATES = {
     "pythonic": "[func_name1(params_name1=params_value1, params_name2=params_value2...), func_name2(params)]",
     "granite": "{{- '<|tool_call|>' + message['content'] }} in <tool_call>",
     "mistral": '{{- "[TOOL_CALLS] [" }}',
+    "mistral_args": '{{- "[TOOL_CALLS]" + name + "[ARGS]" + arguments }}',
+    "qwen3_coder": "<tool_call>\\n<function=example_function_name>\\n<parameter=example_parameter_1>\\nvalue_1",
     "json": "{% for message in messages %}{{ message.content }}{% endfor %}",
 }
 

@@ -12,6 +12,7 @@ import pydantic
 import pytest
 
 from icarus_jax import cli
+from icarus_jax.grammar.compiler import GrammarError
 from icarus_jax.server.app import create_app
 from icarus_jax.server.head_loader import HeadLoader
 from tests import doubles
@@ -92,8 +93,11 @@ WRITTEN = [
     ("[f(a=1)]", "[look(city='Zürich'), shut()]", None),
     ("<|tool_call|>", f"<|tool_call|>[{LOOK}, {SHUT}]", None),
     ("[TOOL_CALLS]", f"Well. [TOOL_CALLS] [{LOOK}, {SHUT}]", "Well. "),  # a special token here
+    ("[TOOL_CALLS] [ARGS]", f"Well. [TOOL_CALLS]look[ARGS]{LOOK_ARGUMENTS}[TOOL_CALLS]shut[ARGS]{{}}", "Well. "),
+    ("<function= <parameter=", "<tool_call>\n<function=look>\n<parameter=city>\nZürich\n</parameter>\n</function>\n"
+     "</tool_call>\n<tool_call>\n<function=shut>\n</function>\n</tool_call>", None),
     ("", f"[{LOOK}, {SHUT}]", None),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("signs,text,content", WRITTEN, ids=[signs or "json" for signs, *_ in WRITTEN])
@@ -232,6 +236,45 @@ def test_what_must_be_called_is_a_grammar(said):
     for choice in ("auto", "none"):
         assert said.http.post(PATH, json=said.body("hi", tool_choice=choice)).is_success
         assert said.engine.requests[-1].grammar is None
+
+
+def test_strict_tools_bind_calls_and_leave_text_free(said):
+    strict = [{"type": "function", "function": {**TOOLS[0]["function"], "strict": True}}, TOOLS[1]]
+    text = f"<think>Call <tool_call>?</think>So: <tool_call>\n{LOOK}\n</tool_call>"
+    said.shows("<tool_call> <think>")
+    message = said.whole(text, tools=strict).choices[0].message
+    assert (message.content, message.reasoning_content) == ("So: ", "Call <tool_call>?")
+    assert calls_of(message) == [["look", LOOK_ARGUMENTS]]
+    grammar = said.engine.requests[-1].grammar
+
+    def takes(text: str) -> bool:
+        matcher = grammar.start()
+        try:
+            for token in said.tokenizer.encode(text):
+                matcher.accept(token)
+        except GrammarError:
+            return False
+        return True
+
+    assert takes(text) and takes("Only text.") and takes('<tool_call>{"name": "shut", "arguments": {"any": 1}}')
+    assert not takes('So: <tool_call>{"name": "look", "arguments": {"city": 1')
+    odd = [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": {"type": "odd"}}}}}]
+    odd[0]["function"]["strict"] = True
+    check_error(said.http.post(PATH, json=said.body("hi", tools=odd)), 400, "tools")
+
+
+def test_only_allowed_tools_are_called(said):
+    allowed = {"mode": "auto", "tools": [{"type": "function", "function": {"name": "shut"}}]}
+    for choice in ({"type": "allowed_tools", "allowed_tools": allowed}, {"type": "allowed_tools", **allowed}):
+        answer = said.whole(f"<tool_call>{SHUT}</tool_call>", tool_choice=choice)
+        assert calls_of(answer.choices[0].message) == [["shut", "{}"]]
+        assert said.whole(f"<tool_call>{LOOK}</tool_call>", tool_choice=choice).choices[0].message.tool_calls is None
+    choice = {"type": "allowed_tools", "allowed_tools": allowed | {"mode": "required"}}
+    assert said.http.post(PATH, json=said.body("hi", tool_choice=choice)).is_success
+    matcher = said.engine.requests[-1].grammar.start()
+    with pytest.raises(GrammarError):
+        for token in said.tokenizer.encode('<tool_call>\n{"name": "look'):
+            matcher.accept(token)
 
 
 def test_a_response_format_leaves_room_for_calls(said):
