@@ -45,8 +45,8 @@ def main(config: ConfigDict) -> None:
         logging.warning("no namespaces to be had: only Python's audit hook keeps generated code off the network")
     with usage_errors():
         evaluation = make_evaluation(config, models)
-        for note in evaluation.notes:
-            print(note, file=sys.stderr)
+        for number, why in evaluation.unusable.items():
+            print(f"{config.data.path}:{number}: {why}; this line gets no answer", file=sys.stderr)
         report = batch.run(evaluation, Path(config.out).expanduser(), lambda: serve(config), progress_bar)
     print(json.dumps(report))
 

@@ -21,6 +21,7 @@ from icarus_jax import cli
 from icarus_jax.errors import UsageError, usage_errors
 
 if TYPE_CHECKING:
+    from icarus_jax.evaluation.batch_worker import BatchWorker
     from icarus_jax.server.auth import Keys
     from icarus_jax.server.head_loader import HeadLoader
     from icarus_jax.server.limits import Limits
@@ -33,6 +34,7 @@ def main(config: ConfigDict) -> None:
     cli.add_heads(config, _HEADS.value or ())
     keys, limits = access(config.server)
     app = cli.build(config)
+    from icarus_jax.evaluation.batch_routes import BatchRoutes
     from icarus_jax.server import access_log
     from icarus_jax.server import app as server
     from icarus_jax.server.auth import host_names
@@ -43,8 +45,21 @@ def main(config: ConfigDict) -> None:
     parser = config.server.tool_call_parser
     hosts = host_names(config.server.allowed_hosts, keys, config.server.allow_remote_without_keys)
     watcher = watching(app.loader, config.server.watch_heads)
+    worker = batches(config.server.batch_folder, app.engine.config.max_num_seqs)
     app.start()
-    api = server.create_app(app.engine, app.tokenizer, app.eos_ids, app.loader, keys, limits, origins, hosts, parser)
+    api = server.create_app(
+        app.engine,
+        app.tokenizer,
+        app.eos_ids,
+        app.loader,
+        keys,
+        limits,
+        origins,
+        hosts,
+        parser,
+        extra=[BatchRoutes(worker)],
+        lifespan=worker.lifespan if worker else None,
+    )
     with watcher:
         server.run(api, app.engine, config.server.host, config.server.port, config.server.drain_seconds)
 
@@ -69,7 +84,7 @@ def access(section: ConfigDict) -> tuple[Keys, Limits]:
             raise UsageError(f"config.server.{name} is {section[name]}; it must be 0 (no limit) or more")
     with usage_errors("config.server.tool_call_parser"):
         choose_format("", section.tool_call_parser)
-    return keys, Limits(section.max_waiting_requests, section.max_waiting_tokens, shared=len(keys.names) > 1)
+    return keys, Limits(section.max_waiting_requests, section.max_waiting_tokens, shared=len(keys.tenants) > 1)
 
 
 def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:
@@ -88,6 +103,29 @@ def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManag
 
     with usage_errors("config.server.watch_heads"):
         return HeadWatcher(loader, Path(folder).expanduser())
+
+
+def batches(folder: str, max_num_seqs: int) -> BatchWorker | None:
+    """Makes what runs the batches of /v1/batches.
+
+    Args:
+        folder: Where files and answers are kept; a relative path is relative to the working directory. '': there are
+            no batches.
+        max_num_seqs: How many sequences can run at once. Batches get half of them: clients that wait come first.
+
+    Raises:
+        UsageError: The folder cannot be used.
+    """
+    import jax
+
+    if not folder or jax.process_index() > 0:  # of several processes, the first one answers requests
+        return None
+    from icarus_jax.evaluation.batch_store import BatchStore
+    from icarus_jax.evaluation.batch_worker import BatchWorker
+
+    with usage_errors("config.server.batch_folder"):
+        store = BatchStore(Path(folder).expanduser())
+    return BatchWorker(store, max(1, max_num_seqs // 2))
 
 
 def run() -> None:

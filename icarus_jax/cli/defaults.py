@@ -43,6 +43,8 @@ def serving_config() -> ConfigDict:
     # tool_call_parser: how the trunk writes tool calls: hermes, llama3_json, pythonic, granite, mistral or json. auto:
     # as its chat template shows.
     config.server.update(tool_call_parser="auto")
+    # batch_folder (DIR): where /v1/files and /v1/batches keep files and answers. '': there are no batches.
+    config.server.update(batch_folder="")
     return config
 
 

@@ -11,7 +11,7 @@ import asyncio
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from starlette.types import ASGIApp
 
 from icarus_jax.evaluation.result_file import Line, ResultFile
 
-COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-RETRY_SECONDS = 0.5  # how long to wait before a request that the server failed on is asked again
+COMPLETIONS, CHAT, RESPONSES = "/v1/completions", "/v1/chat/completions", "/v1/responses"
+RETRY_SECONDS = 0.5  # how long to wait before a request is asked again, if the server does not say
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Evaluation:
             another evaluation.
         report: report(lines) makes the report, given the line of each job in the order of `jobs`.
         begins: how each line of a result file without a header begins.
-        notes: what the user should know about the input, one line each.
+        unusable: the lines of the input that no job can be made of: line number -> what is wrong with it.
     """
 
     jobs: list[Job]
@@ -64,7 +64,7 @@ class Evaluation:
     key: Callable[[Line], Hashable]
     report: Callable[[list[Line]], dict[str, Any]]
     begins: bytes = b""
-    notes: Sequence[str] = ()
+    unusable: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
 def run(
@@ -92,24 +92,52 @@ def run(
         OSError: `out` cannot be opened.
     """
     with ResultFile(out, evaluation.header, evaluation.key, evaluation.begins) as results:
-        known = {evaluation.key(line) for line in results.lines}
-        left = [job for job in evaluation.jobs if job.key not in known]
-        for job in left:
-            if job.settled is not None:
-                results.append(job.settled)
-        left = [job for job in left if job.settled is None]
+        left = jobs_left(evaluation, results)
         if left:
             with serve() as (app, in_flight):
                 step = progress(len(evaluation.jobs), len(evaluation.jobs) - len(left))
-                asyncio.run(_ask_all(app, left, in_flight, results, step))
+                asyncio.run(ask_all(app, left, in_flight, results, step))
         results.check_in_place()
         by_key = {evaluation.key(line): line for line in results.lines}
         return evaluation.report([by_key[job.key] for job in evaluation.jobs])
 
 
-async def _ask_all(
+def jobs_left(evaluation: Evaluation, results: ResultFile) -> list[Job]:
+    """Adds the lines that need no asking to a result file.
+
+    Args:
+        evaluation: the jobs.
+        results: the result file.
+
+    Returns:
+        The jobs that have no line yet: those to ask.
+
+    Raises:
+        ValueError: the result file cannot be written.
+    """
+    known = {evaluation.key(line) for line in results.lines}
+    left = [job for job in evaluation.jobs if job.key not in known]
+    for job in left:
+        if job.settled is not None:
+            results.append(job.settled)
+    return [job for job in left if job.settled is None]
+
+
+async def ask_all(
     app: ASGIApp, jobs: Iterable[Job], in_flight: int, results: ResultFile, step: Callable[[], object]
 ) -> None:
+    """Sends requests to an app and writes each answer as it comes. If it is cancelled, the requests in flight are too.
+
+    Args:
+        app: the app.
+        jobs: the requests.
+        in_flight: how many to keep in flight.
+        results: the file that takes the answers.
+        step: called after each line.
+
+    Raises:
+        ValueError: as for `run`.
+    """
     queue = iter(jobs)
 
     async def work() -> None:
@@ -118,7 +146,7 @@ async def _ask_all(
             step()
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # they become an answer with the status 500
-    async with httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=None) as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:
         workers = [asyncio.create_task(work()) for _ in range(in_flight)]
         try:
             await asyncio.gather(*workers)
@@ -144,9 +172,14 @@ async def _ask(client: httpx.AsyncClient, job: Job) -> tuple[int, Any]:
 
 
 async def _post(client: httpx.AsyncClient, job: Job) -> tuple[int, Any]:
-    answer = await client.post(job.url, content=job.body, headers={"Content-Type": "application/json"})
+    """Returns the status and the JSON answer. While the server has no room for the request, it waits."""
+    while True:
+        answer = await client.post(job.url, content=job.body, headers={"Content-Type": "application/json"})
+        if answer.status_code != 429:
+            break
+        await asyncio.sleep(float(answer.headers.get("Retry-After", RETRY_SECONDS)))
     try:
-        return answer.status_code, answer.json()
+        return answer.status_code, await asyncio.to_thread(answer.json)  # a long one would hold the event loop
     except ValueError:
         return 500, {"error": {"code": "server_error", "message": "the server's answer is no JSON"}}
 

@@ -7,19 +7,41 @@ is reported by its number.
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, encode, parse_line
+from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, RESPONSES, Evaluation, Job, digest, encode, parse_line
 from icarus_jax.evaluation.result_file import Line
 
-URLS = (COMPLETIONS, CHAT)
+URLS = (COMPLETIONS, CHAT, RESPONSES)
 _ID = "batch_req_"
 
 
 def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> Evaluation:
+    """Reads an OpenAI batch file, as `read_requests` does.
+
+    Args:
+        path: the batch file.
+        served: what answers the requests (models and weights), as JSON.
+        limit: how many of the first requests to run; 0: all.
+
+    Returns:
+        The evaluation of the requests.
+
+    Raises:
+        ValueError: no line has a custom_id.
+    """
+    evaluation = read_requests(path, served)
+    if not evaluation.jobs:
+        first = [f"{path}:{number}: {why}" for number, why in evaluation.unusable.items()][:1]
+        raise ValueError("; ".join([f"{path} holds no requests", *first]))
+    return dataclasses.replace(evaluation, jobs=evaluation.jobs[: limit or None])
+
+
+def read_requests(path: Path, served: Mapping[str, Any], urls: Sequence[str] = URLS) -> Evaluation:
     """Reads an OpenAI batch file: lines of {"custom_id", "method", "url", "body"}.
 
     The result file has OpenAI's batch output format. A line's `response` is the API's answer, with its status. If there
@@ -29,36 +51,32 @@ def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> E
 
     Args:
         path: the batch file.
-        served: what answers the requests (models and weights), as JSON.
-        limit: how many of the first requests to run; 0: all.
+        served: what tells this run from others, as JSON: models and weights, say.
+        urls: the endpoints that a request may name.
 
     Returns:
-        The evaluation of the requests. Its report names the lines without a custom_id of their own, and its notes say
-        what is wrong with each.
-
-    Raises:
-        ValueError: no line has a custom_id.
+        The evaluation of the requests. Its report names the lines without a custom_id of their own, and its `unusable`
+        says what is wrong with each.
     """
     ids: dict[str, str] = {}
     models: dict[Hashable, str] = {}
     jobs: list[Job] = []
     unusable: dict[int, str] = {}
-    for number, text in enumerate(path.read_bytes().splitlines(), 1):
-        if not text.strip():
-            continue
-        try:
-            line = parse_line(text)
-            custom_id = _custom_id(line, ids)
-            name = digest([served, line])
-        except (ValueError, RecursionError) as error:
-            unusable[number] = f"{path}:{number}: {error}"
-            continue
-        body = line.get("body")
-        ids[custom_id] = name
-        models[custom_id] = str(body.get("model") if isinstance(body, dict) else None)
-        jobs.append(_job(line, name, number))
-    if not jobs:
-        raise ValueError("; ".join([f"{path} holds no requests", *list(unusable.values())[:1]]))
+    with path.open("rb") as stream:
+        for number, text in enumerate(stream, 1):
+            if not text.strip():
+                continue
+            try:
+                line = parse_line(text)
+                custom_id = _custom_id(line, ids)
+                name = digest([served, line])
+            except (ValueError, RecursionError) as error:
+                unusable[number] = str(error)
+                continue
+            body = line.get("body")
+            ids[custom_id] = name
+            models[custom_id] = str(body.get("model") if isinstance(body, dict) else None)
+            jobs.append(_job(line, name, number, urls))
 
     def key(line: Line) -> Hashable:
         custom_id = line.get("custom_id")
@@ -68,13 +86,12 @@ def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> E
 
     def report(lines: list[Line]) -> dict[str, Any]:
         requests = Counter(models[line["custom_id"]] for line in lines)
-        failed = Counter(models[line["custom_id"]] for line in lines if not _is_answered(line))
+        failed = Counter(models[line["custom_id"]] for line in lines if not is_answered(line))
         figures = {model: {"requests": count, "failed": failed[model]} for model, count in requests.items()}
         totals = {"rows": len(lines), "failed": failed.total(), "unusable_lines": list(unusable)}
         return {"task": "batch", **totals, "models": figures}
 
-    notes = [f"{note}; this line gets no answer" for note in unusable.values()]
-    return Evaluation(jobs[: limit or None], None, key, report, f'{{"id":"{_ID}'.encode(), notes)
+    return Evaluation(jobs, None, key, report, f'{{"id":"{_ID}'.encode(), unusable)
 
 
 def _custom_id(line: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
@@ -86,11 +103,11 @@ def _custom_id(line: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
     return custom_id
 
 
-def _request(line: Mapping[str, Any]) -> bytes:
+def _request(line: Mapping[str, Any], urls: Sequence[str]) -> bytes:
     """Checks a request and returns its body."""
     body = line.get("body")
-    if line.get("method") != "POST" or line.get("url") not in URLS:
-        raise ValueError(f"method must be POST, and url one of {', '.join(URLS)}")
+    if line.get("method") != "POST" or line.get("url") not in urls:
+        raise ValueError(f"method must be POST, and url {' or '.join(urls)}")
     if not isinstance(body, dict):
         raise ValueError("body must be an object")
     if body.get("stream"):
@@ -98,7 +115,7 @@ def _request(line: Mapping[str, Any]) -> bytes:
     return encode(body)
 
 
-def _job(line: Mapping[str, Any], name: str, number: int) -> Job:
+def _job(line: Mapping[str, Any], name: str, number: int, urls: Sequence[str]) -> Job:
     custom_id = line["custom_id"]
 
     def result(response: Line | None, error: Line | None) -> Line:
@@ -113,11 +130,12 @@ def _job(line: Mapping[str, Any], name: str, number: int) -> Job:
         return result(None, {"code": str(code), "message": str(message)})
 
     try:
-        return Job(custom_id, line["url"], _request(line), record)
+        return Job(custom_id, line["url"], _request(line, urls), record)
     except (ValueError, KeyError) as error:
         settled = result(None, {"code": "invalid_request", "message": f"line {number}: {error}"})
         return Job(custom_id, "", b"", record, settled)
 
 
-def _is_answered(line: Line) -> bool:
+def is_answered(line: Line) -> bool:
+    """Returns whether a line of the result file holds the answer to its request, and not an error."""
     return line["response"] is not None and line["response"]["status_code"] == 200

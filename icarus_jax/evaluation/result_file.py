@@ -46,7 +46,7 @@ class ResultFile:
         self.lines: list[Line] = []
         self._header = header
         self._check = check
-        self._begins = begins if header is None else _encode(header)
+        self._begins = begins if header is None else encode_line(header)
         self._has_header = False
         self._failure = ""
         self._fd = -1
@@ -98,7 +98,7 @@ class ResultFile:
         if self._failure:
             raise ValueError(self._failure)
         self.check_in_place()
-        left, size = _encode(line), os.fstat(self._fd).st_size
+        left, size = encode_line(line), os.fstat(self._fd).st_size
         try:
             while left:
                 left = left[os.write(self._fd, left) :]
@@ -141,7 +141,9 @@ class ResultFile:
             raise ValueError(f"it holds the results of another run (differs in {', '.join(names)})")
 
 
-def _encode(line: Line) -> bytes:
+def encode_line(line: Line) -> bytes:
+    """Returns the bytes of a line, its end included."""
+
     def encoded(ascii_only: bool) -> bytes:
         return json.dumps(line, ensure_ascii=ascii_only, separators=(",", ":")).encode() + b"\n"
 

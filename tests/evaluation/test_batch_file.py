@@ -86,8 +86,8 @@ def test_a_line_that_cannot_be_sent_gets_its_error(line, why, double, tmp_path):
 def test_a_line_that_cannot_be_named_is_reported_by_its_number(line, why, double, tmp_path):  # noqa: F811
     path = write(tmp_path / "batch.jsonl", [batch_request("a", prompt=[5]), "\n", line, batch_request("c", prompt=[7])])
     evaluation = batch_file.batch_evaluation(path, {})
-    (note,) = evaluation.notes
-    assert note.startswith(f"{path}:3: ") and why in note and "\n" not in note
+    assert list(evaluation.unusable) == [3]
+    assert why in evaluation.unusable[3] and "\n" not in evaluation.unusable[3]
     report = batch.run(evaluation, tmp_path / "out.jsonl", double.serve)
     assert {line["custom_id"]: said(line) for line in read(tmp_path / "out.jsonl")} == {
         "a": counted(5),

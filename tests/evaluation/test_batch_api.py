@@ -1,0 +1,603 @@
+"""/v1/files and /v1/batches with the official openai client: answers, errors, limits, tenants, restarts."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+
+from icarus_jax.evaluation import batch_worker
+from icarus_jax.evaluation.batch_routes import BatchRoutes
+from icarus_jax.evaluation.batch_store import BatchLimits, BatchStore
+from icarus_jax.evaluation.batch_worker import BatchWorker
+from icarus_jax.server.auth import Keys
+from icarus_jax.server.limits import Limits
+from icarus_jax.weights import tokenizer
+from tests import tiny
+from tests.engine.harness import SMALL, make_engine
+from tests.evaluation.test_evaluate import ROOT, TOKENIZER, batch_request
+from tests.server.served import GOOD, Served, check_error, serving, wait_for
+from tests.server.test_fuzz import ODD_VALUES
+
+CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
+ANN, BOB = "sk-ann-secret", "sk-bob-secret"
+
+
+def options(folder: Path, limits: BatchLimits | None = None, in_flight: int = 2) -> dict[str, Any]:
+    """The options of create_app that switch batches on."""
+    worker = BatchWorker(BatchStore(folder, limits), in_flight)
+    return {"extra": [BatchRoutes(worker)], "lifespan": worker.lifespan}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory) -> Iterator[Served]:
+    with serving(**options(tmp_path_factory.mktemp("batches"))) as server:
+        yield server
+
+
+def lines(requests: list) -> bytes:
+    return "".join(line if isinstance(line, str) else json.dumps(line) + "\n" for line in requests).encode()
+
+
+def upload(client: openai.OpenAI, requests: list | bytes):
+    content = requests if isinstance(requests, bytes) else lines(requests)
+    return client.files.create(file=("requests.jsonl", io.BytesIO(content)), purpose="batch")
+
+
+def create(client: openai.OpenAI, requests: list | bytes, endpoint: str = COMPLETIONS, window: str = "24h", **more):
+    file = upload(client, requests)
+    return client.batches.create(input_file_id=file.id, endpoint=endpoint, completion_window=window, **more)
+
+
+def wait(client: openai.OpenAI, batch_id: str, *statuses: str):
+    wait_for(lambda: client.batches.retrieve(batch_id).status in statuses)
+    return client.batches.retrieve(batch_id)
+
+
+ENDS = ("completed", "failed", "expired", "cancelled")
+
+
+def content(client: openai.OpenAI, file_id: str | None) -> dict[str, dict]:
+    """The lines of a batch's file, by custom_id; none is there twice."""
+    if file_id is None:
+        return {}
+    found = [json.loads(line) for line in client.files.content(file_id).text.splitlines()]
+    by_id = {line["custom_id"]: line for line in found}
+    assert len(by_id) == len(found)
+    assert all(list(line) == ["id", "custom_id", "response", "error"] for line in found)
+    return by_id
+
+
+def counted(token: int, num: int = 3) -> str:
+    return TOKENIZER.decode([token + 1 + i for i in range(num)], skip_special_tokens=True)
+
+
+def said(line: dict) -> str:
+    return line["response"]["body"]["choices"][0]["text"]
+
+
+# ---- a batch from end to end
+
+
+def test_on_the_real_engine(tmp_path):
+    folder = tiny.tiny_model("llama", tmp_path)
+    adapter = tiny.tiny_adapter(folder, tmp_path, seed=1)
+    engine = make_engine(folder, {"a": (adapter, "shared")}, SMALL)
+    more = options(tmp_path / "batches")
+    with contextlib.closing(Served(engine, tokenizer.load_tokenizer(folder), **more)) as server:
+        client = server.openai
+        ask = {"max_tokens": 6, "temperature": 0}
+        bodies = {
+            f"{model} {i}": {"model": model, "messages": [{"role": "user", "content": f"say {i}"}], **ask}
+            for i in range(4)
+            for model in ("trunk", "a")
+        }
+        requests = [batch_request(name, CHAT, **body) for name, body in bodies.items()]
+        batch = create(client, requests, CHAT, metadata={"of": "a test"})
+        assert (batch.status, batch.object, batch.endpoint) == ("validating", "batch", CHAT)
+        done = wait(client, batch.id, *ENDS)
+        assert (done.status, done.error_file_id, done.errors) == ("completed", None, None)
+        assert dict(done.request_counts) == {"total": 8, "completed": 8, "failed": 0}
+        assert done.metadata == {"of": "a test"} and done.in_progress_at and done.finalizing_at and done.completed_at
+        answers = content(client, done.output_file_id)
+        for name, body in bodies.items():
+            want = client.chat.completions.create(**body)
+            response = answers[name]["response"]
+            assert response["status_code"] == 200 and answers[name]["error"] is None
+            got = openai.types.chat.ChatCompletion.model_validate(response["body"])
+            assert got.choices[0].message.content == want.choices[0].message.content, name
+        body = {"model": "a", "input": "hi", "max_output_tokens": 16}
+        asked = {"custom_id": "r", "method": "POST", "url": "/v1/responses", "body": body}
+        created = create(client, [asked], "/v1/responses")
+        (line,) = content(client, wait(client, created.id, *ENDS).output_file_id).values()
+        assert line["response"]["body"]["object"] == "response"
+
+
+def test_a_refused_request_costs_no_other(served):
+    client = served.openai
+    requests = [
+        batch_request("good", prompt=[5]),
+        batch_request("no model", model="nobody", prompt=[5]),
+        batch_request("other endpoint", CHAT, messages=[{"role": "user", "content": "hi"}]),
+        batch_request("stream", prompt=[5], stream=True),
+        batch_request("half", prompt="Thanks \ud83d"),
+        batch_request("temperature", prompt=[5], temperature=-1),
+    ]
+    done = wait(client, create(client, requests).id, *ENDS)
+    assert (done.status, dict(done.request_counts)) == ("completed", {"total": 6, "completed": 1, "failed": 5})
+    assert {name: said(line) for name, line in content(client, done.output_file_id).items()} == {"good": counted(5)}
+    bad = content(client, done.error_file_id)
+    assert list(bad) != [] and bad["no model"]["response"]["status_code"] == 404
+    assert bad["no model"]["response"]["body"]["error"]["code"] == "model_not_found"
+    assert bad["temperature"]["response"]["status_code"] == 400
+    for name, why in (("other endpoint", COMPLETIONS), ("stream", "stream"), ("half", "surrogate")):
+        assert bad[name]["response"] is None and why in bad[name]["error"]["message"]
+        assert bad[name]["error"]["code"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    "requests, code, line, why",
+    [
+        ([batch_request("a", prompt=[5]), "\n", "{broken\n"], "invalid_line", 3, "broken JSON"),
+        ([batch_request("a", prompt=[5]), "[1]"], "invalid_line", 2, "JSON object"),
+        ([batch_request("a", prompt=[5]), batch_request("a", prompt=[6])], "invalid_line", 2, "'a' is there twice"),
+        ([{"method": "POST", "url": COMPLETIONS, "body": GOOD}], "invalid_line", 1, "custom_id"),
+        ([], "empty_file", None, "no requests"),
+        (["\n\n"], "empty_file", None, "no requests"),
+        ([b"\xff\xfe\x00\n".decode("latin-1")], "invalid_line", 1, "broken JSON"),
+    ],
+)
+def test_a_file_with_a_line_that_cannot_be_answered_for_fails(served, requests, code, line, why):
+    client = served.openai
+    before = len(served.engine.requests)
+    done = wait(client, create(client, requests).id, *ENDS)
+    assert done.status == "failed" and done.failed_at and done.output_file_id is done.error_file_id is None
+    (error,) = done.errors.data
+    assert (error.code, error.line) == (code, line) and why in error.message
+    assert "/" not in error.message and len(served.engine.requests) == before
+
+
+def test_only_the_first_hundred_errors_are_shown(served):
+    done = wait(served.openai, create(served.openai, b"{\n" * 150).id, *ENDS)
+    assert [error.line for error in done.errors.data] == list(range(1, 101))
+
+
+# ---- files
+
+
+def test_files(served):
+    client = served.openai
+    made = [upload(client, b"{}\n" * (i + 1)) for i in range(3)]
+    assert made[1].bytes == 6 and made[1].filename == "requests.jsonl" and made[1].purpose == "batch"
+    assert made[1].object == "file" and made[1].status == "processed" and made[1].created_at
+    assert client.files.retrieve(made[1].id) == made[1]
+    assert client.files.content(made[1].id).content == b"{}\n" * 2
+    listed = [file.id for file in client.files.list(limit=2)]  # it asks for all pages
+    assert [name for name in listed if name in {file.id for file in made}] == [file.id for file in reversed(made)]
+    oldest = [file.id for file in client.files.list(limit=1, order="asc", after=made[0].id)]
+    assert oldest[:2] == [made[1].id, made[2].id]
+    first = client.files.list(limit=1)
+    assert first.has_more and len(first.data) == 1
+    assert not client.files.list(purpose="vision").data
+    assert client.files.delete(made[1].id).deleted
+    for gone in (client.files.retrieve, client.files.content, client.files.delete):
+        with pytest.raises(openai.NotFoundError):
+            gone(made[1].id)
+    assert made[1].id not in [file.id for file in client.files.list()]
+
+
+def test_an_input_in_use_is_kept(tmp_path):
+    with serving(step_seconds=0.05, **options(tmp_path)) as served:
+        batch = create(served.openai, [batch_request("a", prompt=[5], max_tokens=100)])
+        with pytest.raises(openai.ConflictError, match=batch.id):
+            served.openai.files.delete(batch.input_file_id)
+        served.openai.batches.cancel(batch.id)
+        wait(served.openai, batch.id, "cancelled")
+        assert served.openai.files.delete(batch.input_file_id).deleted
+
+
+FILE = {"file": ("a.jsonl", b"{}\n")}
+
+
+@pytest.mark.parametrize(
+    "sent, param, why",
+    [
+        ({"json": {}}, None, "multipart/form-data"),
+        ({"content": b"x"}, None, "multipart/form-data"),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data"}}, None, "boundary"),
+        ({"content": b"x", "headers": {"Content-Type": "multipart/form-data; boundary=a"}}, None, "form"),
+        ({"files": FILE}, "purpose", "'batch'"),
+        ({"files": FILE, "data": {"purpose": "vision"}}, "purpose", "'batch'"),
+        ({"files": {"other": FILE["file"]}, "data": {"purpose": "batch"}}, "file", "file of JSON lines"),
+        ({"files": {"x": (None, "y")}, "data": {"purpose": "batch", "file": "text"}}, "file", "file of JSON lines"),
+        ({"files": [("file", FILE["file"])] * 2, "data": {"purpose": "batch"}}, None, "Too many files"),
+        ({"files": FILE, "data": {"purpose": "batch", "expires_after[anchor]": "x"}}, "expires_after[anchor]", "stay"),
+    ],
+)
+def test_forms_that_are_refused(served, sent, param, why):
+    error = check_error(served.http.post("/v1/files", **sent), 400, param)
+    assert why in error["message"]
+
+
+@pytest.mark.parametrize(
+    "change, param, status",
+    [
+        ({"input_file_id": "file-none"}, "input_file_id", 404),
+        ({"input_file_id": 5}, "input_file_id", 400),
+        ({"endpoint": "/v1/embeddings"}, "endpoint", 400),
+        ({"completion_window": "soon"}, "completion_window", 400),
+        ({"completion_window": "0h"}, "completion_window", 400),
+        ({"completion_window": None}, "completion_window", 400),
+        ({"metadata": {"a": 1}}, "metadata", 400),
+        ({"metadata": {"a" * 65: "x"}}, "metadata", 400),
+        ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", 400),
+        ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, "output_expires_after", 400),
+    ],
+)
+def test_batches_that_are_refused(served, change, param, status):
+    file = upload(served.openai, [])
+    body = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h"} | change
+    check_error(served.http.post("/v1/batches", json=body), status, param, "file_not_found" if status == 404 else None)
+
+
+def test_whatever_is_sent_is_no_500(served):
+    file = upload(served.openai, [])
+    good = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h", "metadata": {}}
+    for field in good:
+        for value in ODD_VALUES:
+            answer = served.http.post("/v1/batches", content=json.dumps(good | {field: value}))
+            assert answer.status_code in (200, 400, 404), answer.text
+    for odd in ("%00", "%ff", "%ed%a0%bd", "a" * 5000, "%27%20OR%201=1", "x%0a"):
+        for path in (f"/v1/files/{odd}", f"/v1/batches/{odd}", f"/v1/files?after={odd}", f"/v1/batches?limit={odd}"):
+            assert served.http.get(path).status_code in (400, 404), path
+        served.http.get(f"/v1/files?purpose={odd}").raise_for_status()
+
+
+def test_what_is_not_there(served):
+    for path in ("/v1/batches/batch_x", "/v1/files/file-x", "/v1/files/file-x/content"):
+        kind = path.split("/")[2].removesuffix("es").removesuffix("s")
+        kind = {"batch": "batch", "fil": "file"}[kind]
+        check_error(served.http.get(path), 404, f"{kind}_id", f"{kind}_not_found")
+    check_error(served.http.post("/v1/batches/batch_x/cancel"), 404, "batch_id", "batch_not_found")
+    check_error(served.http.get("/v1/batches?after=x"), 404, "after", "batch_not_found")
+    check_error(served.http.get("/v1/files/..%2f..%2fbatches.sqlite/content"), 404, None)
+    for query in ("limit=0", "limit=101", "limit=x", "limit=-1", "limit=%00", "limit=99999999999"):
+        check_error(served.http.get(f"/v1/batches?{query}"), 400, "limit")
+    check_error(served.http.get("/v1/files?order=up"), 400, "order")
+
+
+def test_pages_of_batches(served):
+    client = served.openai
+    file = upload(client, [batch_request("a", prompt=[5])])
+    made = [
+        client.batches.create(input_file_id=file.id, endpoint=COMPLETIONS, completion_window="1h") for _ in range(5)
+    ]
+    assert [batch.id for batch in client.batches.list(limit=2)][:5] == [batch.id for batch in reversed(made)]
+    for batch in made:
+        assert wait(client, batch.id, *ENDS).status == "completed"
+
+
+# ---- off, limits, tenants
+
+
+def test_without_a_folder_a_message_says_how_to_switch_it_on():
+    with serving(extra=[BatchRoutes(None)]) as served:
+        paths = ("/v1/files", "/v1/batches", "/v1/files/x", "/v1/files/x/content", "/v1/batches/x")
+        for answer in [*map(served.http.get, paths), *map(served.http.post, paths[:2]), served.http.delete(paths[2])]:
+            assert "--config.server.batch_folder" in check_error(answer, 403, None, "batches_off")["message"]
+
+
+def test_there_are_no_embeddings(served):
+    with pytest.raises(openai.NotFoundError, match="generation only"):
+        served.openai.embeddings.create(model="trunk", input="hello")
+
+
+def test_limits(tmp_path):
+    limits = BatchLimits(file_bytes=1000, requests=3, files=6, total_bytes=2500, batches=2)
+    with serving(step_seconds=0.05, **options(tmp_path, limits)) as served:
+        client = served.openai
+        for num_bytes in (1001, 5 << 20):  # beyond the file alone, and beyond the form
+            with pytest.raises(openai.APIStatusError, match="larger than 1000 bytes") as caught:
+                upload(client, b"x" * num_bytes)
+            assert caught.value.status_code == 413
+        four = [batch_request(f"{i}", prompt=[5]) for i in range(4)]
+        done = wait(client, create(client, four).id, *ENDS)
+        assert done.status == "failed" and done.errors.data[0].code == "too_many_requests"
+        slow = upload(client, [batch_request("a", prompt=[5], max_tokens=100)])
+        ask = {"input_file_id": slow.id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+        two = [client.batches.create(**ask) for _ in range(2)]
+        with pytest.raises(openai.RateLimitError, match="at most 2 may be"):
+            client.batches.create(**ask)
+        for batch in two:
+            client.batches.cancel(batch.id)
+            wait(client, batch.id, "cancelled")
+        upload(client, b"x" * 1000)
+        with pytest.raises(openai.RateLimitError, match="2500 bytes are kept"):
+            upload(client, b"x" * 1000)
+        for file in list(client.files.list()):
+            client.files.delete(file.id)
+        for _ in range(6):
+            upload(client, b"x")
+        with pytest.raises(openai.RateLimitError, match="at most 6 files"):
+            upload(client, b"x")
+        assert not list((tmp_path / "contents").glob("*.part")) and len(list((tmp_path / "contents").iterdir())) == 6
+
+
+def test_tenants_see_their_own_only(tmp_path):
+    keys = Keys([f"ann:{ANN}", f"ann:{ANN}2", f"bob:{BOB}"], weights="ann=2")
+    with serving(keys=keys, **options(tmp_path)) as served:
+        ann, ann2, bob = (served.openai.with_options(api_key=key) for key in (ANN, f"{ANN}2", BOB))
+        mine = create(ann, [batch_request("a", prompt=[5])])
+        done = wait(ann, mine.id, *ENDS)
+        assert done.status == "completed"
+        assert [(r.tenant, r.weight) for r in served.engine.requests] == [("ann", 2.0)]
+        assert wait(ann2, mine.id, *ENDS).output_file_id == done.output_file_id  # another key of the same tenant
+        for call in (
+            lambda: bob.batches.retrieve(mine.id),
+            lambda: bob.batches.cancel(mine.id),
+            lambda: bob.files.retrieve(mine.input_file_id),
+            lambda: bob.files.content(done.output_file_id),
+            lambda: bob.files.delete(mine.input_file_id),
+            lambda: bob.files.list(after=mine.input_file_id),
+            lambda: bob.batches.create(input_file_id=mine.input_file_id, endpoint=CHAT, completion_window="24h"),
+        ):
+            with pytest.raises(openai.NotFoundError):
+                call()
+        assert not bob.files.list().data and not bob.batches.list().data
+        with pytest.raises(openai.AuthenticationError):
+            served.openai.with_options(api_key="wrong").files.list()
+
+
+def test_the_batch_of_a_key_that_is_gone_gets_no_answers(tmp_path):
+    many = [batch_request(f"{i}", prompt=[i + 1], max_tokens=20) for i in range(10)]
+    with serving(step_seconds=0.02, keys=Keys([f"ann:{ANN}", f"bob:{BOB}"]), **options(tmp_path)) as served:
+        create(served.openai.with_options(api_key=ANN), many)
+        wait_for(lambda: served.engine.requests)
+    with serving(keys=Keys([f"bob:{BOB}"]), **options(tmp_path)) as served:
+        wait_for(lambda: stored(tmp_path, "batch")[0]["status"] == "completed")
+        assert not served.engine.requests
+    (batch,) = stored(tmp_path, "batch")
+    bad = (tmp_path / "contents" / batch["error_file_id"]).read_text()
+    assert (
+        batch["request_counts"]["failed"] >= 8 and bad.count('"status_code":401') == batch["request_counts"]["failed"]
+    )
+
+
+def stored(folder: Path, kind: str) -> list[dict]:
+    """What the database of a running server holds."""
+    with contextlib.closing(sqlite3.connect(folder / "batches.sqlite")) as db:
+        return [json.loads(row) for (row,) in db.execute("SELECT shown FROM objects WHERE kind = ?", [kind])]
+
+
+def test_clients_that_wait_are_not_held_up(tmp_path):
+    """Two tenants' batches together keep no more than the given places."""
+    keys = Keys([f"ann:{ANN}", f"bob:{BOB}"])
+    with serving(step_seconds=0.01, keys=keys, **options(tmp_path, in_flight=2)) as served:
+        clients = [served.openai.with_options(api_key=key) for key in (ANN, BOB)]
+        many = [batch_request(f"{i}", prompt=[i + 1], max_tokens=20) for i in range(12)]
+        batches = [(client, create(client, many)) for client in clients]
+        most, ended = 0, 0
+        while ended < 2:
+            most = max(most, served.engine.running)
+            ended = sum(client.batches.retrieve(batch.id).status in ENDS for client, batch in batches)
+        assert most <= 2
+        tenants = [request.tenant for request in served.engine.requests]
+        assert {"ann", "bob"} == set(tenants[:6]), "they take turns"
+
+
+def test_a_server_without_room_is_asked_again(tmp_path):
+    """What the limits on waiting requests refuse is no answer."""
+    limits = Limits(max_waiting_requests=1)
+    with serving(step_seconds=0.05, limits=limits, **options(tmp_path, in_flight=4)) as served:
+        many = [batch_request(f"{i}", prompt=[i + 1]) for i in range(8)]
+        done = wait(served.openai, create(served.openai, many).id, *ENDS)
+        assert dict(done.request_counts) == {"total": 8, "completed": 8, "failed": 0}
+        assert served.metric('icarus_requests_rejected_total{key=""}') > 0
+
+
+# ---- the end of a batch before its time
+
+
+def test_cancel(tmp_path):
+    with serving(step_seconds=0.02, **options(tmp_path)) as served:
+        client = served.openai
+        requests = [batch_request(f"{i}", prompt=[i + 1], max_tokens=3 if i < 4 else 100) for i in range(40)]
+        batch = create(client, requests)
+        wait_for(lambda: client.batches.retrieve(batch.id).request_counts.completed >= 4)
+        assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
+        done = wait(client, batch.id, *ENDS)
+        assert done.status == "cancelled" and done.cancelling_at and done.cancelled_at
+        good, bad = content(client, done.output_file_id), content(client, done.error_file_id)
+        assert len(good) >= 4 and len(good) + len(bad) == 40
+        assert good.keys() | bad.keys() == {f"{i}" for i in range(40)}
+        assert {line["error"]["code"] for line in bad.values()} == {"batch_cancelled"}
+        assert dict(done.request_counts) == {"total": 40, "completed": len(good), "failed": len(bad)}
+        wait_for(lambda: served.engine.running == 0)
+        assert client.batches.cancel(batch.id).status == "cancelled"  # again
+        finished = wait(client, create(client, requests[:1]).id, *ENDS)
+        with pytest.raises(openai.ConflictError, match="'completed'"):
+            client.batches.cancel(finished.id)
+
+
+def test_a_batch_expires(tmp_path):
+    with serving(step_seconds=0.05, **options(tmp_path)) as served:
+        client = served.openai
+        long = [batch_request(f"{i}", prompt=[i + 1], max_tokens=120) for i in range(1000)]
+        done = wait(client, create(client, long, window="3s").id, *ENDS)
+        assert done.status == "expired" and done.expired_at >= done.expires_at
+        if done.in_progress_at:  # the machine was not too busy
+            bad = content(client, done.error_file_id)
+            assert bad["999"]["error"]["code"] == "batch_expired"
+            assert done.request_counts.total == 1000 == len(bad) + done.request_counts.completed
+
+
+# ---- restarts
+
+
+def check_complete(client: openai.OpenAI, batch_id: str, count: int, tokens: int) -> None:
+    done = wait(client, batch_id, *ENDS)
+    assert (done.status, done.request_counts.total, done.request_counts.failed) == ("completed", count, 0)
+    answers = content(client, done.output_file_id)
+    assert {name: said(line) for name, line in answers.items()} == {
+        f"{i}": counted(i + 1, tokens) for i in range(count)
+    }
+
+
+def test_a_restart_goes_on(tmp_path):
+    many = [batch_request(f"{i}", prompt=[i + 1], max_tokens=10) for i in range(30)]
+    with serving(step_seconds=0.01, **options(tmp_path)) as served:
+        first, second = (create(served.openai, many) for _ in range(2))
+        wait_for(lambda: served.openai.batches.retrieve(first.id).request_counts.completed >= 5)
+    asked = len(served.engine.requests)
+    assert 5 <= asked < 30 and served.engine.running == 0
+    with serving(step_seconds=0.001, **options(tmp_path)) as served:
+        for batch in (first, second):
+            check_complete(served.openai, batch.id, 30, 10)
+        assert len(served.engine.requests) <= 60 - asked + 2, "only what was in flight is asked again"
+    assert not list((tmp_path / "contents").glob("batch_*"))
+
+
+@pytest.mark.parametrize("status", ["finalizing", "cancelling", "validating", "in_progress"])
+def test_a_restart_at_any_status(status, tmp_path):
+    requests = [batch_request(f"{i}", prompt=[i + 1]) for i in range(3)]
+    store = BatchStore(tmp_path)
+    with serving(**options_of(store)) as served:
+        done = wait(served.openai, create(served.openai, requests).id, *ENDS)
+    store = BatchStore(tmp_path)
+    changes = {f"{name}_at": None for name in ("finalizing", "completed")} | {"output_file_id": None, "status": status}
+    if status == "cancelling":
+        changes["cancelling_at"] = 5
+    if status == "validating":
+        changes["in_progress_at"] = None
+    store.change(done.id, ENDS, changes)
+    with serving(**options_of(store)) as served:
+        again = wait(served.openai, done.id, *ENDS)
+        if status in ("validating", "in_progress"):
+            check_complete(served.openai, done.id, 3, 3)
+        else:
+            assert again.status == {"cancelling": "cancelled", "finalizing": "expired"}[status]
+            assert len(content(served.openai, again.error_file_id)) == 3 and not served.engine.requests
+
+
+def options_of(store: BatchStore) -> dict[str, Any]:
+    worker = BatchWorker(store, 2)
+    return {"extra": [BatchRoutes(worker)], "lifespan": worker.lifespan}
+
+
+def test_a_drain_stops_batches_at_once(tmp_path):
+    """Requests of clients end; those of batches are left for the next start."""
+    apps, more = [], options(tmp_path)
+    lifespan = more.pop("lifespan")
+    with serving(step_seconds=0.5, lifespan=lambda app: apps.append(app) or lifespan(app), **more) as served:
+        batch = create(served.openai, [batch_request(f"{i}", prompt=[5], max_tokens=110) for i in range(100)])
+        wait_for(lambda: served.engine.running == 2)
+        (app,) = apps
+        app.state.drain.begin()
+        wait_for(lambda: app.state.drain.in_flight == 0)
+        wait_for(lambda: len(served.engine.aborted) == 2)  # else they end by themselves, after 55 s
+    (left,) = stored(tmp_path, "batch")
+    assert (left["id"], left["status"]) == (batch.id, "in_progress")
+
+
+def test_a_fault_of_the_disk_is_waited_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(batch_worker, "PAUSE_SECONDS", 0.01)
+    real, fails = BatchWorker._finish, [OSError(28, "No space left on device"), ValueError("torn")]
+
+    def finish(self, tenant, batch):
+        if fails:
+            raise fails.pop()
+        return real(self, tenant, batch)
+
+    monkeypatch.setattr(BatchWorker, "_finish", finish)
+    with serving(**options(tmp_path)) as served:
+        batch = create(served.openai, [batch_request("0", prompt=[1])])
+        check_complete(served.openai, batch.id, 1, 3)
+
+
+def test_a_folder_is_one_servers(tmp_path):
+    store = BatchStore(tmp_path)
+    with pytest.raises(ValueError, match="used by another server"):
+        BatchStore(tmp_path)
+    store.close()
+    BatchStore(tmp_path).close()
+    (tmp_path / "batches.sqlite").write_bytes(b"no database" * 1000)
+    with pytest.raises(ValueError, match=r"batches.sqlite: file is not a database"):
+        BatchStore(tmp_path)
+
+
+def test_leftovers_of_a_kill_are_swept(tmp_path):
+    store = BatchStore(tmp_path)
+    kept = store.add_file("", "a", "batch", io.BytesIO(b"x"))
+    store.close()
+    for name in (f"file-{'0' * 32}", f"file-{'1' * 32}.part", f"batch_{'2' * 32}", "mine.txt"):
+        (tmp_path / "contents" / name).write_text("x")
+    BatchStore(tmp_path).close()
+    assert {path.name for path in (tmp_path / "contents").iterdir()} == {kept["id"], "mine.txt"}
+
+
+# ---- kill -9
+
+
+@contextlib.contextmanager
+def process(folder: Path, step_seconds: float) -> Iterator[tuple[subprocess.Popen, openai.OpenAI]]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    args = [sys.executable, "-m", "tests.evaluation.served_batches", str(port), str(folder), str(step_seconds)]
+    running = subprocess.Popen(args, cwd=ROOT, stderr=subprocess.DEVNULL)
+
+    def ready() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/health").status_code == 200
+        return False
+
+    try:
+        wait_for(ready)
+        with openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+            yield running, client
+    finally:
+        running.kill()
+        running.wait()
+
+
+@pytest.mark.full
+def test_killed_again_and_again_no_line_is_lost_or_doubled(tmp_path):
+    count, tokens = 60, 10
+    requests = [batch_request(f"{i}", prompt=[i + 1], max_tokens=tokens) for i in range(count)]
+    batch_id, seen = "", 0
+    for kill in range(3):
+        with process(tmp_path, 0.01) as (running, client):
+            batch_id = batch_id or create(client, requests).id
+            wait_for(lambda: client.batches.retrieve(batch_id).request_counts.completed > seen + 8)  # noqa: B023
+            running.send_signal(signal.SIGKILL)
+            running.wait()
+        left = (tmp_path / "contents" / batch_id).read_bytes()
+        assert seen + 8 < left.count(b"\n") < count, kill
+        seen = left.count(b"\n")
+    with process(tmp_path, 0.001) as (running, client):
+        check_complete(client, batch_id, count, tokens)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(120) == 0
+
+
+@pytest.mark.full
+def test_sigterm_ends_the_process_while_a_batch_runs(tmp_path):
+    with process(tmp_path, 1.0) as (running, client):
+        create(client, [batch_request("0", prompt=[1], max_tokens=100)])
+        wait_for(lambda: client.batches.list().data[0].status == "in_progress")
+        threading.Event().wait(0.5)
+        running.send_signal(signal.SIGTERM)
+        assert running.wait(60) == 0  # its request would run for 100 s, and the drain for 120
