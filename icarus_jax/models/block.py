@@ -20,10 +20,11 @@ from jax.flatten_util import ravel_pytree
 from jax.sharding import PartitionSpec
 
 from icarus_jax.config import ModelConfig
-from icarus_jax.models.head_bank import Adapters
+from icarus_jax.models.head_bank import TARGETS_OF, Adapters, LayerBank
 from icarus_jax.models.layers import Tables, rms_norm, rope
 from icarus_jax.models.sharding import PARAM_AXES, MeshLayout
 from pallas_kernels.linear import Panels, linear
+from pallas_kernels.lora import LowRank
 from pallas_kernels.paged_attention.work import Array
 
 Pin = Callable[[jax.Array], jax.Array]  # sets how rows [B, D] lie on the mesh
@@ -46,35 +47,58 @@ class MeshLinear:
     layout: MeshLayout
     implementation: str
 
-    def __call__(self, name: str, x: jax.Array, weights: jax.Array | Panels, layer: Array) -> jax.Array:
-        """Multiplies rows by one layer of a projection.
+    def __call__(
+        self, name: str, x: jax.Array, weights: jax.Array | Panels, layer: Array, adapters: LowRank | None = None
+    ) -> jax.Array:
+        """Multiplies rows by one layer of a projection, and adds what the rows' adapters add.
 
         Args:
             name: The projection, one of PROJECTIONS.
             x: [B, din], the rows.
             weights: [L, din, dout, ..]; on a single device also Panels.
             layer: i32[], the layer.
+            adapters: The adapters of the projection, those of its first targets (TARGETS_OF); None for none.
 
         Returns:
             [B, dout, ..]; for Panels [B, dout].
         """
+
+        def multiply(x: jax.Array, weights: jax.Array | Panels, layer: Array, adapters: LowRank | None) -> jax.Array:
+            if adapters is not None and name == "qkv" and not isinstance(weights, Panels):
+                adapters = dataclasses.replace(adapters, groups=weights.shape[2])  # the KV heads that are here
+            return linear(x, weights, layer, adapters, implementation=self.implementation)
+
         if isinstance(weights, Panels) or self.layout.mesh.size == 1:
-            return linear(x, weights, layer, implementation=self.implementation)
+            return multiply(x, weights, layer, adapters)
         layers, din, *dout = self.layout.spec(PARAM_AXES[name], weights.shape)
         (rows,) = self.layout.spec(("rows",), x.shape[:1])
 
-        def local(x: jax.Array, weights: jax.Array, layer: Array) -> jax.Array:
-            out = linear(x, weights, layer, implementation=self.implementation)
+        def local(x: jax.Array, weights: jax.Array, layer: Array, adapters: LowRank | None) -> jax.Array:
+            out = multiply(x, weights, layer, adapters)
             return lax.psum(out, din) if din else out
 
         sharded = jax.shard_map(
             local,
             mesh=self.layout.mesh,
-            in_specs=(PartitionSpec(rows, din), PartitionSpec(layers, din, *dout), PartitionSpec()),
+            in_specs=(
+                PartitionSpec(rows, din),
+                PartitionSpec(layers, din, *dout),
+                PartitionSpec(),
+                self._specs(name, adapters, PartitionSpec(rows)),
+            ),
             out_specs=PartitionSpec(rows, *dout),
             check_vma=False,  # as for the other kernels: a pallas_call does not declare how it varies over the mesh
         )
-        return sharded(x, weights, layer)
+        return sharded(x, weights, layer, adapters)
+
+    def _specs(self, name: str, adapters: LowRank | None, rows: PartitionSpec) -> LowRank | None:
+        """Returns how the adapters of a projection are split over the mesh."""
+        if adapters is None:
+            return None
+        pairs = zip(TARGETS_OF[name], adapters.a, adapters.b, strict=False)
+        split = [self.layout.factors(target, a.shape, b.shape) for target, a, b in pairs]
+        a, b = (tuple(sharding.spec for sharding in side) for side in zip(*split, strict=True))
+        return LowRank(a, b, rows, PartitionSpec())
 
 
 @jax.tree_util.register_dataclass
@@ -95,19 +119,26 @@ class Stacked:
     linear: MeshLinear = dataclasses.field(metadata={"static": True})
 
 
-def product(x: Array, weight: nnx.Param | Stacked) -> jax.Array:
-    """Multiplies rows with a projection.
+def product(
+    x: Array, weight: nnx.Param | Stacked, bank: Adapters | None, slots: Array, first: int
+) -> tuple[jax.Array, Adapters | None]:
+    """Multiplies rows with a projection, and adds what the adapters add if the product's kernel does so.
 
     Args:
         x: [B, din], the rows.
         weight: [din, dout, ..], the weights of one layer.
+        bank: The adapters; None for none.
+        slots: i32[B], the adapter slot of each row.
+        first: The first row that may use an adapter.
 
     Returns:
-        [B, dout, ..]; for Panels [B, dout].
+        [B, dout, ..], for Panels [B, dout]; and the adapters whose parts are still to be added, None for none.
     """
     if isinstance(weight, Stacked):
-        return weight.linear(weight.name, x, weight.weights, weight.layer)
-    return jnp.tensordot(x, weight[...], 1)  # the weight is not reshaped, because it may be split by F on the mesh
+        adapters = bank.within(weight.name, slots, first) if isinstance(bank, LayerBank) else None
+        out = weight.linear(weight.name, x, weight.weights, weight.layer, adapters)
+        return out, bank if adapters is None else None
+    return jnp.tensordot(x, weight[...], 1), bank  # the weight is not reshaped: it may be split by F on the mesh
 
 
 class Block(nnx.Module):
@@ -176,7 +207,8 @@ class Block(nnx.Module):
         x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
-        qkv = product(x, self.qkv).reshape(b, k, n // k + 2, h)
+        qkv, bank = product(x, self.qkv, bank, slots, first)
+        qkv = qkv.reshape(b, k, n // k + 2, h)
         if self.qkv_bias is not None:
             qkv = qkv + self.qkv_bias[...]
         query = qkv[:, :, :-2].reshape(b, n * h)
@@ -206,7 +238,7 @@ class Block(nnx.Module):
             [B, D].
         """
         attended = attended.reshape(len(attended), math.prod(attended.shape[1:]))  # not -1: there may be no rows
-        out = product(attended, self.o)
+        out, bank = product(attended, self.o, bank, slots, first)
         return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
 
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
@@ -223,11 +255,12 @@ class Block(nnx.Module):
             [B, D].
         """
         x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
-        gate_up = product(x, self.gate_up).reshape(len(x), 2, config.intermediate_size)
+        gate_up, apart = product(x, self.gate_up, bank, slots, first)
+        gate_up = gate_up.reshape(len(x), 2, config.intermediate_size)
         gate, up = gate_up[:, 0], gate_up[:, 1]
-        if bank is not None:
-            gate = bank.add("gate_proj", gate, x, slots, first)
-            up = bank.add("up_proj", up, x, slots, first)
+        if apart is not None:
+            gate = apart.add("gate_proj", gate, x, slots, first)
+            up = apart.add("up_proj", up, x, slots, first)
         hidden = jax.nn.silu(gate) * up
-        out = product(hidden, self.down)
+        out, bank = product(hidden, self.down, bank, slots, first)
         return bank.add("down_proj", out, hidden, slots, first) if bank is not None else out

@@ -19,9 +19,16 @@ from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
-from icarus_jax.models.sharding import FACTOR_AXES, MeshLayout
-from pallas_kernels.lora import lora
+from icarus_jax.models.sharding import FACTOR_AXES, PARAM_AXES, MeshLayout
+from pallas_kernels.lora import LowRank, lora
 
+# The targets of each product of a block, in the order of its columns; q, k and v lie so in the columns of each KV head.
+TARGETS_OF = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "o": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
 DEFAULT_RANK = 16  # the rank of the slots if the engine starts without heads and the config gives none
 Factors = Mapping[str, tuple[np.ndarray, np.ndarray]]  # target -> (A f32[L, din, r], B f32[L, r, dout])
 
@@ -123,6 +130,27 @@ class LayerBank:
     active: Any
     implementation: str
     layout: MeshLayout
+
+    def within(self, name: str, slots: jax.Array, first: int) -> LowRank | None:
+        """Returns the adapters of a product that adds their parts itself, as the kernel for GPUs does.
+
+        Args:
+            name: The product, one of TARGETS_OF.
+            slots: i32[B], the adapter slot of each row; 0: none.
+            first: The first row that may use an adapter.
+
+        Returns:
+            The adapters. None if there are none, or if `add` has to add their parts: there is no such kernel, or the
+            factors have not the product's inputs on each device, or they are not those of its first columns.
+        """
+        targets = tuple(target for target in TARGETS_OF[name] if getattr(self.bank, target) is not None)
+        if self.implementation != "gpu" or first == len(slots) or targets != TARGETS_OF[name][: len(targets) or 1]:
+            return None
+        factors = [getattr(self.bank, target) for target in targets]
+        a, b = (tuple(getattr(pair, side)[...] for pair in factors) for side in "ab")
+        axes = PARAM_AXES[name][1], FACTOR_AXES[targets[0]][0]
+        inputs = {self.layout.named((axis,), a[0].shape[3:]).shard_shape(a[0].shape[3:]) for axis in axes}
+        return LowRank(a, b, slots, self.active) if len(inputs) == 1 else None
 
     def add(self, target: str, out: jax.Array, x: jax.Array, slots: jax.Array, first: int) -> jax.Array:
         """Adds the adapters' part of a projection; see `Adapters.add`."""

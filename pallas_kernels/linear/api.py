@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
@@ -16,13 +17,25 @@ from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.linear import cpu, gpu, reference, xla
 from pallas_kernels.linear.panels import Panels
+from pallas_kernels.lora import LowRank
+
+
+def _in_parts(name: str, product: Callable[..., Any]) -> Callable[..., Any]:
+    """Makes the implementation `name` of the op from a product without adapters, and its namesake of the op `lora`."""
+
+    def linear(x: Array, w: Any, layer: Array | int, adapters: LowRank | None) -> jax.Array:
+        out = product(x, w, layer)
+        return out if adapters is None else adapters.add_to(out, x, layer, name)
+
+    return linear
+
 
 # TPUs have no kernel of their own: XLA's product is used there.
 IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
     "reference": reference.linear,
-    "xla": xla.linear,
-    "cpu": cpu.linear,
-    "tpu": xla.linear,
+    "xla": _in_parts("xla", xla.linear),
+    "cpu": _in_parts("cpu", cpu.linear),
+    "tpu": _in_parts("tpu", xla.linear),
     "gpu": gpu.linear,
 }
 
@@ -31,16 +44,18 @@ def linear(
     x: Float[Array, "B din"],
     w: Float[Array, "L din *dout"] | Panels,
     layer: Int[Array, ""] | int,
+    adapters: LowRank | None = None,
     *,
     implementation: str = "auto",
 ) -> Float[Array, " B *dout"]:
-    """Multiplies rows by one layer's weights: `x @ w[layer]`.
+    """Multiplies rows by one layer's weights, `x @ w[layer]`, and adds what the rows' adapters add.
 
     Args:
         x: [B, din], floating-point. The rows.
         w: The weights of all layers, passed whole, so that a kernel can read a layer where it lies. Either an
             array [L, din, dout, ..] or `Panels`, which hold [L, din, dout] (see `pack`).
         layer: i32[]. The index of the layer.
+        adapters: The low-rank adapters of the product; None for none. 'gpu' adds them within its kernel.
         implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
             and cannot be traced. 'cpu' runs its kernel if x is float32 and w is `Panels`, and 'xla' otherwise. The
             kernels of 'cpu' and 'gpu' have no gradients and run on one device.
@@ -58,7 +73,12 @@ def linear(
         raise ValueError(f"x {x.shape} does not fit w {shape}: [B, din] and [L, din, dout, ..] (or Panels) are needed")
     if name == "cpu" and not (isinstance(w, Panels) and x.dtype == jnp.float32):
         name = "xla"
-    if isinstance(w, Panels):
-        return cpu.linear(x, w, layer) if name == "cpu" else IMPLEMENTATIONS[name](x, w.layer(layer)[None], 0)
-    flat = w.reshape(*w.shape[:2], math.prod(w.shape[2:]))
-    return IMPLEMENTATIONS[name](x, flat, layer).reshape(x.shape[0], *w.shape[2:])
+    axes = (w.panels.shape[1] * w.panels.shape[3],) if isinstance(w, Panels) else w.shape[2:]
+    dout = math.prod(axes)
+    if adapters is not None:
+        adapters.check(x, dout)
+    if not isinstance(w, Panels):
+        w = w.reshape(*w.shape[:2], dout)
+    elif name != "cpu":
+        w, layer, adapters = w.layer(layer)[None], 0, None if adapters is None else adapters.at(layer)
+    return IMPLEMENTATIONS[name](x, w, layer, adapters).reshape(x.shape[0], *axes)

@@ -4,6 +4,9 @@ XLA copies a layer out of the stacked weights before it multiplies by them. With
 bytes that the product has to read. This kernel reads a layer where it lies. One program computes a tile of rows and
 columns from all inputs or from a part of them, while the next blocks of them are on their way. XLA adds up the parts of
 a tile, within the fusion that uses the product.
+
+The adapters' first step is a launch of its own (lora/gpu.py). In their second one a tile starts with what they add to
+it, of several parts each with its share of the slots in use.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
+from pallas_kernels.lora import LowRank
+from pallas_kernels.lora.gpu import add_up, down
 
 FEWEST_ROWS = 16  # the least that a matrix product on tensor cores takes
 MOST_ROWS = 128  # the most rows of a tile; in float32, without tensor cores: FEWEST_ROWS
@@ -37,16 +42,19 @@ def _parts(tiles: int, blocks: int) -> int:
         tiles: The number of tiles of the product.
         blocks: The number of blocks of inputs.
     """
-    wanted = pl.next_power_of_2(pl.cdiv(PROGRAMS, tiles))
-    return max(1, min(wanted, blocks // FEWEST_BLOCKS))
+    return max(1, min(pl.cdiv(PROGRAMS, tiles), blocks // FEWEST_BLOCKS))
 
 
-def _kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any, *, block_m: int, block_k: int) -> None:
+def _kernel(layer_ref: Any, x_ref: Any, w_ref: Any, *refs: Any, block_m: int, block_k: int, groups: int) -> None:
+    *adapters, out_ref = refs
     tile, column_tile, part = (pl.program_id(axis) for axis in range(3))
     parts, rows, dout = out_ref.shape
     din, layer, compute = x_ref.shape[1], layer_ref[0], jnp.promote_types(x_ref.dtype, w_ref.dtype)
-    row = (tile * block_m + jnp.arange(block_m))[:, None]
-    column = (column_tile * COLUMNS + jnp.arange(COLUMNS))[None]
+    row, column = tile * block_m + jnp.arange(block_m), column_tile * COLUMNS + jnp.arange(COLUMNS)
+    total = jnp.zeros((block_m, COLUMNS), jnp.float32)
+    if adapters:
+        total = add_up(total, row, column, (part, parts), dout, groups, (layer_ref, *adapters))
+    row, column = row[:, None], column[None]
     blocks = pl.cdiv(din, block_k)
 
     def add(block: Array, total: Array) -> Array:
@@ -59,7 +67,7 @@ def _kernel(layer_ref: Any, x_ref: Any, w_ref: Any, out_ref: Any, *, block_m: in
         )
 
     first, end = lax.div(part * blocks, parts), lax.div((part + 1) * blocks, parts)
-    total = lax.fori_loop(first, end, add, jnp.zeros((block_m, COLUMNS), jnp.float32))
+    total = lax.fori_loop(first, end, add, total)
     triton.store(out_ref.at[part, row, column], total.astype(out_ref.dtype), mask=(row < rows) & (column < dout))
 
 
@@ -67,6 +75,7 @@ def linear(
     x: Float[Array, "B din"],
     w: Float[Array, "L din dout"],
     layer: Int[Array, ""] | int,
+    adapters: LowRank | None = None,
 ) -> Float[jax.Array, "B dout"]:
     """Computes the public op (api.py) for weights [L, din, dout]."""
     (rows, din), dout, compute = x.shape, w.shape[2], jnp.promote_types(x.dtype, w.dtype)
@@ -77,8 +86,14 @@ def linear(
     block_k = INPUT_BYTES // compute.itemsize
     tiles, column_tiles = pl.cdiv(rows, block_m), pl.cdiv(dout, COLUMNS)
     parts = _parts(tiles * column_tiles, pl.cdiv(din, block_k))
+    scalar, low_rank, groups, more = jnp.reshape(layer, 1).astype(jnp.int32), [], 1, 0
+    if adapters is not None and len(adapters.active):
+        slots, active = adapters.slots.astype(jnp.int32), adapters.active.astype(jnp.int32)
+        hidden = down(x, adapters.a, scalar, slots, active)
+        low_rank, groups = [slots, active, hidden, *adapters.b], adapters.groups
+        more = hidden.nbytes + len(active) * sum(f.shape[2] * f.shape[3] * f.dtype.itemsize for f in adapters.b)
     out = pl.pallas_call(
-        functools.partial(_kernel, block_m=block_m, block_k=block_k),
+        functools.partial(_kernel, block_m=block_m, block_k=block_k, groups=groups),
         grid=(tiles, column_tiles, parts),  # programs of the same columns are neighbours, and share the weights' blocks
         out_shape=jax.ShapeDtypeStruct((parts, rows, dout), compute if parts == 1 else jnp.float32),
         compiler_params=triton.CompilerParams(
@@ -87,10 +102,13 @@ def linear(
         ),
         cost_estimate=pl.CostEstimate(
             flops=2 * rows * din * dout,
-            bytes_accessed=rows * din * x.dtype.itemsize + din * dout * w.dtype.itemsize + 4 * parts * rows * dout,
+            bytes_accessed=rows * din * x.dtype.itemsize
+            + din * dout * w.dtype.itemsize
+            + 4 * parts * rows * dout
+            + more,
             transcendentals=0,
         ),
         interpret=interpret_params("gpu"),
         name="linear",
-    )(jnp.reshape(layer, 1).astype(jnp.int32), x, w)
+    )(scalar, x, w, *low_rank)
     return out[0] if parts == 1 else out.sum(0).astype(compute)

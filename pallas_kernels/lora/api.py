@@ -63,13 +63,18 @@ def lora(
     Raises:
         ValueError: The shapes do not fit each other, or `implementation` is unknown.
     """
+    check_shapes(x, a, b, slots, active)
+    name = choose(implementation, IMPLEMENTATIONS)
+    if name == "cpu" and not cpu.supports(x, a, b):
+        name = "xla"
+    return IMPLEMENTATIONS[name](x, a, b, layer, slots, active)
+
+
+def check_shapes(x: Array, a: Array, b: Array, slots: Array, active: Array) -> None:
+    """Raises ValueError unless the arguments of `lora` fit each other."""
     rank, din = a.shape[2:]
     if x.shape[1:] != (din,) or b.shape[:3] != (*a.shape[:2], rank) or slots.shape != x.shape[:1] or active.ndim != 1:
         raise ValueError(
             f"x {x.shape}, slots {slots.shape} and active {active.shape} do not fit a {a.shape}, b {b.shape}: "
             f"[B, din], [B], [U], [L, A, r, din] and [L, A, r, dout] are needed"
         )
-    name = choose(implementation, IMPLEMENTATIONS)
-    if name == "cpu" and not cpu.supports(x, a, b):
-        name = "xla"
-    return IMPLEMENTATIONS[name](x, a, b, layer, slots, active)

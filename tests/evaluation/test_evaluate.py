@@ -413,7 +413,7 @@ def test_a_killed_batch_run_is_finished_by_the_next(folders, tmp_path, request):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--config=evaluate.py"], ["''", "intent, slots, sql, math, humaneval, batch"]),
+        (["--config=evaluate.py"], ["''", "intent, slots, sql, math, tools, tools_required, humaneval, batch"]),
         (["--config=evaluate.py:intents"], ["'intents'", "intent, slots"]),
         (["--config=evaluate.py:batch"], ["--config.data.path=FILE"]),
         (["--config=evaluate.py:math", "--config.models=maths"], ["'maths'", "smollm2-135m-instruct"]),

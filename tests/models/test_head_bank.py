@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import re
+from collections import Counter
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
+from icarus_jax.models.block import BLOCK_PARAMS, Block, MeshLinear
 from icarus_jax.models.head_bank import HeadBank, LayerBank, fit_factors, load_slot
+from icarus_jax.models.layers import rope_tables
 from icarus_jax.models.sharding import make_mesh_layout
+from icarus_jax.weights.params import param_shapes
 
 CONFIG = ModelConfig("llama", 64, 24, 40, 3, 4, 2, 8)
 RANK = 4
@@ -50,6 +58,44 @@ def test_each_row_gets_its_own_heads_share(first, mesh):
                 a, b = heads[slots[row]][target]
                 want[row] += x[row] @ a[2] @ b[2]
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "mesh, targets, alone",
+    [
+        ("1x1", TARGETS, 0),
+        ("2x2", LORA_TARGETS, 0),
+        ("1x4", TARGETS, 3),  # the inputs of q, k and v are split over devices, those of their adapters are not
+        ("1x2", ("up_proj", "o_proj"), 1),  # up without gate: not the first columns of their product
+    ],
+)
+def test_a_block_adds_each_heads_share(mesh, targets, alone):
+    """With the kernels for GPUs, whose products add it themselves where the mesh lets them, and without."""
+    layout = make_mesh_layout(EngineConfig(mesh=mesh), CONFIG.num_kv_heads)
+    weights = {name: shape for name, shape in param_shapes(CONFIG).items() if name in BLOCK_PARAMS}
+    rng = np.random.default_rng(0)
+    weights = {name: rng.standard_normal(shape).astype(np.float32) / 5 for name, shape in weights.items()}
+    stack = Block(layout.place_params(weights, "float32"))
+    bank = new_bank(targets)
+    for slot in (1, 3):
+        load(bank, slot, factors(slot, targets=targets))
+    bank = layout.place_bank(bank)
+    x = rng.standard_normal((8, CONFIG.hidden_size)).astype(np.float32)
+    slots, active = np.array([0, 0, 1, 0, 3, 1, 3, 0], np.int32), np.array([3, 1, 0], np.int32)
+    tables = rope_tables(CONFIG, jnp.arange(8))
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def run(kernels):
+        block = stack.at(jnp.int32(2), MeshLinear(layout, kernels))
+        adapters = LayerBank(bank, jnp.int32(2), active, kernels, layout)
+        made = block.attention_inputs(CONFIG, adapters, x, slots, 0, tables)
+        attended = block.attention_output(adapters, made[0], slots, 0)
+        return *made, attended, block.mlp(CONFIG, adapters, x, slots, 0)
+
+    for got, want in zip(run("gpu"), run("xla"), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    kinds = Counter(re.findall(r"name=(lora_\w+|linear)", str(jax.make_jaxpr(lambda: run("gpu"))())))
+    assert (kinds["linear"], kinds["lora_up"]) == (4, alone)
 
 
 def test_loading_replaces_one_slot_and_compiles_once():

@@ -7,6 +7,7 @@ of the nvidia-* wheels.
 from __future__ import annotations
 
 import re
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -47,6 +48,17 @@ def ptx_for_h100(f: Callable[..., Any], *args: Any) -> dict[str, str]:
         jax.jit(_own(f)).lower(*args).compile(compiler_options={"xla_dump_to": folder})
         texts = [path.read_text() for path in Path(folder).glob("*.ptx")]
     return {match[1]: text for text in texts if (match := re.search(r"\.entry (\w+)", text))}
+
+
+def registers(ptx: str) -> tuple[int, int]:
+    """The registers of a thread of a kernel, and how many bytes of them are spilled to memory."""
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(ptx)
+        file.flush()
+        command = ["ptxas", "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
+        told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stderr
+    (used,), (spilled,) = (re.findall(pattern, told) for pattern in (r"Used (\d+) registers", r"(\d+) bytes spill st"))
+    return int(used), int(spilled)
 
 
 def is_machine_code(compiled: jax.stages.Compiled) -> bool:

@@ -323,6 +323,30 @@ LORA = [
     lora("lora: the last block of B for every one", "jnp.where(used, j, steps - 1)", "steps - 1", tests=TILES),
 ]
 
+gpu_product = functools.partial(
+    Bug,
+    file="pallas_kernels/linear/gpu.py",
+    tests=("tests/pallas_kernels/test_linear.py", "bfloat16 or (gpu and adapters)"),
+)
+gpu_lora = functools.partial(gpu_product, file="pallas_kernels/lora/gpu.py")
+GPU_PRODUCTS = [
+    gpu_product(
+        "gpu product: a part's last block is left out", "lax.fori_loop(first, end,", "lax.fori_loop(first, end - 1,"
+    ),
+    gpu_product("gpu product: every part adds all adapters", "(part, parts), dout", "(0, 1), dout"),
+    gpu_product("gpu product: always the first layer", "x_ref.shape[1], layer_ref[0]", "x_ref.shape[1], 0"),
+    gpu_lora("gpu product: always the first layer's A", "a_ref.at[layer,", "a_ref.at[0,"),
+    gpu_lora("gpu product: always the first layer's B", "b_ref.at[layer,", "b_ref.at[0,"),
+    gpu_lora("gpu product: another slot's A", "slot - 1, r[:, None], at]", "slot, r[:, None], at]"),
+    gpu_lora("gpu product: every slot's hidden values", "((own == slot) & (slot > 0))[:, None]", "(own > 0)[:, None]"),
+    gpu_lora(
+        "gpu product: the last part of the inputs is left out", "for i in range(parts):", "for i in range(parts - 1):"
+    ),
+    gpu_lora("gpu product: the first pair's columns for all", "        start += width\n", ""),
+    gpu_lora("gpu product: a group's columns in every group", "* width + place", "* 0 + place"),
+    gpu_lora("gpu product: the first pair's hidden values for all", "hidden_ref.at[pair, i,", "hidden_ref.at[0, i,"),
+]
+
 # A bug that keeps the source from compiling is not caught: XLA's program then serves.
 cpu_attention = functools.partial(
     Bug, file="pallas_kernels/paged_attention/cpu.cc", tests=(OP, "test_matches_the_oracle and cpu")
@@ -361,7 +385,7 @@ CPU = [
     ),
 ]
 
-BUGS = [*ATTENTION, *GPU_ATTENTION, *XLA_ATTENTION, *WORK_AND_MERGE, *APPEND, *LORA, *CPU]
+BUGS = [*ATTENTION, *GPU_ATTENTION, *XLA_ATTENTION, *WORK_AND_MERGE, *APPEND, *LORA, *GPU_PRODUCTS, *CPU]
 
 
 def run_tests(tests: tuple[str, str], bug: Bug | None) -> tuple[bool, str]:
