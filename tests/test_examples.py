@@ -6,6 +6,7 @@ import importlib.util
 import json
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,13 +30,29 @@ def example(name: str):
 @pytest.fixture(scope="module")
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("examples")
-    trunk = tiny.tiny_model("llama", folder)
+    trunk = tiny.tiny_model("llama", folder, max_position_embeddings=2048)
     return trunk, {name: tiny.tiny_adapter(trunk, folder, seed=seed) for seed, name in enumerate("ab", 1)}
 
 
-@pytest.fixture(autouse=True)
-def own_cache(monkeypatch):
-    monkeypatch.setattr(sys.modules["icarus_jax.cli.composition"], "enable_compilation_cache", lambda: None)
+@pytest.fixture(autouse=True, scope="module")
+def own_cache() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys.modules["icarus_jax.cli.composition"], "enable_compilation_cache", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def url(files) -> Iterator[str]:
+    """The URL of a server of the trunk and its heads."""
+    trunk, heads = files
+    with LLM(trunk, heads, trunk_name="trunk", **ENGINE | {"num_pages": 256, "max_model_len": 2048}) as llm:
+        server = uvicorn.Server(uvicorn.Config(llm.asgi(), host="127.0.0.1", port=0, log_config=None))
+        thread = threading.Thread(target=server.run, daemon=True)
+        thread.start()
+        wait_for(lambda: server.started)
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+        server.should_exit = True
+        thread.join()
 
 
 def test_fan_out(files, capsys):
@@ -74,20 +91,24 @@ def test_train_head(files, tmp_path, capsys):
     assert "mine: " in capsys.readouterr().out
 
 
-def test_openai_client(files, capsys):
-    trunk, heads = files
-    with LLM(trunk, heads, trunk_name="trunk", **ENGINE) as llm:
-        server = uvicorn.Server(uvicorn.Config(llm.asgi(), host="127.0.0.1", port=0, log_config=None))
-        thread = threading.Thread(target=server.run, daemon=True)
-        thread.start()
-        wait_for(lambda: server.started)
-        port = server.servers[0].sockets[0].getsockname()[1]
-        example("openai_client").main(f"http://127.0.0.1:{port}/v1")
-        server.should_exit = True
-        thread.join()
+def test_openai_client(url, capsys):
+    example("openai_client").main(url)
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[-4:-1]] == ["trunk", "a", "b"]
     assert "computed once for 3 models" in lines[-1]
+
+
+# With the trunk and heads that they name: tests/frameworks/test_shared_cache.py.
+def test_agents_sdk(url, capsys):
+    example("agents_sdk").main(url, "trunk", "a")
+    lines = [line for line in capsys.readouterr().out.splitlines() if " prompt tokens, " in line]
+    assert [line.partition(":")[0] for line in lines] == ["planner", "writer"] * 2
+
+
+def test_agents_langgraph(url, capsys):
+    example("agents_langgraph").main(url, "trunk", "a")
+    lines = [line for line in capsys.readouterr().out.splitlines() if " prompt tokens, " in line]
+    assert [line.partition(":")[0] for line in lines] == ["planner", "writer"] * 2
 
 
 def test_every_example_is_tested():

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.server.served import CHAT, LIMIT, TOKENIZER, Served, ids_of, serving
+from tests.server.served import CHAT, LIMIT, TOKENIZER, Served, check_error, ids_of, serving
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def test_chat(served):
         model="trunk",
         messages=[
             {"role": "system", "content": "Be nice."},
-            {"role": "user", "content": [{"type": "text", "text": "one"}, {"type": "text", "text": "two"}]},
+            {"role": "user", "content": [{"type": "text", "text": "one"}, "two"]},
         ],
         tools=[{"type": "function", "function": {"name": "look", "parameters": {}}}],
         max_completion_tokens=3,
@@ -42,6 +42,16 @@ def test_chat(served):
     assert content[0].top_logprobs[1].token == content[1].token
     assert b"".join(bytes(t.bytes) for t in content).decode() == choice.message.content
     assert answer.usage.completion_tokens == 6
+
+
+def test_the_template_learns_the_reasoning_effort(served, monkeypatch):
+    monkeypatch.setattr(TOKENIZER, "chat_template", "{{ messages[0].content }}|{{ reasoning_effort | default('-') }}")
+    for asked, effort in ((None, "-"), ("low", "low")):
+        assert served.http.post("/v1/chat/completions", json=CHAT | {"reasoning_effort": asked}).is_success
+        assert TOKENIZER.decode(served.engine.requests[-1].prompt_ids) == f"hi|{effort}"
+    check_error(
+        served.http.post("/v1/chat/completions", json=CHAT | {"reasoning_effort": "vast"}), 400, "reasoning_effort"
+    )
 
 
 def test_chat_defaults_to_what_is_left_of_the_context(served):

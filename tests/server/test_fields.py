@@ -22,7 +22,7 @@ NAMED = (
     *("allowed_token_ids", "structural_tag", "bad_words", "truncate_prompt_tokens", "use_beam_search"),
     *("functions", "function_call", "length_penalty"),
     *("logits_processors", "prompt_embeds", "chat_template", "documents", "modalities", "audio", "prediction"),
-    *("reasoning_effort", "verbosity", "web_search_options", "suffix"),
+    *("verbosity", "web_search_options", "suffix"),
 )
 
 
