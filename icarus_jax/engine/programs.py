@@ -30,8 +30,14 @@ from icarus_jax.scheduling.plan import SCORE_ROWS
 
 COPY_ROWS = 8  # pages copied, or pairs compared, in one call
 # Options for `forward`, by platform. On TPU v7x XLA would otherwise want 16-bit weights in tiles of 16 x 128. Weights
-# that are spread over several devices cannot be placed so, and every step would begin with a copy of all of them.
-COMPILER_OPTIONS = {"tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
+# that are spread over several devices cannot be placed so, and every step would begin with a copy of all of them. And it
+# would leave all-reduces to the sparse cores, through main memory; a layer has nothing else to do meanwhile.
+COMPILER_OPTIONS = {
+    "tpu": {
+        "xla_tpu_control_large_2nd_minor_layout_for_x16": False,
+        "xla_tpu_enable_sparse_core_collective_offload_all_reduce": False,
+    }
+}
 
 
 class Programs:

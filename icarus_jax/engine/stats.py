@@ -34,6 +34,7 @@ class EngineStats:
         pages_total: Gauge: all pages.
         pages_used: Gauge: pages held by a running sequence or a session.
         pages_cached: Gauge: cached pages that nobody holds.
+        pages_by_model: Gauge: cached pages, held or not, by the model for which they were first written.
         sessions: Gauge: sessions that hold pages.
         running: Gauge: running sequences.
         waiting: Gauge: waiting sequences.
@@ -63,6 +64,7 @@ class EngineStats:
     pages_total: int = 0
     pages_used: int = 0
     pages_cached: int = 0
+    pages_by_model: dict[str, int] = dataclasses.field(default_factory=dict)
     sessions: int = 0
     running: int = 0
     waiting: int = 0
@@ -82,6 +84,7 @@ class EngineStats:
         self.evictions = scheduler.pool.evictions
         self.pages_used = scheduler.pool.num_used
         self.pages_cached = scheduler.pool.num_cached
+        self.pages_by_model = dict(+scheduler.pool.written_for)
         self.slot_evictions = scheduler.slots.evictions
         self.sessions = len(scheduler.sessions)
         self.running = len(scheduler.running)

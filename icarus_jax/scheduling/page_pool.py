@@ -59,6 +59,7 @@ class PagePool:
         caching: Whether pages are kept for later prompts.
         refs: For each page, how many sequences and sessions hold it.
         evictions: How many cached pages have been given up for others.
+        written_for: How many cached pages, held or not, were first written for each model; a model's count may be 0.
     """
 
     def __init__(self, num_pages: int, page_size: int, enable_prefix_caching: bool = True):
@@ -74,6 +75,7 @@ class PagePool:
         self.caching = enable_prefix_caching
         self.refs = [0] * num_pages
         self.evictions = 0
+        self.written_for: Counter[str] = Counter()
         self._free = list(range(num_pages - 1, -1, -1))  # pages without cached content
         self._idle: OrderedDict[int, None] = OrderedDict()  # cached, held by nobody; oldest first
         self._content: dict[int, Content] = {}
@@ -196,6 +198,7 @@ class PagePool:
             content = content._replace(model=self._content[page].model)
             self._forget(page)
         self._content[page] = content
+        self.written_for[content.model] += 1
         self._by_key[content.key] = page
         self._children[content.parent, content.tokens[0]][page] = content.tokens
 
@@ -235,6 +238,7 @@ class PagePool:
         """
         if not keep_content:
             self._content, self._by_key = {}, {}
+            self.written_for.clear()
             self._children.clear()
         self.refs = [0] * self.num_pages
         for table in tables:
@@ -261,6 +265,8 @@ class PagePool:
         assert len(free) == len(self._free) and not free & idle, "a page is free twice"
         assert free | idle == {page for page in range(self.num_pages) if not held[page]}, "a page is lost"
         assert idle <= set(self._content) and not free & set(self._content), "an empty page is cached"
+        models = Counter(content.model for content in self._content.values())
+        assert +self.written_for == models, "a model of a page is wrong"
         assert {content.key: page for page, content in self._content.items()} == self._by_key, "a name is wrong"
 
     def clear(self) -> None:
@@ -279,6 +285,7 @@ class PagePool:
         content = self._content.pop(page, None)
         if content is None:
             return
+        self.written_for[content.model] -= 1
         del self._by_key[content.key]
         siblings = self._children[content.parent, content.tokens[0]]
         del siblings[page]
