@@ -60,6 +60,12 @@ def main(argv: list[str]) -> None:
 
 def run() -> None:
     """Reads the flags and runs the program; also the console script icarus-chat."""
+    if {"--help", "-h"} & set(
+        sys.argv[1:]
+    ):  # absl's own help lists the flags of the module that is run, and exits with 1
+        module = sys.argv[0] if __name__ == "__main__" else __name__
+        print(f"{(__doc__ or '').strip()}\n\nflags:{flags.FLAGS.module_help(module)}")
+        return
     app.run(main)
 
 
