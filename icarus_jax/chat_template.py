@@ -5,7 +5,8 @@ asks for null. A tool call's arguments, which OpenAI sends as a JSON string, bec
 writes them as they are. And the role `developer` becomes `system`, unless the template knows it.
 
 For a template that knows no tools they are listed in a system message, the calls of the history are written into the
-content as the model is asked to write them, and the tools' answers become messages of the user.
+content as the model is asked to write them, and the tools' answers become messages of the user. A history may have
+calls though no tools are given any more.
 """
 
 from __future__ import annotations
@@ -51,8 +52,8 @@ def render(
     """
     template: str = tokenizer.get_chat_template(tools=list(tools) if tools else None)
     shown = _for_template(messages, template)
-    if tools and not knows_tools(template):
-        shown = _without_tools(shown, tools)
+    if not (knows_tools(template) if tools else "tool" in template):  # without tools there may be calls all the same
+        shown = _without_tools(shown, tools or ())
     # Not apply_chat_template: it takes a null content away, for which some templates ask.
     said: Any = {"conversations": [shown], "chat_template": template, "tools": tools}
     rendered: Any = render_jinja_template(**{**tokenizer.special_tokens_map, **options, **said})
@@ -93,7 +94,7 @@ def _with_arguments(call: Any) -> Any:
 
 
 def _without_tools(messages: Sequence[Message], tools: Tools) -> list[Message]:
-    """Writes a conversation with tools for a template that knows none: system, user and assistant, with text only."""
+    """Writes a conversation for a template that knows no tools: system, user and assistant, with text only."""
     shown: list[Message] = []
     answers = False  # whether the last message has the answers of tools
     for message in messages:
@@ -105,6 +106,8 @@ def _without_tools(messages: Sequence[Message], tools: Tools) -> list[Message]:
         else:
             shown.append(_with_calls(message))
         answers = told
+    if not tools:
+        return shown
     functions = [json.dumps(tool["function"], ensure_ascii=False) for tool in tools]
     text = _SYSTEM.format(tools="\n".join(functions))
     if shown and shown[0]["role"] == "system":

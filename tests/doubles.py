@@ -19,6 +19,7 @@ from icarus_jax.errors import RequestError
 from icarus_jax.models.head_bank import Factors
 from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import Request, TokenLogprob, TokenOutput
+from icarus_jax.scheduling.scheduler import Scheduler
 
 CHAT_TEMPLATE = (
     "{% for t in tools or [] %}<|im_start|>tool\n{{ t.function.name }}<|im_end|>\n{% endfor %}"
@@ -93,6 +94,7 @@ class FakeEngine:
         self.models = {name: Model(name, kind) for name, kind in kinds.items()}
         self.config = EngineConfig(max_model_len=max_model_len)
         self.model_config = ModelConfig("llama", vocab_size, 8, 8, 1, 1, 1, 8)
+        self.scheduler = Scheduler(self.config, num_slots=2)  # /metrics reads it; it schedules nothing
         self.stats = EngineStats(pages_total=self.config.num_pages)
         self.eos_ids = frozenset(eos_ids)
         self.step_seconds = step_seconds

@@ -3,5 +3,5 @@
 Owns: the device's weights and KV pages, buckets and their programs, the sampler.
 Takes: a `Request` and a callback. Gives: `TokenOutput` to the callback, as the steps make them.
 Parts: Engine (engine), Stepper (stepper), StepThread (step_thread), EngineStats (stats), Runner (runner), StepBatch
-(step_batch), Programs (programs), sample (sampler).
+(step_batch), next_inputs (repeat), Programs (programs), make_buckets (buckets), sample (sampler), Worker (multihost).
 """

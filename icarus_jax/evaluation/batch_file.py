@@ -15,6 +15,7 @@ from typing import Any
 
 from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, RESPONSES, Evaluation, Job, digest, encode, parse_line
 from icarus_jax.evaluation.result_file import Line
+from icarus_jax.server.body import MAX_BODY_BRACKETS, MAX_BODY_BYTES, MAX_BODY_COMMAS
 
 URLS = (COMPLETIONS, CHAT, RESPONSES)
 _ID = "batch_req_"
@@ -67,6 +68,7 @@ def read_requests(path: Path, served: Mapping[str, Any], urls: Sequence[str] = U
             if not text.strip():
                 continue
             try:
+                _check_size(text)
                 line = parse_line(text)
                 custom_id = _custom_id(line, ids)
                 name = digest([served, line])
@@ -94,12 +96,23 @@ def read_requests(path: Path, served: Mapping[str, Any], urls: Sequence[str] = U
     return Evaluation(jobs, None, key, report, f'{{"id":"{_ID}'.encode(), unusable)
 
 
+def _check_size(text: bytes) -> None:
+    """Refuses a line that the API would not read. Python's lock is held while its JSON is read: all else would wait."""
+    for what, count, most in (
+        ("bytes", len(text), MAX_BODY_BYTES),
+        ("commas", text.count(b","), MAX_BODY_COMMAS),
+        ("brackets", text.count(b"[") + text.count(b"{"), MAX_BODY_BRACKETS),
+    ):
+        if count > most:
+            raise ValueError(f"the line has {count} {what}; at most {most} are read")
+
+
 def _custom_id(line: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise ValueError("custom_id must be a string")
     if custom_id in seen:
-        raise ValueError(f"the custom_id {custom_id!r} is there twice, and names the first line")
+        raise ValueError(f"the custom_id {custom_id[:64]!r} is there twice, and names the first line")
     return custom_id
 
 

@@ -10,6 +10,7 @@ from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HttpRequest
@@ -132,7 +133,7 @@ class BatchRoutes:
         """Removes a file."""
         store = self._worker.store
         try:
-            deleted = await asyncio.to_thread(store.delete_file, current().caller.name, file_id)
+            deleted = await _in_bounds(store.delete_file, current().caller.name, file_id)
         except Conflict as error:
             raise ApiError(409, str(error), "file_id", "file_in_use") from None
         if not deleted:
@@ -166,7 +167,7 @@ class BatchRoutes:
         worker = self._worker
         await self._find("batch", batch_id)
         changes = {"status": "cancelling", "cancelling_at": int(time.time())}
-        batch = await asyncio.to_thread(worker.store.change, batch_id, OPEN, changes)
+        batch = await _in_bounds(worker.store.change, batch_id, OPEN, changes)
         if batch["status"] not in ("cancelling", "cancelled"):
             raise ApiError(409, f"a batch whose status is {batch['status']!r} cannot be cancelled", "batch_id")
         worker.cancel(batch_id)
@@ -216,8 +217,11 @@ async def _read_form(http: HttpRequest, most: int) -> FormData:
                 raise _too_large(most)
             yield chunk
 
-    if not http.headers.get("content-type", "").startswith("multipart/form-data"):
+    kind, options = parse_options_header(http.headers.get("content-type"))
+    if kind != b"multipart/form-data":
         raise ApiError(400, "the body must be a form, multipart/form-data, with the fields purpose and file")
+    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # others decode to what is no text
+        raise ApiError(400, "the form's charset must be utf-8")
     try:
         return await MultiPartParser(http.headers, limited(), max_files=1, max_fields=8).parse()
     except MultiPartException as error:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import fcntl
 import os
 import re
@@ -90,7 +91,8 @@ class BatchStore:
 
     def close(self) -> None:
         """Closes the folder, so that another process may open it."""
-        self._db.close()
+        with self._lock:
+            self._db.close()
         os.close(self._lock_fd)
 
     def path(self, object_id: str) -> Path:
@@ -124,8 +126,10 @@ class BatchStore:
             Full: it may not.
         """
         with self._transaction() as db:
-            count, total = batch_table.file_totals(db, tenant)
-        limits = self.limits
+            self._check_room(db, tenant, num_bytes)
+
+    def _check_room(self, db: sqlite3.Connection, tenant: str, num_bytes: int = 0) -> None:
+        (count, total), limits = batch_table.file_totals(db, tenant), self.limits
         if count >= limits.files or total + num_bytes > limits.total_bytes:
             most = f"at most {limits.files} files and {limits.total_bytes} bytes are kept"
             raise Full(f"you have {count} files with {total} bytes, and {most}: delete some")
@@ -143,12 +147,15 @@ class BatchStore:
             The file, as the API shows it.
 
         Raises:
+            Full: the tenant may not have one more file.
             OSError: it cannot be written.
         """
-        shown = self._write(filename, purpose, iter(lambda: content.read(1 << 20), b""))
-        with self._transaction() as db:
-            batch_table.insert(db, "file", tenant, shown)
-        return shown
+        with self._new_contents() as made:
+            made.append(self._write(filename, purpose, iter(lambda: content.read(1 << 20), b"")))
+            with self._transaction() as db:
+                self._check_room(db, tenant, made[0]["bytes"])  # others may have come since the caller has checked
+                batch_table.insert(db, "file", tenant, made[0])
+        return made[0]
 
     def delete_file(self, tenant: str, file_id: str) -> bool:
         """Removes a file.
@@ -172,6 +179,17 @@ class BatchStore:
             batch_table.delete(db, file_id)
         self.path(file_id).unlink(missing_ok=True)
         return True
+
+    @contextlib.contextmanager
+    def _new_contents(self) -> Iterator[list[Shown]]:
+        """Gives a list for new files. If SQLite does not get to know them, their contents are removed."""
+        made: list[Shown] = []
+        try:
+            yield made
+        except BaseException:
+            for shown in made:
+                self.path(shown["id"]).unlink(missing_ok=True)
+            raise
 
     def _write(self, filename: str, purpose: str, content: Iterable[bytes]) -> Shown:
         """Writes a new file's content. Returns the file, as the API shows it."""
@@ -201,7 +219,7 @@ class BatchStore:
 
         Raises:
             LookupError: the tenant has no such input file.
-            Full: the tenant has as many unfinished batches as it may have.
+            Full: the tenant has as many unfinished batches, or as many files, as it may have.
         """
         with self._transaction() as db:
             if batch_table.find(db, "file", shown["input_file_id"], tenant) is None:
@@ -209,6 +227,7 @@ class BatchStore:
             count = sum(owner == tenant for owner, _ in batch_table.unfinished(db))
             if count >= self.limits.batches:
                 raise Full(f"{count} of your batches are not finished, and at most {self.limits.batches} may be")
+            self._check_room(db, tenant)  # for the batch's own files
             batch_table.insert(db, "batch", tenant, shown)
 
     def unfinished(self) -> list[tuple[str, Shown]]:
@@ -242,21 +261,25 @@ class BatchStore:
         Raises:
             OSError: a file cannot be written.
         """
-        made = {}
-        for field, content in lines.items():
-            name = f"{batch_id}_{field.removesuffix('_file_id')}.jsonl"
-            made[field] = self._write(name, "batch_output", map(encode_line, content))
-        with self._transaction() as db:
-            for shown in made.values():
-                batch_table.insert(db, "file", tenant, shown)
-            ids = {field: shown["id"] for field, shown in made.items()}
-            batch_table.change(db, batch_id, UNFINISHED, {**changes, **ids})
+        with self._new_contents() as made:
+            for field, content in lines.items():
+                name = f"{batch_id}_{field.removesuffix('_file_id')}.jsonl"
+                made.append(self._write(name, "batch_output", map(encode_line, content)))
+            with self._transaction() as db:
+                for shown in made:
+                    batch_table.insert(db, "file", tenant, shown)
+                ids = {field: shown["id"] for field, shown in zip(lines, made, strict=True)}
+                batch_table.change(db, batch_id, UNFINISHED, {**changes, **ids})
         self.path(batch_id).unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _transaction(self) -> Iterator[sqlite3.Connection]:
-        with self._lock, self._db:
-            yield self._db
+        """Opens a transaction. Raises OSError if the database fails, because the disk is full, say."""
+        try:
+            with self._lock, self._db:
+                yield self._db
+        except sqlite3.Error as error:
+            raise OSError(errno.EIO, str(error)) from error
 
     def _sweep(self) -> None:
         """Removes contents whose files SQLite does not know, and the answers of finished batches."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 
 from icarus_jax.grammar.compiler import TRIALS, Compiler, Grammar
 from icarus_jax.grammar.spec import GrammarSpec
 from icarus_jax.grammar.trial import CPU_SECONDS
 
-MOST = 32  # grammars that are compiled or wait for it
+MOST = 64  # grammars that are compiled or wait for it
+MOST_OF_TENANT = 32  # of them, those of one tenant
 
 
 class TooManyGrammars(Exception):
@@ -22,7 +24,7 @@ class TooManyGrammars(Exception):
 
     def __init__(self) -> None:
         self.seconds = math.ceil(MOST * CPU_SECONDS / TRIALS)
-        super().__init__(f"{MOST} grammars wait to be compiled, and no more may; try again in {self.seconds} s")
+        super().__init__(f"too many grammars wait to be compiled; try again in {self.seconds} s")
 
 
 class CompileQueue:
@@ -32,13 +34,17 @@ class CompileQueue:
         """Starts with nothing to compile."""
         self._compiler = compiler
         self._executor = ThreadPoolExecutor(TRIALS, "grammar")
-        self._pending: dict[tuple[GrammarSpec, str], asyncio.Future[Grammar]] = {}  # the field: errors name it
+        # What waits does so here and not in the executor, all of whose work is done before the process may end.
+        self._turns = asyncio.Semaphore(TRIALS)
+        self._pending: dict[tuple[GrammarSpec, str], asyncio.Task[Grammar]] = {}  # the field: errors name it
+        self._counts: Counter[str] = Counter()  # tenant -> how many of them it has asked for first
 
-    async def compile(self, spec: GrammarSpec) -> Grammar:
+    async def compile(self, spec: GrammarSpec, tenant: str = "") -> Grammar:
         """Compiles a grammar, or finds it among the last ones. Must be called on the event loop.
 
         Args:
             spec: The grammar.
+            tenant: Who asks for it.
 
         Raises:
             RequestError: It is no grammar, is too complex, or uses what llguidance does not support.
@@ -48,9 +54,18 @@ class CompileQueue:
             return found
         key = spec, spec.field
         if key not in self._pending:
-            if len(self._pending) >= MOST:
+            if len(self._pending) >= MOST or self._counts[tenant] >= MOST_OF_TENANT:
                 raise TooManyGrammars
-            loop = asyncio.get_running_loop()
-            self._pending[key] = loop.run_in_executor(self._executor, self._compiler.compile, spec)
-            self._pending[key].add_done_callback(lambda _: self._pending.pop(key))
+            self._pending[key] = asyncio.create_task(self._compile(spec))
+            self._counts[tenant] += 1
+            self._pending[key].add_done_callback(lambda _: self._forget(key, tenant))
         return await asyncio.shield(self._pending[key])  # others may wait for it too
+
+    def _forget(self, key: tuple[GrammarSpec, str], tenant: str) -> None:
+        del self._pending[key]
+        self._counts[tenant] -= 1
+
+    async def _compile(self, spec: GrammarSpec) -> Grammar:
+        """Compiles a grammar once it is its turn."""
+        async with self._turns:
+            return await asyncio.get_running_loop().run_in_executor(self._executor, self._compiler.compile, spec)

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
-from llguidance.gbnf_to_lark import GbnfToLarkError, gbnf_to_lark
+from llguidance.gbnf_to_lark import gbnf_to_lark
 from llguidance.numpy import fill_next_token_bitmask, fill_next_token_bitmask_par
 
 from icarus_jax.errors import RequestError
 from icarus_jax.grammar.spec import MAX_CHARACTERS, GrammarSpec
-from icarus_jax.grammar.trial import Trial
+from icarus_jax.grammar.trial import FAILED, Trial
 
 CACHED = 256  # compiled grammars that are kept, and reasons why there is none
 TRIALS = 2  # grammars that are tried at the same time
@@ -57,8 +57,7 @@ class Matcher:
         """
         self._tokens.append(token)
         # A mask that could not be made allows the end only, and llguidance takes that token as if nothing were wrong.
-        failed = self._matcher.is_error() or not (self._matcher.consume_token(token) or self.part())
-        if failed:
+        if self._matcher.is_error() or not self._matcher.consume_token(token):
             raise GrammarError(self._matcher.get_error() or "the grammar does not allow what was generated")
         self.ended = self._matcher.is_stopped()
 
@@ -148,19 +147,23 @@ class Compiler:
         if (found := self.find(spec)) is not None:
             return found
         made = self._compiled(spec)
+        if made != FAILED:  # perhaps for a reason of its own, such as a lack of memory
+            self._keep(spec, made)
+        if isinstance(made, str):
+            raise _refusal(spec, made)
+        return made
+
+    def _keep(self, spec: GrammarSpec, made: Grammar | str) -> None:
         with self._lock:
             self._cache[spec] = made
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
-        if isinstance(made, str):
-            raise _refusal(spec, made)
-        return made
 
     def _compiled(self, spec: GrammarSpec) -> Grammar | str:
         """Returns the grammar, or why there is none."""
         try:
             tokenizer, grammar = self._tokens(), READERS[spec.kind](spec.text)
-        except (ValueError, GbnfToLarkError, RecursionError) as error:
+        except ValueError as error:
             return _one_line(str(error))
         trial = self._trials.get()
         try:
@@ -183,8 +186,15 @@ def _read_schema(text: str) -> str:
 
 
 def _read_lark(text: str) -> str:
-    """Reads Lark, or llama.cpp's GBNF, which begins with a rule's name and ::=."""
-    return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if GBNF.match(text) else text)
+    """Reads Lark, or llama.cpp's GBNF, which begins with a rule's name and ::=.
+
+    Raises:
+        ValueError: It is no grammar.
+    """
+    try:
+        return LLMatcher.grammar_from_lark(gbnf_to_lark(text) if GBNF.match(text) else text)
+    except Exception as error:  # gbnf_to_lark raises exceptions of many kinds
+        raise ValueError(str(error)) from error
 
 
 GBNF = re.compile(r"(?:\s|#.*\n)*[\w-]+\s*::=")
@@ -205,6 +215,9 @@ _executor: LLExecutor | None = None
 def fill_masks(matchers: Sequence[tuple[int, Matcher]], masks: np.ndarray) -> None:
     """Writes which tokens may come next. Several threads of llguidance's own share the work.
 
+    An answer that reaches the limit of its grammar's states gets states of its own, but only one in a call; another one
+    that does so then fails, when its next token is accepted.
+
     Args:
         matchers: Pairs of a row of `masks` and the matcher whose mask belongs there.
         masks: i32[S, ceil(V / 32)]. Bit v % 32 of column v // 32 is set if token v may come next.
@@ -215,6 +228,7 @@ def fill_masks(matchers: Sequence[tuple[int, Matcher]], masks: np.ndarray) -> No
     if _executor is None:
         _executor = LLExecutor()
     fill_next_token_bitmask_par(_executor, [(matcher._matcher, row) for row, matcher in matchers], masks)
-    for row, matcher in matchers:
-        if matcher._matcher.is_error() and matcher.part():
+    worn = [(row, matcher) for row, matcher in matchers if matcher._matcher.is_error()]
+    for row, matcher in worn[:1]:  # compiling takes long, and all rows of the step wait: the other answers end
+        if matcher.part():
             fill_next_token_bitmask(matcher._matcher, masks, row)

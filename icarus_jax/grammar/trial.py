@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 CPU_SECONDS = 1.0
+FAILED = "the compiler failed on it twice"
 MEMORY_BYTES = 4 << 30
 CHILD = Path(__file__).resolve().with_name("trial_child.py")
 
@@ -56,7 +57,7 @@ class Trial:
         answer = self._try(grammar)
         if answer is None:
             answer = self._try(grammar)
-        return "the compiler failed on it twice" if answer is None else answer
+        return FAILED if answer is None else answer
 
     def _try(self, grammar: str) -> str | None:
         """Returns the answer of the process; None if it died, perhaps for a reason of its own."""

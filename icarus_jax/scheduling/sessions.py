@@ -86,9 +86,16 @@ class Sessions:
             pages: How many pages are needed; those of `matched` that nobody holds are counted in.
             matched: Pages that would be held and not allocated. Those that a release frees are needed on top.
         """
-        held = Counter(page for kept in self._held.values() if not math.isinf(kept.expires) for page in kept.pages)
-        freed = {page for page, holders in held.items() if self._pool.refs[page] == holders}
-        return self._pool.num_free + len(freed) >= pages + len(freed.intersection(matched))
+        held: Counter[int] = Counter()
+        free, matched = self._pool.num_free, frozenset(matched)
+        # No further than needed: there may be many sessions, and this is asked for each one that is released.
+        for kept in sorted(self._held.values(), key=lambda kept: kept.expires):
+            if free >= pages or math.isinf(kept.expires):
+                break
+            for page in kept.pages:
+                held[page] += 1
+                free += held[page] == self._pool.refs[page] and page not in matched
+        return free >= pages
 
     def release_next(self, pinned: bool = False) -> bool:
         """Releases the session that expires soonest.

@@ -122,7 +122,7 @@ class Intake:
         asked = await asyncio.to_thread(self._begin, read, raw, generation)
         if asked.spec is not None:
             try:
-                grammar = await self._grammars.compile(asked.spec)
+                grammar = await self._grammars.compile(asked.spec, current().caller.name)
             except TooManyGrammars as error:
                 headers = {"Retry-After": str(error.seconds)}
                 raise ApiError(429, str(error), asked.spec.field, "rate_limit_exceeded", headers) from error

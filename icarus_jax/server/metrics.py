@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -10,17 +11,26 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from icarus_jax.engine.stats import EngineStats
+from icarus_jax.scheduling.registry import NO_SLOT, Model
+from icarus_jax.scheduling.scheduler import Scheduler
 
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
 _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
 
 class HasStats(Protocol):
-    """Anything with counters like an engine's."""
+    """Anything with counters, models and a scheduler like an engine's."""
+
+    scheduler: Scheduler
 
     @property
     def stats(self) -> EngineStats:
         """The counters as of now."""
+        ...
+
+    @property
+    def models(self) -> Mapping[str, Model]:
+        """The served models by name."""
         ...
 
 
@@ -80,6 +90,23 @@ class _EngineCollector(Collector):
         yield GaugeMetricFamily("icarus_kv_pages_capacity", "KV pages in all.", value=stats.pages_total)
         usage = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
         yield GaugeMetricFamily("icarus_kv_cache_usage_perc", "KV pages held by sequences, of all.", value=usage)
+        yield self._adapters()
+
+    def _adapters(self) -> Metric:
+        """Returns which adapters are on the device and which wait for a slot, in the labels that vLLM has."""
+        scheduler = self._engine.scheduler
+        heads = [model for model in self._engine.models.values() if model.kind != "base"]
+        loaded = {head.name for head in heads if head.slot != NO_SLOT}
+        # The engine's thread changes the queue meanwhile; copying it into a tuple is one step of the interpreter.
+        wanted = {seq.model.name for seq in tuple(scheduler.waiting) if seq.model.slot == NO_SLOT}
+        gauge = GaugeMetricFamily(
+            "icarus_lora_requests_info",
+            "Adapters on the device, and those that wait for a slot; the value is the time.",
+            labels=["running_lora_adapters", "waiting_lora_adapters", "max_lora"],
+        )
+        slots = str(scheduler.slots.num_slots)
+        gauge.add_metric([",".join(sorted(loaded)), ",".join(sorted(wanted)), slots], time.time())
+        return gauge
 
 
 class Metrics:

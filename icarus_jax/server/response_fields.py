@@ -106,9 +106,9 @@ class ResponseRequest(Body):
     max_output_tokens: Int32 | None = None
     temperature: float | None = None
     top_p: float | None = None
-    include: list[Literal["message.output_text.logprobs"]] = Field([])
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field([])
     top_logprobs: Int32 | None = None
-    truncation: Literal["disabled"] = "disabled"
+    truncation: Literal["auto", "disabled"] = "disabled"  # nothing is cut: a prompt that is too long is an error
     metadata: Metadata = Field({}, max_length=16)
     prompt_cache_key: str | None = Field(None, max_length=256)
     user: str | None = None
@@ -118,20 +118,9 @@ class ResponseRequest(Body):
 
     @model_validator(mode="after")
     def _check(self) -> ResponseRequest:
-        if self.top_logprobs is not None and not self.include:
+        if self.top_logprobs and LOGPROBS not in self.include:
             raise RequestError(f"top_logprobs needs include=[{LOGPROBS!r}]", "top_logprobs")
-        self._choice()
         return self
-
-    def _choice(self) -> Any:
-        """Returns `tool_choice` as chat requests have it."""
-        choice = self.tool_choice
-        if choice in ("auto", "none", "required"):
-            return choice
-        if isinstance(choice, dict) and choice.get("type") == "function" and isinstance(choice.get("name"), str):
-            return {"type": "function", "function": {"name": choice["name"]}}
-        forms = "'auto', 'none', 'required' or {'type': 'function', 'name': ..}"
-        raise RequestError(f"tool_choice must be {forms}", "tool_choice")
 
     def named_session(self) -> dict[str, Any] | None:
         """The session that the request names; None: it names none."""
@@ -153,11 +142,11 @@ class ResponseRequest(Body):
         fields = {
             "messages": system + to_messages([*before, *self.input]),
             "tools": [tool.chat() for tool in self.tools] or None,
-            "tool_choice": self._choice(),
+            "tool_choice": self.tool_choice,
             "response_format": self.text.format.chat(),
             "max_completion_tokens": self.max_output_tokens,
             "reasoning_effort": self.reasoning.effort,
-            "logprobs": bool(self.include),
+            "logprobs": LOGPROBS in self.include,
             "session": session,
         }
         same = {"model", "parallel_tool_calls", "temperature", "top_p", "top_logprobs"}

@@ -14,6 +14,7 @@ from icarus_jax.server.tool_values import Schema
 from icarus_jax.server.tool_xml import XmlCallParser
 
 OPEN, CLOSE = "<think>", "</think>"
+PIECE = 4096  # characters that are read at once: each step copies what comes after it
 
 
 class Reasoning(enum.Enum):
@@ -44,9 +45,10 @@ class AnswerParser:
     def feed(self, text: str, ends: bool = False) -> Said:
         """Takes the next piece of the answer, and returns what it brought. `ends`: whether it is the last one."""
         said = Said()
-        self._held += text
-        while self._held and self._step(said):
-            pass
+        for start in range(0, len(text), PIECE):
+            self._held += text[start : start + PIECE]
+            while self._held and self._step(said):
+                pass
         if ends:
             self._end(said)
         said.called = self._called = self._called or bool(said.calls)

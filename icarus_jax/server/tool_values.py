@@ -30,7 +30,8 @@ def arguments_of(schema: Schema) -> dict[str, Schema] | None:
         return None
     if not all(isinstance(part, dict) and re.fullmatch(r"[^<>\s]+", name) for name, part in properties.items()):
         return None
-    if not set(schema.get("required", ())) <= properties.keys():
+    required = schema.get("required", [])
+    if not isinstance(required, list) or not all(isinstance(name, str) and name in properties for name in required):
         return None
     shared = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
     return {name: {**part, **shared} for name, part in properties.items()}
@@ -41,7 +42,10 @@ def is_text(schema: Schema) -> bool:
     values = texts_of(schema)
     if values is not None:
         return True
-    return schema.get("type") == "string" and schema.keys() <= _WORDS | {"type", "maxLength", "$defs", "definitions"}
+    most = schema.get("maxLength", 0)
+    if schema.get("type") != "string" or type(most) is not int or most < 0:
+        return False
+    return schema.keys() <= _WORDS | {"type", "maxLength", "$defs", "definitions"}
 
 
 def texts_of(schema: Schema) -> list[str] | None:
@@ -79,7 +83,8 @@ def read_value(text: str, schema: Schema) -> str:
 def _types(schema: Schema) -> set[str]:
     """Returns the types that a value may have; none: any type."""
     named = schema.get("type")
-    types = {named} if isinstance(named, str) else {kind for kind in named or () if isinstance(kind, str)}
-    for part in (*schema.get("anyOf", ()), *schema.get("oneOf", ())):
-        types |= _types(part) if isinstance(part, dict) else set()
+    types = {kind for kind in (named if isinstance(named, list) else [named]) if isinstance(kind, str)}
+    for parts in (schema.get("anyOf"), schema.get("oneOf")):
+        for part in parts if isinstance(parts, list) else []:
+            types |= _types(part) if isinstance(part, dict) else set()
     return types

@@ -17,6 +17,11 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # a terminal obeys them
 MIN_COLUMN = 30  # the least width of a column, in characters
 
 
+def plain(text: str) -> str:
+    """Returns a text without what a terminal would obey."""
+    return _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+
+
 @dataclasses.dataclass
 class Answer:
     """One model's answer.
@@ -24,12 +29,14 @@ class Answer:
     Attributes:
         model: the model that began it.
         parts: the texts in their order, each with the model that wrote it. A handoff begins a new one.
+        content: the answer as the model wrote it, without its reasoning.
         finish_reason: why it ended; None while it goes on.
         kl: the estimated divergence from the trunk, in nats; None: it is not known.
     """
 
     model: str
     parts: list[tuple[str, str]] = dataclasses.field(default_factory=list)
+    content: str = ""
     finish_reason: str | None = None
     kl: float | None = None
 
@@ -39,7 +46,7 @@ class Answer:
         calls = [call["function"] for call in delta.get("tool_calls") or ()]
         text = (delta.get("reasoning_content") or "") + (delta.get("content") or "")
         text += "".join((call.get("name") or "") + (call.get("arguments") or "") for call in calls)
-        text = _CONTROL.sub("\N{REPLACEMENT CHARACTER}", text)
+        self.content += delta.get("content") or ""
         writer = choice.get("model", self.model)
         if text and self.parts and self.parts[-1][0] == writer:
             self.parts[-1] = (writer, self.parts[-1][1] + text)
@@ -47,11 +54,6 @@ class Answer:
             self.parts.append((writer, text))
         self.finish_reason = choice.get("finish_reason") or self.finish_reason
         self.kl = choice.get("kl_to_base", self.kl)
-
-    @property
-    def text(self) -> str:
-        """The whole answer."""
-        return "".join(text for _, text in self.parts)
 
 
 class Answers:
@@ -90,20 +92,20 @@ class Answers:
             table.add_column(ratio=1)
         for row in rows:
             table.add_row(*map(self._panel, row))
-        return Group(table, Text(self.cost(), style="dim")) if self.usage else table
+        return Group(table, Text(plain(self.cost()), style="dim")) if self.usage else table
 
     def _panel(self, answer: Answer) -> Panel:
         shown = Text()
         for i, (model, text) in enumerate(answer.parts):
             colour = self._colours.get(model, "white")
             if i or model != answer.model:
-                shown.append(f"[→ {model}] ", f"bold reverse {colour}")
-            shown.append(text, colour)
+                shown.append(plain(f"[→ {model}] "), f"bold reverse {colour}")
+            shown.append(plain(text), colour)
         end = "" if answer.finish_reason in (None, "stop") else answer.finish_reason
         notes = [end, "" if answer.kl is None else f"KL to the trunk {answer.kl:.2f} nats"]
         colour = self._colours.get(answer.model, "white")
-        subtitle = Text(", ".join(filter(None, notes)))
-        return Panel(shown, title=Text(answer.model), subtitle=subtitle, border_style=colour)
+        subtitle = Text(plain(", ".join(filter(None, notes))))
+        return Panel(shown, title=Text(plain(answer.model)), subtitle=subtitle, border_style=colour)
 
     def cost(self) -> str:
         """Returns what the tokens cost, in a line."""

@@ -10,7 +10,7 @@ from rich.live import Live
 from rich.text import Text
 
 from icarus_jax.errors import UsageError
-from icarus_jax.terminal.answers import Answers
+from icarus_jax.terminal.answers import Answers, plain
 from icarus_jax.terminal.client import Server, ServerError
 
 HELP = """\
@@ -68,13 +68,13 @@ class Chat:
             elif line:
                 self._ask(line)
         except (ServerError, UsageError) as error:
-            self._console.print(Text(str(error), style="bold red"))
+            self._console.print(Text(plain(str(error)), style="bold red"))
         return True
 
     def _run(self, command: str, rest: str) -> None:
         """Runs a command."""
         if command == "/models" and rest:
-            self._models = self._choose([name.strip() for name in rest.split(",") if name.strip()])
+            self._models = self._choose([name.strip() for name in rest.split(",")])
         elif command == "/keep":
             self._keep = self._check(rest)
         elif command == "/handoff":
@@ -86,7 +86,7 @@ class Chat:
             self._console.print(HELP, highlight=False)
         if command == "/models":
             shown = [f"[{name}]" if name in self._models else name for name in self._known]
-            self._console.print(Text(" ".join(shown) + "   ([..]: answers)"))
+            self._console.print(Text(plain(" ".join(shown)) + "   ([..]: answers)"))
 
     def _rule(self, said: str) -> dict[str, str]:
         text, equals, name = said.rpartition("=")
@@ -108,8 +108,8 @@ class Chat:
         answers = Answers(self._models, self._known)
         self._watch(answers, self._server.chat(body))
         kept = next((a for a in answers.answers if a.model == self._keep), answers.answers[0])
-        if kept.text:
-            self._messages = [*messages, {"role": "assistant", "content": kept.text}]
+        if kept.content:
+            self._messages = [*messages, {"role": "assistant", "content": kept.content}]
 
     def _watch(self, answers: Answers, chunks: Iterator[dict[str, Any]]) -> None:
         """Shows answers until they end, or until Ctrl-C."""

@@ -39,7 +39,7 @@ class Server:
             answer = self._http.get("/v1/models")
             _check(answer)
             return [model["id"] for model in answer.json()["data"]]
-        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError, KeyError, TypeError) as error:
             raise ServerError(f"{self.url}: {error or type(error).__name__}") from error
 
     def chat(self, body: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -60,7 +60,7 @@ class Server:
                     answer.read()
                     _check(answer)
                 yield from _chunks(answer)
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, ValueError) as error:  # ValueError: what came or was to be sent is no JSON
             raise ServerError(f"{self.url}: {error or type(error).__name__}") from error
 
 

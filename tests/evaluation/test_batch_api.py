@@ -21,7 +21,7 @@ import pytest
 
 from icarus_jax.evaluation import batch_worker
 from icarus_jax.evaluation.batch_routes import BatchRoutes
-from icarus_jax.evaluation.batch_store import BatchLimits, BatchStore
+from icarus_jax.evaluation.batch_store import BatchLimits, BatchStore, Full
 from icarus_jax.evaluation.batch_worker import BatchWorker
 from icarus_jax.server.auth import Keys
 from icarus_jax.server.limits import Limits
@@ -158,6 +158,10 @@ def test_a_refused_request_costs_no_other(served):
         ([], "empty_file", None, "no requests"),
         (["\n\n"], "empty_file", None, "no requests"),
         ([b"\xff\xfe\x00\n".decode("latin-1")], "invalid_line", 1, "broken JSON"),
+        ([batch_request("a", prompt=[5]), f"[{'[],' * 200_000}0]"], "invalid_line", 2, "200001 brackets"),
+        ([f"[{'0,' * 2_000_001}0]"], "invalid_line", 1, "2000001 commas"),
+        ([f'{{"custom_id": "{"a" * (32 << 20)}"}}'], "invalid_line", 1, "bytes; at most"),
+        ([batch_request("b" * 5000, prompt=[5])] * 2, "invalid_line", 2, "is there twice"),
     ],
 )
 def test_a_file_with_a_line_that_cannot_be_answered_for_fails(served, requests, code, line, why):
@@ -167,7 +171,7 @@ def test_a_file_with_a_line_that_cannot_be_answered_for_fails(served, requests, 
     assert done.status == "failed" and done.failed_at and done.output_file_id is done.error_file_id is None
     (error,) = done.errors.data
     assert (error.code, error.line) == (code, line) and why in error.message
-    assert "/" not in error.message and len(served.engine.requests) == before
+    assert "/" not in error.message and len(error.message) < 200 and len(served.engine.requests) == before
 
 
 def test_only_the_first_hundred_errors_are_shown(served):
@@ -210,6 +214,12 @@ def test_an_input_in_use_is_kept(tmp_path):
 
 
 FILE = {"file": ("a.jsonl", b"{}\n")}
+# In some encodings the file's name is half a character, which no answer can hold.
+CONTENT_TYPE = "multipart/form-data; boundary=x"
+FORM = (
+    b'--x\r\nContent-Disposition: form-data; name="purpose"\r\n\r\nbatch\r\n'
+    b'--x\r\nContent-Disposition: form-data; name="file"; filename="\\ud83d"\r\n\r\n{}\n\r\n--x--\r\n'
+)
 
 
 @pytest.mark.parametrize(
@@ -225,6 +235,10 @@ FILE = {"file": ("a.jsonl", b"{}\n")}
         ({"files": {"x": (None, "y")}, "data": {"purpose": "batch", "file": "text"}}, "file", "file of JSON lines"),
         ({"files": [("file", FILE["file"])] * 2, "data": {"purpose": "batch"}}, None, "Too many files"),
         ({"files": FILE, "data": {"purpose": "batch", "expires_after[anchor]": "x"}}, "expires_after[anchor]", "stay"),
+        *(
+            ({"content": FORM, "headers": {"Content-Type": f"{CONTENT_TYPE}; charset={name}"}}, None, "charset")
+            for name in ("undefined", "punycode", "unicode_escape", "utf-16")
+        ),
     ],
 )
 def test_forms_that_are_refused(served, sent, param, why):
@@ -334,6 +348,33 @@ def test_limits(tmp_path):
         with pytest.raises(openai.RateLimitError, match="at most 6 files"):
             upload(client, b"x")
         assert not list((tmp_path / "contents").glob("*.part")) and len(list((tmp_path / "contents").iterdir())) == 6
+
+
+def test_limits_hold_for_those_who_come_at_once(tmp_path):
+    """All of them have been told that there is room."""
+    store = BatchStore(tmp_path, BatchLimits(files=2))
+    store.check_room("ann")
+    for _ in range(2):
+        store.add_file("ann", "a", "batch", io.BytesIO(b"x"))
+    with pytest.raises(Full, match="at most 2 files"):
+        store.add_file("ann", "a", "batch", io.BytesIO(b"x"))
+    assert len(list((tmp_path / "contents").iterdir())) == 2
+    store.add_file("bob", "b", "batch", io.BytesIO(b"x"))
+    store.close()
+
+
+def test_batches_make_no_files_without_end(tmp_path):
+    """The same input may be run again and again, and its answers are kept."""
+    with serving(**options(tmp_path, BatchLimits(files=4))) as served:
+        client = served.openai
+        file = upload(client, [batch_request("a", prompt=[5])])
+        ask = {"input_file_id": file.id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+        for _ in range(3):
+            done = wait(client, client.batches.create(**ask).id, *ENDS)
+        with pytest.raises(openai.RateLimitError, match="at most 4 files"):
+            client.batches.create(**ask)
+        client.files.delete(done.output_file_id)
+        assert wait(client, client.batches.create(**ask).id, *ENDS).status == "completed"
 
 
 def test_tenants_see_their_own_only(tmp_path):
@@ -525,6 +566,40 @@ def test_a_fault_of_the_disk_is_waited_for(tmp_path, monkeypatch):
     with serving(**options(tmp_path)) as served:
         batch = create(served.openai, [batch_request("0", prompt=[1])])
         check_complete(served.openai, batch.id, 1, 3)
+
+
+def test_what_cannot_be_finished_leaves_nothing(tmp_path):
+    """Else every try fills the disk with another copy of the answers."""
+    store = BatchStore(tmp_path)
+
+    def full() -> Iterator[dict]:
+        yield {"custom_id": "b"}
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        store.finish("batch_x", "", {"output_file_id": [{"custom_id": "a"}], "error_file_id": full()}, {})
+    assert not list((tmp_path / "contents").iterdir())
+    store.close()
+
+
+def test_a_full_disk(tmp_path):
+    """The database has no room for another row."""
+    store = BatchStore(tmp_path)
+    with serving(**options_of(store)) as served:
+        form = {"files": {"file": ("a" * 250, b"{}\n")}, "data": {"purpose": "batch"}}
+        (pages,) = store._db.execute("PRAGMA page_count").fetchone()
+        store._db.execute(f"PRAGMA max_page_count = {pages}")
+        for _ in range(100):
+            answer = served.http.post("/v1/files", **form)
+            if answer.status_code != 200:
+                break
+        assert "full" in check_error(answer, 507, None, "disk_error")["message"]
+        files = served.openai.files.list().data
+        assert {path.name for path in (tmp_path / "contents").iterdir()} == {file.id for file in files} != set()
+        body = {"endpoint": CHAT, "completion_window": "24h", "metadata": {str(i): "x" * 500 for i in range(16)}}
+        check_error(
+            served.http.post("/v1/batches", json=body | {"input_file_id": files[0].id}), 507, None, "disk_error"
+        )
 
 
 def test_a_folder_is_one_servers(tmp_path):

@@ -108,6 +108,7 @@ def test_every_setting_of_a_model(run):
         top_logprobs=2,
         reasoning=Reasoning(effort="low"),
         verbosity="low",
+        truncation="auto",
         extra_body={"session": {"id": "s", "retain": 1}},
     )
     agent = run.agent("a", settings=settings, output_type=Weather)

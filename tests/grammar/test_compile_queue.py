@@ -10,7 +10,7 @@ import pytest
 from icarus_jax.errors import RequestError
 from icarus_jax.grammar import compile_queue
 from icarus_jax.grammar.compile_queue import CompileQueue, TooManyGrammars
-from icarus_jax.grammar.compiler import Compiler
+from icarus_jax.grammar.compiler import TRIALS, Compiler
 from icarus_jax.grammar.spec import GrammarSpec
 from tests.grammar.following import accepts, make_compiler
 
@@ -59,7 +59,7 @@ def test_there_is_room_for_a_few_only(monkeypatch):
         queue = CompileQueue(compiler)
         waiting = [asyncio.ensure_future(queue.compile(choice(text))) for text in "abc"]
         await asyncio.sleep(0)
-        with pytest.raises(TooManyGrammars, match=r"3 grammars wait .* try again in 2 s"):
+        with pytest.raises(TooManyGrammars, match=r"too many grammars wait .* try again in 2 s"):
             await queue.compile(choice("d"))
         waiting.append(asyncio.ensure_future(queue.compile(choice("a"))))  # that one waits already
         compiler.go.set()
@@ -67,6 +67,42 @@ def test_there_is_room_for_a_few_only(monkeypatch):
         assert accepts(await queue.compile(choice("d")), "d")  # there is room again
 
     asyncio.run(ask())
+
+
+def test_a_tenant_has_a_share_of_the_room(monkeypatch):
+    monkeypatch.setattr(compile_queue, "MOST_OF_TENANT", 2)
+    compiler = Held()
+
+    async def ask() -> None:
+        queue = CompileQueue(compiler)
+        waiting = [asyncio.ensure_future(queue.compile(choice(text), "greedy")) for text in "ab"]
+        await asyncio.sleep(0)
+        with pytest.raises(TooManyGrammars):
+            await queue.compile(choice("c"), "greedy")
+        waiting.append(asyncio.ensure_future(queue.compile(choice("c"), "other")))
+        compiler.go.set()
+        assert len(await asyncio.gather(*waiting)) == 3
+        assert accepts(await queue.compile(choice("d"), "greedy"), "d")
+
+    asyncio.run(ask())
+
+
+def test_what_waits_ends_with_the_loop():
+    """The end of the server waits for those only that are being compiled."""
+    compiler = Held()
+
+    async def ask() -> CompileQueue:
+        queue = CompileQueue(compiler)
+        waiting = [asyncio.ensure_future(queue.compile(choice(text))) for text in "abcde"]
+        while len(compiler.compiled) < TRIALS:
+            await asyncio.sleep(0.01)
+        assert not any(asked.done() for asked in waiting)
+        return queue
+
+    queue = asyncio.run(ask())
+    compiler.go.set()
+    queue._executor.shutdown()
+    assert sorted(compiler.compiled) == ["a", "b"]
 
 
 def test_an_error_names_the_field_of_each():

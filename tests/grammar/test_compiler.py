@@ -71,6 +71,8 @@ WRONG = {
     "lark": (GrammarSpec("lark", "start: foo", "f"), "foo"),
     "gbnf": (GrammarSpec("lark", 'root ::= ("a', "f"), "Unexpected end"),
     "deep gbnf": (GrammarSpec("lark", "root ::= " + "(" * 3000 + '"a"' + ")" * 3000, "f"), "recursion"),
+    "gbnf without a rule": (GrammarSpec("lark", "root ::= foo", "f"), "foo"),
+    "gbnf without an end": (GrammarSpec("lark", 'root ::= "\\', "f"), "f cannot be followed: "),
     "long": (GrammarSpec("regex", "a" * 200_001, "f"), "200001 characters"),
 }
 
@@ -197,6 +199,15 @@ def test_what_failed_is_not_tried_again(compiler, monkeypatch):
         with pytest.raises(RequestError, match="it is bad"):
             find(spec)
     assert len(tried) == 1 and compiler.find(GrammarSpec("regex", "nor this", "f")) is None
+
+
+def test_a_compiler_that_died_may_have_died_of_something_else(compiler, monkeypatch):
+    spec = GrammarSpec.choice(["dies"], "f")
+    monkeypatch.setattr(Trial, "_try", lambda trial, grammar: None)
+    with pytest.raises(RequestError, match="failed on it twice"):
+        compiler.compile(spec)
+    monkeypatch.undo()
+    assert accepts(compiler.compile(spec), "dies")
 
 
 def test_the_cache_is_bounded(compiler, monkeypatch):

@@ -309,7 +309,8 @@ def test_items_are_messages(said):
 
 def test_tools_and_formats_are_those_of_chats(said):
     said.shows("")
-    for choice in ("required", {"type": "function", "name": "shut"}):
+    allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "shut"}]}
+    for choice in ("required", {"type": "function", "name": "shut"}, allowed):
         whole(said.served, tools=TOOLS, tool_choice=choice)
         assert said.engine.requests[-1].grammar is not None
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
@@ -352,7 +353,7 @@ def test_tools_and_formats_are_those_of_chats(said):
         ({"text": {"format": {"type": "xml"}}}, "text"),
         ({"text": {"format": {"type": "json_schema", "name": "n"}}}, "text"),
         ({"text": {"format": {"type": "json_schema", "name": "n", "schema": {"type": "odd"}}}}, "text"),
-        ({"truncation": "auto"}, "truncation"),
+        ({"truncation": "middle"}, "truncation"),
         ({"include": ["web_search_call.results"]}, "include"),
         ({"top_logprobs": 2}, "top_logprobs"),
         ({"top_logprobs": 1000, "include": ["message.output_text.logprobs"]}, "top_logprobs"),
@@ -390,7 +391,8 @@ def test_an_unknown_model_is_a_404(served):
 
 def test_what_asks_for_nothing_is_accepted(served):
     nothing = {"background": False, "n": 1, "stop": [], "truncation": "disabled", "service_tier": "auto"}
-    whole(served, **nothing, stream_options={"include_obfuscation": False}, tools=[], reasoning={"summary": "auto"})
+    nothing |= {"stream_options": {"include_obfuscation": False}, "top_logprobs": 0}
+    whole(served, **nothing, tools=[], reasoning={"summary": "auto"})
 
 
 @pytest.mark.parametrize("stream", [False, True])

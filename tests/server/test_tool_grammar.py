@@ -160,6 +160,22 @@ def test_arguments_in_tags_follow_their_schemas():
         assert not takes(unit="C", city="", **wrong), wrong
 
 
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"properties": {"a": {}}, "required": 5},
+        {"properties": {"a": {}}, "required": [{}]},
+        {"properties": {"a": {"type": "string", "maxLength": -1}}},
+        {"properties": {"a": {"type": "string", "maxLength": "9}/ | /x{0,9"}}},
+    ],
+    ids=json.dumps,
+)
+def test_a_schema_that_is_none_is_refused(schema):
+    with pytest.raises(RequestError, match=r"required|maxLength") as error:
+        COMPILER.compile(calls_grammar(FORMATS["qwen3_coder"], ToolUse({"f": schema}, True, 1)))
+    assert error.value.field == "tools" and "regex" not in str(error.value)
+
+
 def test_an_error_names_the_tools():
     spec = calls_grammar(FORMATS["hermes"], ToolUse({"f": {"properties": {"a": {"type": "strange"}}}}, True, 1))
     with pytest.raises(RequestError) as error:

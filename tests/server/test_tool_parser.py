@@ -13,6 +13,7 @@ from icarus_jax.server.tool_answer import AnswerParser, Reasoning, call_parser
 from icarus_jax.server.tool_formats import FORMATS, choose_format, read_python_call
 from icarus_jax.server.tool_parser import CallParser
 from icarus_jax.server.tool_text import Said, overlap
+from icarus_jax.server.tool_values import read_value
 
 NAMES = ("look", "add", "get-it")
 ADD_SCHEMA = {"properties": {"a": {"type": "integer"}, "b": {"type": "array"}}}
@@ -245,6 +246,11 @@ def test_half_a_surrogate_pair_can_be_sent(form, text):
     assert "\\ud83d" in arguments and arguments.encode() and json.loads(arguments)
 
 
+@pytest.mark.parametrize("schema", [{"type": 5}, {"type": [{}]}, {"anyOf": 5}, {"oneOf": True}, {"oneOf": [5]}])
+def test_a_schema_that_is_none_binds_nothing(schema):
+    assert read_value("[1]", schema) == "[1]"
+
+
 def test_the_overlap_with_a_mark():
     assert [overlap(text, "<tool>") for text in ("", "a", "a<", "<to", "<tool>", "<<t", "ttt")] == [0, 0, 1, 3, 0, 2, 0]
 
@@ -331,6 +337,13 @@ def test_time_goes_with_the_length(form, unit):
     start = time.process_time()
     parse(form, *(text[i : i + 4] for i in range(0, len(text), 4)), reasoning=Reasoning.POSSIBLE)
     assert time.process_time() - start < 5
+
+
+def test_a_whole_answer_takes_no_longer_than_its_pieces():
+    """An answer that is not streamed comes as one piece."""
+    start = time.process_time()
+    parse("qwen3_coder", "<function=x>" * 100_000)
+    assert time.process_time() - start < 10  # with all of it read at once, more than 20
 
 
 TEMPLATES = {

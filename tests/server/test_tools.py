@@ -318,6 +318,9 @@ def test_a_template_without_tools_gets_a_system_message(said):
         f"{plain}[assistant|[{LOOK}, {SHUT}]][user|done 1\ndone 2][assistant|So:\n{LOOK}][user|done 1]"
     )
     assert rendered(said, hi) == "[user|hi]"
+    assert rendered(said, hi, one, told[0]) == f"[user|hi][assistant|So:\n{LOOK}][user|done 1]"
+    said.tokenizer.chat_template += "{# tool #}"  # it may know the calls of a history without tools
+    assert rendered(said, hi, one, told[0]) == "[user|hi][assistant|So:][tool|done 1]"
 
 
 def test_the_form_is_named_by_configuration():

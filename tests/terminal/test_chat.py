@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import subprocess
@@ -13,9 +14,11 @@ import pytest
 from rich.console import Console
 
 from icarus_jax.errors import UsageError
+from icarus_jax.terminal.answers import Answers
 from icarus_jax.terminal.chat import Chat
 from icarus_jax.terminal.client import Server, ServerError
 from tests.server.served import HANG_SECONDS, TOKENIZER, Served, serving
+from tests.server.test_tools import Said
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -84,6 +87,32 @@ def test_control_characters_do_not_reach_the_terminal(served):
     assert "�" in shown and not set(shown) & {chr(code) for code in range(32) if code not in (9, 10)}
 
 
+def test_names_and_errors_are_shown_without_them_too(served, monkeypatch):
+    screen = Screen(served)
+    answers = Answers(["a\x1b[2J"], ["a\x1b[2J"])
+    delta = {"index": 0, "delta": {"content": "x"}, "model": "b\x1b[2J", "finish_reason": "c\x1b[2J"}
+    answers.add({"choices": [delta]})
+    screen.chat._console.print(answers.show(100))
+
+    def fails(body):
+        raise ServerError("d\x1b[2J")
+
+    monkeypatch.setattr(screen.chat._server, "chat", fails)
+    screen("hi")
+    shown = screen.file.getvalue()
+    assert "\x1b" not in shown and all(f"{name}�[2J" in shown for name in "abcd")
+
+
+def test_the_conversation_goes_on_with_the_answers_own_text():
+    """As the model wrote it: without its reasoning, and with what the terminal does not get."""
+    said = Said()
+    with contextlib.closing(said.served):
+        said.shows("<think>")
+        screen = Screen(said.served, models=["parrot"], max_tokens=100)
+        assert "Hm." in screen("<think>Hm.</think>a\x07b")
+        assert screen.chat._messages[-1] == {"role": "assistant", "content": "a\x07b"}
+
+
 def test_kl_to_the_trunk_is_shown(served):
     shown = Screen(served, reference_logprobs=True)("hi")
     assert "KL to the trunk 0.00 nats" in shown and "KL to the trunk 6.00 nats" in shown
@@ -93,6 +122,7 @@ def test_errors_are_said_and_the_chat_goes_on(served):
     screen = Screen(served)
     assert "there is no model 'x'; the server has trunk, parrot, broken" in screen("/models trunk,x")
     assert "needs TEXT=NAME" in screen("/handoff x")
+    assert "there is no model ''" in screen("/models ,")
     assert "400: " in screen("x" * 500) and "context" in screen("x" * 500)
     assert "/handoff TEXT=NAME" in screen("/nothing")
     assert "[trunk] [parrot] broken" in screen("/models")
