@@ -8,11 +8,12 @@ flight.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ class Job:
         record: record(status, answer) makes the line to write, of the HTTP status and the JSON answer. It runs on a
             thread, so it may take long. It raises ValueError if the run has to end.
         settled: the line to write without asking; None: the request is asked.
+        sequences: how many sequences the request makes.
     """
 
     key: Hashable
@@ -43,6 +45,7 @@ class Job:
     body: bytes
     record: Callable[[int, Any], Line]
     settled: Line | None = None
+    sequences: int = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +127,12 @@ def jobs_left(evaluation: Evaluation, results: ResultFile) -> list[Job]:
 
 
 async def ask_all(
-    app: ASGIApp, jobs: Iterable[Job], in_flight: int, results: ResultFile, step: Callable[[], object]
+    app: ASGIApp,
+    jobs: Iterable[Job],
+    in_flight: int,
+    results: ResultFile,
+    step: Callable[[], object],
+    place: Callable[[Job], AbstractAsyncContextManager[None]] = lambda job: contextlib.nullcontext(),
 ) -> None:
     """Sends requests to an app and writes each answer as it comes. If it is cancelled, the requests in flight are too.
 
@@ -134,6 +142,7 @@ async def ask_all(
         in_flight: how many to keep in flight.
         results: the file that takes the answers.
         step: called after each line.
+        place: place(job) is a context in which a request is asked.
 
     Raises:
         ValueError: as for `run`.
@@ -142,7 +151,9 @@ async def ask_all(
 
     async def work() -> None:
         for job in queue:
-            results.append(await asyncio.to_thread(job.record, *await _ask(client, job)))
+            async with place(job):
+                status, answer = await _ask(client, job)
+            results.append(await asyncio.to_thread(job.record, status, answer))
             step()
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # they become an answer with the status 500

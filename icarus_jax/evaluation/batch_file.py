@@ -8,6 +8,7 @@ is reported by its number.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -143,10 +144,18 @@ def _job(line: Mapping[str, Any], name: str, number: int, urls: Sequence[str]) -
         return result(None, {"code": str(code), "message": str(message)})
 
     try:
-        return Job(custom_id, line["url"], _request(line, urls), record)
+        return Job(custom_id, line["url"], _request(line, urls), record, sequences=_sequences(line["body"]))
     except (ValueError, KeyError) as error:
         settled = result(None, {"code": "invalid_request", "message": f"line {number}: {error}"})
         return Job(custom_id, "", b"", record, settled)
+
+
+def _sequences(body: Mapping[str, Any]) -> int:
+    """Returns how many sequences a request makes, if it is one that can be served."""
+    n, models, prompt = body.get("n"), body.get("models"), body.get("prompt")
+    texts = isinstance(prompt, list) and not all(type(token) is int for token in prompt)
+    several = [len(values) for values in (models, prompt if texts else None) if isinstance(values, list)]
+    return max(1, math.prod(several) * (n if type(n) is int else 1))
 
 
 def is_answered(line: Line) -> bool:

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from icarus_jax.evaluation.batch import Evaluation, ask_all, jobs_left
+from icarus_jax.evaluation.batch import Evaluation, Job, ask_all, jobs_left
 from icarus_jax.evaluation.batch_file import is_answered, read_requests
 from icarus_jax.evaluation.batch_store import BatchStore
 from icarus_jax.evaluation.batch_table import UNFINISHED, Shown
@@ -54,11 +54,12 @@ class BatchWorker:
 
         Args:
             store: keeps the batches.
-            in_flight: how many requests of batches may be in flight.
+            in_flight: how many sequences of batches may be in flight; one request may make more.
         """
         self.store = store
         self._in_flight = in_flight
-        self._places = asyncio.Semaphore(in_flight)
+        self._free = in_flight  # of the places for sequences
+        self._freed = asyncio.Condition()
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # of a tenant's batches
         self._tasks: set[asyncio.Task] = set()
         self._deadlines: dict[str, asyncio.Timeout] = {}
@@ -206,16 +207,29 @@ class BatchWorker:
             results, left = await self._in_thread(open_results)
             counts = self._counts[batch["id"]] = Counter(map(is_answered, results.lines))
             step = lambda: counts.update([is_answered(results.lines[-1])])  # noqa: E731
-            await ask_all(self._app_of(tenant), left, self._in_flight, results, step)
+            await ask_all(self._app_of(tenant), left, self._in_flight, results, step, self._place)
 
     def _app_of(self, tenant: str) -> ASGIApp:
-        """Returns the app as it answers a tenant, with as many requests at once as there are places."""
+        """Returns the app as it answers a tenant."""
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            async with self._places:
-                await self._app({**scope, TENANT: tenant}, receive, send)
+            await self._app({**scope, TENANT: tenant}, receive, send)
 
         return app
+
+    @contextlib.asynccontextmanager
+    async def _place(self, job: Job) -> AsyncIterator[None]:
+        """Waits for as many places as a request makes sequences, or for all of them if there are fewer."""
+        needed = min(job.sequences, self._in_flight)
+        async with self._freed:
+            await self._freed.wait_for(lambda: self._free >= needed)
+            self._free -= needed
+        try:
+            yield
+        finally:
+            self._free += needed
+            async with self._freed:
+                self._freed.notify_all()
 
     def _finish(self, tenant: str, batch: Shown) -> None:
         """Gives the requests without an answer their error, and makes the batch's files."""

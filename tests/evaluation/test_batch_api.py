@@ -439,6 +439,16 @@ def test_clients_that_wait_are_not_held_up(tmp_path):
         assert {"ann", "bob"} == set(tenants[:6]), "they take turns"
 
 
+@pytest.mark.parametrize("more", [{"n": 2}, {"models": ["trunk", "parrot"], "model": None}, {"prompt": [[5], [6]]}])
+def test_every_choice_of_a_request_takes_a_place(tmp_path, more):
+    with serving(step_seconds=0.01, **options(tmp_path, in_flight=4)) as served:
+        many = [batch_request(f"{i}", **{"prompt": [i + 1], "max_tokens": 20, **more}) for i in range(8)]
+        batch, most = create(served.openai, many), 0
+        while (now := served.openai.batches.retrieve(batch.id)).status not in ENDS:
+            most = max(most, served.engine.running)
+        assert now.request_counts.completed == 8 and most <= 4
+
+
 def test_a_server_without_room_is_asked_again(tmp_path):
     """What the limits on waiting requests refuse is no answer."""
     limits = Limits(max_waiting_requests=1)
