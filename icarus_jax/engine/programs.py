@@ -30,8 +30,8 @@ from icarus_jax.scheduling.plan import SCORE_ROWS
 
 COPY_ROWS = 8  # pages copied, or pairs compared, in one call
 # Options for `forward`, by platform. On TPU v7x XLA would otherwise want 16-bit weights in tiles of 16 x 128. Weights
-# that are spread over several devices cannot be placed so, and every step would begin with a copy of all of them. And it
-# would leave all-reduces to the sparse cores, through main memory; a layer has nothing else to do meanwhile.
+# that are spread over several devices cannot be placed so, and every step would begin with a copy of all of them. It
+# would also leave all-reduces to the sparse cores, through main memory; a layer has nothing else to do meanwhile.
 COMPILER_OPTIONS = {
     "tpu": {
         "xla_tpu_control_large_2nd_minor_layout_for_x16": False,
