@@ -11,7 +11,6 @@ import dataclasses
 import re
 
 KV_KINDS = ("base", "shared", "activated", "isolated")  # how a model uses the KV cache: docs/design.md, section 2
-FAMILIES = ("llama", "qwen2", "qwen3")
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # projections that a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
 TARGETS = (*KV_TARGETS, *LORA_TARGETS)
@@ -21,14 +20,22 @@ DTYPES = ("float32", "bfloat16")  # of weights, activations and K/V
 
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
-    """Scaling of the rotary frequencies for long contexts. Names are those of Hugging Face's `rope_scaling`.
+    """Scaling of the rotary frequencies for long contexts (weights/rope.py). Names are those of Hugging Face.
 
     Attributes:
-        kind: 'linear' (every frequency is divided by `factor`), or 'llama3' (weights/rope.py).
-        factor: By how much frequencies are divided.
+        kind: 'linear' (every frequency is divided by `factor`), 'llama3', 'yarn', 'dynamic' or 'longrope'.
+        factor: By how much frequencies are divided, or the context is longer than before.
         low_freq_factor: Of 'llama3'.
         high_freq_factor: Of 'llama3'.
-        original_max_position_embeddings: Of 'llama3': the context length in tokens before scaling.
+        original_max_position_embeddings: Of all but 'linear': the context length in tokens before scaling.
+        attention_factor: Of 'yarn' and 'longrope': what cos and sin are multiplied by.
+        beta_fast: Of 'yarn'.
+        beta_slow: Of 'yarn'.
+        truncate: Of 'yarn'.
+        short_factor: Of 'longrope': what each frequency is divided by if no sequence exceeds the original length.
+        long_factor: Of 'longrope': likewise, if sequences do.
+        max_model_len: Of 'dynamic' and 'longrope', whose frequencies depend on it: the length of the longest sequence.
+            None: the original length.
     """
 
     kind: str
@@ -36,14 +43,23 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    attention_factor: float = 1.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    short_factor: tuple[float, ...] = ()
+    long_factor: tuple[float, ...] = ()
+    max_model_len: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and options of a decoder-only transformer of the Llama and Qwen families.
+    """The sizes and options of a decoder-only transformer with RMSNorm, rotary positions and a SwiGLU MLP.
 
-    Attributes:
-        family: One of FAMILIES.
+    The options say what a family does; the forward pass never asks for the family.
+
+    Sizes:
+        family: The family's name, one of weights.families.FAMILIES.
         vocab_size: V.
         hidden_size: D.
         intermediate_size: F.
@@ -51,13 +67,30 @@ class ModelConfig:
         num_heads: N, the query heads.
         num_kv_heads: K.
         head_dim: H.
+        max_position_embeddings: The context length in tokens that the model was made for.
+
+    Positions:
         rope_theta: The base of the rotary frequencies.
         rope_scaling: Their scaling; None for none.
+        partial_rotary_factor: The part of H, from its first lane on, that is rotated (Phi-4-mini).
+        nope_layers: The layers that do not rotate q and k (SmolLM3).
+
+    Norms:
         rms_norm_eps: What RMSNorm adds to the mean square.
-        max_position_embeddings: The context length in tokens that the model was made for.
+        pre_norm: Whether attention and MLP begin with RMSNorm (all but OLMo 2).
+        post_norm: Whether RMSNorm is applied to what they add to the residual stream (OLMo 2).
+        qk_norm: Whether RMSNorm is applied to q and k before the rotation, over H (Qwen3).
+        qk_norm_whole: Whether it is that over the lanes of all attention heads together (OLMo 2).
+
+    Weights:
         tie_word_embeddings: Whether the embeddings are the weights of the logits too.
         qkv_bias: Whether q, k and v have a bias (Qwen2).
-        qk_norm: Whether RMSNorm over H is applied to q and k before the rotation (Qwen3).
+
+    Multipliers (Granite):
+        embedding_multiplier: Of the embeddings.
+        attention_multiplier: Of the attention scores; None: H ** -0.5.
+        residual_multiplier: Of what attention and MLP add to the residual stream.
+        logits_scaling: What the logits are divided by.
     """
 
     family: str
@@ -70,15 +103,22 @@ class ModelConfig:
     head_dim: int
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    partial_rotary_factor: float = 1.0
+    nope_layers: tuple[int, ...] = ()
     rms_norm_eps: float = 1e-5
+    pre_norm: bool = True
+    post_norm: bool = False
+    qk_norm: bool = False
+    qk_norm_whole: bool = False
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
-    qk_norm: bool = False
+    embedding_multiplier: float = 1.0
+    attention_multiplier: float | None = None
+    residual_multiplier: float = 1.0
+    logits_scaling: float = 1.0
 
     def __post_init__(self):
-        if self.family not in FAMILIES:
-            raise ValueError(f"unknown model family {self.family!r}; known: {', '.join(FAMILIES)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
 
@@ -88,12 +128,41 @@ class ModelConfig:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def rotary_dim(self) -> int:
+        """The lanes of an attention head that are rotated."""
+        return int(self.head_dim * self.partial_rotary_factor)
+
+    @property
+    def attention_scale(self) -> float:
+        """What attention scores are multiplied by."""
+        return self.head_dim**-0.5 if self.attention_multiplier is None else self.attention_multiplier
+
+    @property
+    def context_length(self) -> int:
+        """The most tokens of a sequence. 'linear' and 'dynamic' lengthen it; in all others it is counted already."""
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind in ("llama3", "longrope"):
+            return self.max_position_embeddings
+        if scaling.kind == "yarn":  # some files count it in max_position_embeddings, others (Qwen) do not
+            return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings))
+        return int(self.max_position_embeddings * scaling.factor)
+
+    @property
     def target_shapes(self) -> dict[str, tuple[int, int]]:
         """The (din, dout) of each projection in TARGETS."""
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
         return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+
+    def serving(self, max_model_len: int) -> ModelConfig:
+        """Returns the model as it serves sequences of at most `max_model_len` tokens.
+
+        Scalings of the kinds 'dynamic' and 'longrope' choose frequencies by the length of a sequence. Keys in the cache
+        were rotated by one choice, so that it cannot change as a sequence grows: the longest one's counts for all.
+        """
+        scaling = self.rope_scaling and dataclasses.replace(self.rope_scaling, max_model_len=max_model_len)
+        return dataclasses.replace(self, rope_scaling=scaling)
 
 
 @dataclasses.dataclass(frozen=True)

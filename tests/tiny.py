@@ -6,7 +6,8 @@ import itertools
 import json
 import pathlib
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import gguf
 import numpy as np
@@ -23,6 +24,12 @@ CONFIGS = {
     "llama": transformers.LlamaConfig,
     "qwen2": transformers.Qwen2Config,
     "qwen3": transformers.Qwen3Config,
+    "mistral": transformers.MistralConfig,
+    "ministral": transformers.MinistralConfig,
+    "granite": transformers.GraniteConfig,
+    "phi3": transformers.Phi3Config,
+    "smollm3": transformers.SmolLM3Config,
+    "olmo2": transformers.Olmo2Config,
 }
 SIZES = {
     "vocab_size": 320,
@@ -37,6 +44,19 @@ SIZES = {
     "eos_token_id": 258,
     "pad_token_id": 256,
     "tie_word_embeddings": False,
+}
+# What the configs of a family have in these tests, so that each of its options counts.
+OF_FAMILY: dict[str, dict] = {
+    "mistral": {"sliding_window": None},
+    "ministral": {"sliding_window": 512},  # as long as the context
+    "granite": {
+        "embedding_multiplier": 3.0,
+        "attention_multiplier": 0.2,
+        "residual_multiplier": 0.6,
+        "logits_scaling": 4.0,
+    },
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.75}},
+    "smollm3": {"no_rope_layer_interval": 2},
 }
 ALL_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 LLAMA3_ROPE = {
@@ -55,12 +75,12 @@ _numbers = itertools.count()
 
 
 def tiny_model(family: str, tmp_path: pathlib.Path, seed: int = 0, **overrides) -> str:
-    """Saves a random model of `family` ('llama', 'qwen2', 'qwen3') with a byte tokenizer; returns its folder.
+    """Saves a random model of `family` (CONFIGS) with a byte tokenizer; returns its folder.
 
-    `overrides` are config fields (SIZES has the defaults). Every weight is random, norms and biases too.
+    `overrides` are config fields (SIZES and OF_FAMILY have the defaults). Every weight is random, norms and biases too.
     """
     torch.manual_seed(seed)
-    config = CONFIGS[family](**{**SIZES, **overrides})
+    config = CONFIGS[family](**{**SIZES, **OF_FAMILY.get(family, {}), **overrides})
     model = transformers.AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for name, weight in model.named_parameters():
@@ -133,12 +153,13 @@ def write_gguf(
     folder: str,
     file: pathlib.Path,
     quantise: Callable[[str], gguf.GGMLQuantizationType] = lambda name: gguf.GGMLQuantizationType.F32,
-    rope_freqs: np.ndarray | None = None,
+    rope: Mapping[str, np.ndarray] = MappingProxyType({}),
     keys: Sequence[tuple[str, str | int | float]] = (),
 ) -> str:
     """Writes a saved model as llama.cpp's converter does, with the gguf package's own names and writer.
 
-    quantise: each tensor's type, by its Hugging Face name. keys: more metadata, without the architecture's prefix.
+    quantise: each tensor's type, by its Hugging Face name. rope: the tensors of rope scaling.
+    keys: more metadata, without the architecture's prefix.
     """
     config = json.loads((pathlib.Path(folder) / "config.json").read_text())
     arch = config["model_type"]
@@ -153,17 +174,23 @@ def write_gguf(
     writer.add_value_length(config["head_dim"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
+    writer.add_rope_dimension_count(int(config["head_dim"] * config["rope_parameters"].get("partial_rotary_factor", 1)))
+    if arch == "granite":
+        writer.add_embedding_scale(config["embedding_multiplier"])
+        writer.add_attention_scale(config["attention_multiplier"])
+        writer.add_residual_scale(config["residual_multiplier"])
+        writer.add_logit_scale(config["logits_scaling"])
     for key, value in keys:
         writer.add_key_value(f"{arch}.{key}", value, gguf.GGUFValueType.get_type(value))
     names = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, arch.upper()), config["num_hidden_layers"])
     for name, weight in load_file(pathlib.Path(folder) / "model.safetensors").items():
-        permuted = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"} if arch == "llama" else {}
-        heads = permuted.get(name.split(".")[-2])
+        permuted = {"q_proj": "num_attention_heads", "k_proj": "num_key_value_heads"}
+        heads = permuted.get(name.split(".")[-2]) if arch in ("llama", "granite", "smollm3") else None
         kind = quantise(name)
         data = gguf.quants.quantize(permute(weight, config[heads]) if heads else weight, kind)
         writer.add_tensor(names.get_name(name, (".weight", ".bias")), data, raw_dtype=kind)
-    if rope_freqs is not None:
-        writer.add_tensor("rope_freqs.weight", rope_freqs)
+    for name, values in rope.items():
+        writer.add_tensor(name, values)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

@@ -145,15 +145,12 @@ def check_context(engine: EngineConfig, model: ModelConfig) -> None:
 
     Args:
         engine: The engine's sizes.
-        model: The trunk's. Its max_position_embeddings counts as it stands: rope scaling of type llama3 is part of it
-            already, and linear scaling stretches it.
+        model: The trunk's.
 
     Raises:
         UsageError: The engine's are longer.
     """
-    scaling = model.rope_scaling
-    stretch = scaling.factor if scaling and scaling.kind == "linear" else 1.0
-    most = int(model.max_position_embeddings * stretch)
+    most = model.context_length
     if engine.max_model_len > most:
         raise UsageError(
             f"config.engine.max_model_len is {engine.max_model_len}, and the trunk was made for at most {most} tokens "

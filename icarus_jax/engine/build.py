@@ -36,7 +36,7 @@ def make_runner(
     """
     layout = make_mesh_layout(config, model_config.num_kv_heads)
     place = functools.partial(place_weights, layout=layout, config=config)
-    trunk, adapters = make_trunk(model_config, params, heads, place)
+    trunk, adapters = make_trunk(model_config.serving(config.max_model_len), params, heads, place)
     adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
     ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
     num_heads = 0 if isinstance(trunk, PairedTrunk) else len(adapters)

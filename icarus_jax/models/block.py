@@ -28,9 +28,9 @@ from pallas_kernels.lora import LowRank
 from pallas_kernels.paged_attention.work import Array
 
 Pin = Callable[[jax.Array], jax.Array]  # sets how rows [B, D] lie on the mesh
-BLOCK_PARAMS = ("attn_norm", "qkv", "qkv_bias", "q_norm", "k_norm", "o", "mlp_norm", "gate_up", "down")
-NORMS = ("attn_norm", "q_norm", "k_norm", "mlp_norm")  # those of BLOCK_PARAMS that are weights of an RMSNorm
-PROJECTIONS = ("qkv", "o", "gate_up", "down")  # those of BLOCK_PARAMS that are matrix products
+NORMS = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")  # weights of an RMSNorm
+PROJECTIONS = ("qkv", "o", "gate_up", "down")  # matrix products
+BLOCK_PARAMS = (*NORMS, *PROJECTIONS, "qkv_bias")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,15 +147,17 @@ class Block(nnx.Module):
     Shapes are those of weights/checkpoint.py. Weights that a family does not have are None.
     """
 
-    attn_norm: nnx.Param
+    attn_norm: nnx.Param | None
     qkv: nnx.Param
     qkv_bias: nnx.Param | None
     q_norm: nnx.Param | None
     k_norm: nnx.Param | None
     o: nnx.Param
-    mlp_norm: nnx.Param
+    attn_post_norm: nnx.Param | None
+    mlp_norm: nnx.Param | None
     gate_up: nnx.Param
     down: nnx.Param
+    mlp_post_norm: nnx.Param | None
 
     def __init__(self, params: dict[str, Any]):
         """Makes a block of weights; `params` has those of BLOCK_PARAMS that the family has."""
@@ -204,7 +206,7 @@ class Block(nnx.Module):
         Returns:
             q [B, N, H], k [B, K, H] and v [B, K, H].
         """
-        x = pin(rms_norm(x, self.attn_norm[...], config.rms_norm_eps))
+        x = pin(_normed(config, x, self.attn_norm))
         b = x.shape[0]
         h, n, k = config.head_dim, config.num_heads, config.num_kv_heads
         qkv, bank = product(x, self.qkv, bank, slots, first)
@@ -219,16 +221,20 @@ class Block(nnx.Module):
             if first == 0:
                 key = bank.add("k_proj", key, x, slots, 0)
                 value = bank.add("v_proj", value, x, slots, 0)
+        if config.qk_norm_whole:
+            query, key = _normed(config, query, self.q_norm), _normed(config, key, self.k_norm)
         query, key, value = query.reshape(b, n, h), key.reshape(b, k, h), value.reshape(b, k, h)
-        if self.q_norm is not None and self.k_norm is not None:
-            query = rms_norm(query, self.q_norm[...], config.rms_norm_eps)
-            key = rms_norm(key, self.k_norm[...], config.rms_norm_eps)
+        if not config.qk_norm_whole:
+            query, key = _normed(config, query, self.q_norm), _normed(config, key, self.k_norm)
         return rope(query, tables), rope(key, tables), value
 
-    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+    def attention_output(
+        self, config: ModelConfig, bank: Adapters | None, attended: jax.Array, slots: Array, first: int
+    ) -> jax.Array:
         """Computes what attention adds to the residual stream.
 
         Args:
+            config: The trunk's sizes and options.
             bank: The adapters; None for none.
             attended: [B, N, H] or [B, N * H], the result of attention.
             slots: i32[B], the adapter slot of each row.
@@ -239,7 +245,8 @@ class Block(nnx.Module):
         """
         attended = attended.reshape(len(attended), math.prod(attended.shape[1:]))  # not -1: there may be no rows
         out, bank = product(attended, self.o, bank, slots, first)
-        return bank.add("o_proj", out, attended, slots, first) if bank is not None else out
+        out = bank.add("o_proj", out, attended, slots, first) if bank is not None else out
+        return _added(config, out, self.attn_post_norm)
 
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         """Computes what the SwiGLU MLP adds to the residual stream.
@@ -254,7 +261,7 @@ class Block(nnx.Module):
         Returns:
             [B, D].
         """
-        x = rms_norm(x, self.mlp_norm[...], config.rms_norm_eps)
+        x = _normed(config, x, self.mlp_norm)
         gate_up, apart = product(x, self.gate_up, bank, slots, first)
         gate_up = gate_up.reshape(len(x), 2, config.intermediate_size)
         gate, up = gate_up[:, 0], gate_up[:, 1]
@@ -263,4 +270,16 @@ class Block(nnx.Module):
             up = apart.add("up_proj", up, x, slots, first)
         hidden = jax.nn.silu(gate) * up
         out, bank = product(hidden, self.down, bank, slots, first)
-        return bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
+        out = bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
+        return _added(config, out, self.mlp_post_norm)
+
+
+def _normed(config: ModelConfig, x: jax.Array, weight: nnx.Param | None) -> jax.Array:
+    """Applies RMSNorm over the last axis, if the family has this one."""
+    return x if weight is None else rms_norm(x, weight[...], config.rms_norm_eps)
+
+
+def _added(config: ModelConfig, out: jax.Array, weight: nnx.Param | None) -> jax.Array:
+    """Makes of the output [B, D] of attention or MLP what it adds to the residual stream."""
+    out = _normed(config, out, weight)
+    return out if config.residual_multiplier == 1.0 else out * config.residual_multiplier

@@ -169,10 +169,13 @@ class PairedBlock(Block):
         own, _, _ = self.own.attention_inputs(config, bank, x[first:], slots[first:], 0, (cos[first:], sin[first:]))
         return _by_slot(q, own, slots, first), k, v
 
-    def attention_output(self, bank: Adapters | None, attended: jax.Array, slots: Array, first: int) -> jax.Array:
+    def attention_output(
+        self, config: ModelConfig, bank: Adapters | None, attended: jax.Array, slots: Array, first: int
+    ) -> jax.Array:
         """Computes by slot what attention adds to the residual stream; see `Block.attention_output`."""
-        out = self.trunk.attention_output(bank, attended, slots, first)
-        return _by_slot(out, self.own.attention_output(bank, attended[first:], slots[first:], 0), slots, first)
+        out = self.trunk.attention_output(config, bank, attended, slots, first)
+        own = self.own.attention_output(config, bank, attended[first:], slots[first:], 0)
+        return _by_slot(out, own, slots, first)
 
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
         """Computes by slot what the MLP adds to the residual stream; see `Block.mlp`."""

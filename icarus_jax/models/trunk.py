@@ -20,7 +20,7 @@ from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.models.attention import append_and_attend
 from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block, MeshLinear
 from icarus_jax.models.head_bank import HeadBank, LayerBank
-from icarus_jax.models.layers import rms_norm, rope_tables
+from icarus_jax.models.layers import rms_norm, rope_tables, tables_of_layer
 from icarus_jax.models.sharding import MeshLayout, Weight
 from pallas_kernels.linear import Panels, linear, pack, pack_transposed
 from pallas_kernels.paged_attention import WorkList
@@ -116,7 +116,9 @@ class Trunk(nnx.Module):
     def embedded(self, tokens: Array) -> jax.Array:
         """Embeds the tokens i32[B] as rows [B, D]."""
         embed = self.embed.get_value()
-        return embed.columns(0, tokens) if isinstance(embed, Panels) else embed[tokens]
+        x = embed.columns(0, tokens) if isinstance(embed, Panels) else embed[tokens]
+        multiplier = self.config.embedding_multiplier
+        return x if multiplier == 1.0 else x * multiplier
 
     def normed(self, x: jax.Array, slots: Array) -> jax.Array:
         """Applies the final RMSNorm.
@@ -129,6 +131,11 @@ class Trunk(nnx.Module):
 
     def logits(self, x: jax.Array) -> jax.Array:
         """Turns normalised rows [S, D] into logits f32[S, V]."""
+        out, scaling = self._products(x), self.config.logits_scaling
+        return out if scaling == 1.0 else out / scaling
+
+    def _products(self, x: jax.Array) -> jax.Array:
+        """Multiplies rows [S, D] with every row of the logits' weights: f32[S, V]."""
         weight = (self.embed if self.lm_head is None else self.lm_head).get_value()
         if isinstance(weight, Panels):
             return linear(x, weight, 0, implementation="cpu")[:, : self.config.vocab_size]
@@ -176,7 +183,8 @@ class Trunk(nnx.Module):
             index, x, kv = carry
             block: Block = self.blocks.at(index, multiply) if stay else nnx.merge(block_def, block_state)
             adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
-            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, tables, pin)
+            rotation = tables_of_layer(config, tables, index)
+            q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, rotation, pin)
             attended, kv = append_and_attend(
                 layout,
                 kv,
@@ -186,10 +194,10 @@ class Trunk(nnx.Module):
                 v,
                 rows.kv_cells,
                 rows.work,
-                scale=config.head_dim**-0.5,
+                scale=config.attention_scale,
                 implementation=kernels,
             )
-            x = pin(x + block.attention_output(adapters, attended, rows.slots, first))
+            x = pin(x + block.attention_output(config, adapters, attended, rows.slots, first))
             x = pin(x + block.mlp(config, adapters, x, rows.slots, first))
             return (index + 1, x, kv), None
 

@@ -21,7 +21,7 @@ from jax import lax
 
 from icarus_jax.config import ModelConfig
 from icarus_jax.models.block import Block
-from icarus_jax.models.layers import rope_tables
+from icarus_jax.models.layers import rope_tables, tables_of_layer
 from icarus_jax.models.trunk import Trunk
 from icarus_jax.training.heads import Bank, HeadParams, Method, Params, TrainingBank, stacked
 from icarus_jax.training.packing import Array, Batch
@@ -77,22 +77,24 @@ def run_layers(
     block_def, block_state = nnx.split(model.blocks)
 
     def layer(rows, inputs):
-        block_state, factors, prefix, given, key = inputs
+        index, block_state, factors, prefix, given, key = inputs
         block: Block = nnx.merge(block_def, block_state)
         adapters = TrainingBank(factors, method.dropout, key) if factors else None
-        q, *made = block.attention_inputs(config, adapters, rows, slots, 0, tables)
+        rotation = tables_of_layer(config, tables, index)
+        q, *made = block.attention_inputs(config, adapters, rows, slots, 0, rotation)
         own = given or tuple(y.reshape(b, q_len, config.num_kv_heads, h) for y in made)
         k, v = (
             jnp.concatenate([jnp.broadcast_to(before, (b, *before.shape)), after], axis=1)
             for before, after in zip(prefix, own, strict=True)
         )
-        attended = jax.nn.dot_product_attention(q.reshape(b, q_len, n, h), k, v, mask=stream.mask[:, None])
-        rows = rows + block.attention_output(adapters, attended.reshape(b * q_len, n, h), slots, 0)
+        q, mask = q.reshape(b, q_len, n, h), stream.mask[:, None]
+        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=config.attention_scale)
+        rows = rows + block.attention_output(config, adapters, attended.reshape(b * q_len, n, h), slots, 0)
         rows = rows + block.mlp(config, adapters, rows, slots, 0)
         return rows, own if given is None else None
 
     keys = None if key is None else jax.random.split(key, config.num_layers)
-    inputs = (block_state, dict(bank), prefix, given, keys)
+    inputs = (jnp.arange(config.num_layers), block_state, dict(bank), prefix, given, keys)
     rows, made = lax.scan(jax.checkpoint(layer) if method.remat else layer, stream.x.reshape(b * q_len, d), inputs)
     return rows.reshape(b, q_len, d), made
 
@@ -154,13 +156,12 @@ def token_logprobs(
     key = None if method.dropout == 0 else key
     readers = batch.readers
     at = lambda rows: jnp.take_along_axis(rows, readers, axis=1)  # noqa: E731  [B, T] -> [B, R]
-    embed = lambda tokens: frozen["embed"][tokens]  # noqa: E731
-    everything = _all_tokens(frozen, prefix, batch)
+    everything = _all_tokens(trunk, prefix, batch)
     if method.kv == "shared":
         before = prefix_kv(config, method, trunk, {}, prefix)
         kv = _given(batch, everything.x.dtype) or run_layers(config, method, trunk, {}, everything, before)[1]
         reader_mask = _mask(batch, at(batch.segments), readers, len(prefix))
-        stream = Stream(embed(at(batch.tokens)), at(batch.positions), at(batch.slots), reader_mask)
+        stream = Stream(trunk.embedded(at(batch.tokens)), at(batch.positions), at(batch.slots), reader_mask)
         x, _ = run_layers(config, method, decoder, bank, stream, before, kv, key)
     else:
         before = prefix_kv(config, method, decoder, bank, prefix, key)
@@ -186,16 +187,16 @@ def trunk_kv(config: ModelConfig, params: Params, prefix: jax.Array, batch: Batc
     """
     trunk, method = Trunk(config, dict(params)), Method("shared")
     before = prefix_kv(config, method, trunk, {}, prefix)
-    _, made = run_layers(config, method, trunk, {}, _all_tokens(params, prefix, batch), before)
+    _, made = run_layers(config, method, trunk, {}, _all_tokens(trunk, prefix, batch), before)
     assert made is not None
     return jnp.moveaxis(jnp.stack(made, 1), (0, 1), (2, 3))
 
 
-def _all_tokens(params: Params, prefix: jax.Array, batch: Batch) -> Stream:
+def _all_tokens(trunk: Trunk, prefix: jax.Array, batch: Batch) -> Stream:
     """Returns the stream of all tokens of a batch."""
     columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     mask = _mask(batch, batch.segments, columns, len(prefix))
-    return Stream(params["embed"][batch.tokens], batch.positions, batch.slots, mask)
+    return Stream(trunk.embedded(batch.tokens), batch.positions, batch.slots, mask)
 
 
 def _given(batch: Batch, dtype: jnp.dtype) -> KeyValues | None:

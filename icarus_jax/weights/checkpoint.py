@@ -4,8 +4,11 @@ The canonical parameters, with the axis letters of config.py. A weight W has its
 `x @ W`:
 
     embed [V, D]   final_norm [D]   lm_head [V, D] (absent if tied)
-    attn_norm [L, D]   qkv [L, D, K, G + 2, H]   qkv_bias [L, K, G + 2, H] (Qwen2)   q_norm, k_norm [L, H] (Qwen3)
-    o [L, N * H, D]   mlp_norm [L, D]   gate_up [L, D, 2, F]   down [L, F, D]
+    qkv [L, D, K, G + 2, H]   qkv_bias [L, K, G + 2, H] (qkv_bias)   o [L, N * H, D]   gate_up [L, D, 2, F]
+    down [L, F, D]   attn_norm, mlp_norm [L, D] (pre_norm)   attn_post_norm, mlp_post_norm [L, D] (post_norm)
+    q_norm, k_norm [L, H] (qk_norm), or q_norm [L, N * H] and k_norm [L, K * H] (qk_norm_whole)
+
+In brackets: the option of ModelConfig with which a model has them.
 
 The axis of size G + 2 in `qkv` holds, for KV head k, its G query heads (query head n = k * G + g), then its key, then
 its value.
@@ -196,6 +199,11 @@ class OrbaxParam:
         return self.restore(None, self.dtype)[index]
 
 
+def _hashable(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the settings with tuples for JSON's lists."""
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
+
+
 def _open_orbax(path: epath.Path, dtype: str) -> TrunkCheckpoint:
     import orbax.checkpoint as ocp
 
@@ -203,7 +211,7 @@ def _open_orbax(path: epath.Path, dtype: str) -> TrunkCheckpoint:
     with whole(path / METADATA, "is not the description of a trunk"):
         settings, identity = dict(metadata["config"]), metadata["identity"]
         scaling = settings.pop("rope_scaling")
-        config = ModelConfig(**settings, rope_scaling=RopeScaling(**scaling) if scaling else None)
+        config = ModelConfig(**_hashable(settings), rope_scaling=RopeScaling(**_hashable(scaling)) if scaling else None)
         check_config(config, str(path / METADATA))
         if not isinstance(identity, str):
             raise ValueError(f"{path / METADATA}: the identity is no text")

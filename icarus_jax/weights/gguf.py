@@ -6,6 +6,7 @@ gguf-py/gguf/constants.py. gguf_file.py parses the file itself.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -14,10 +15,16 @@ import gguf
 import numpy as np
 from etils import epath
 
-from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
+from icarus_jax.config import ModelConfig, RopeScaling
+from icarus_jax.weights.families import FAMILIES, unfused
 from icarus_jax.weights.gguf_file import GgufFile, GgufTensor, read_gguf
 from icarus_jax.weights.reading import PIECE, unchanged, whole
-from icarus_jax.weights.rope import base_frequencies, llama3_frequencies
+from icarus_jax.weights.rope import (
+    base_frequencies,
+    llama3_frequencies,
+    longrope_attention_factor,
+    yarn_attention_factor,
+)
 
 # Hugging Face's name -> llama.cpp's name, of the modules of a layer and of those outside of the layers.
 MODULES = {
@@ -25,6 +32,7 @@ MODULES = {
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
+    "self_attn.qkv_proj": "attn_qkv",
     "self_attn.q_norm": "attn_q_norm",
     "self_attn.k_norm": "attn_k_norm",
     "self_attn.o_proj": "attn_output",
@@ -35,6 +43,17 @@ MODULES = {
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _TO_HF = {gguf_name: hf for hf, gguf_name in MODULES.items()}
+# Norms behind attention and the MLP (OLMo 2).
+_TO_HF |= {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
+# Options of config.json (families.py) -> llama.cpp's keys.
+OPTIONS = {
+    "embedding_multiplier": "embedding_scale",
+    "attention_multiplier": "attention.scale",
+    "residual_multiplier": "residual_scale",
+    "logits_scaling": "logit_scale",
+}
+YARN_KEYS = {"type", "factor", "finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"}
+ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _TOP_TO_HF = {gguf_name: hf for hf, gguf_name in TOP.items()}
 
 
@@ -58,11 +77,31 @@ class GgufTrunk:
             self.config = _config(self._file)
         self._stored: dict[str, GgufTensor] = {}  # by Hugging Face's names
         for name, tensor in self._file.tensors.items():
-            if name != "rope_freqs.weight":
-                if (hf_name := _hf_name(name)) in self._stored:
-                    raise ValueError(f"{self._file.path}: there are two tensors for {hf_name}; {name[:80]} is one")
-                self._stored[hf_name] = tensor
+            if name not in ROPE_TENSORS:
+                for hf_name, part in self._unfused(_hf_name(name), tensor).items():
+                    if hf_name in self._stored:
+                        raise ValueError(f"{self._file.path}: there are two tensors for {hf_name}; {name[:80]} is one")
+                    self._stored[hf_name] = part
         self.names = frozenset(self._stored)
+
+    def _unfused(self, name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
+        """Finds the tensors that lie in a tensor, one after the other, if its family has fused them."""
+        module = name.split(".")[-2] if "." in name else name
+        if module == "up_proj" and "gate_up_proj" in FAMILIES[self.config.family].fused:
+            name, module = name.replace(module, "gate_up_proj"), "gate_up_proj"
+        parts = unfused(self.config, module)
+        if list(parts) == [module]:
+            return {name: tensor}
+        rows, row = tensor.stored
+        if rows != (expected := max(part.stop for part in parts.values())):
+            raise ValueError(f"{self._file.path}: {name} has {rows} rows; the metadata ask for {expected}")
+
+        def cut(where: slice) -> GgufTensor:
+            count = where.stop - where.start
+            shape, at = (count, tensor.shape[1]), tensor.at + where.start * row
+            return dataclasses.replace(tensor, shape=shape, at=at, stored=(count, row))
+
+        return {name.replace(module, part): cut(where) for part, where in parts.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor in Hugging Face's layout: [out, in], or [out] of a vector."""
@@ -96,7 +135,7 @@ class GgufTrunk:
         except NotImplementedError:
             raise ValueError(f"{self._file.path}: {name} is {tensor.kind.name}, which cannot be read") from None
         values = values[..., columns.start - first * block : columns.stop - first * block]
-        if self.config.family == "llama" and name.split(".")[-2] in ("q_proj", "k_proj"):
+        if FAMILIES[self.config.family].neighbours and name.split(".")[-2] in ("q_proj", "k_proj"):
             values = _unpermute(values, values.shape[0] // self.config.head_dim)
         return values
 
@@ -121,7 +160,7 @@ def _hf_name(name: str) -> str:
 
 
 def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
-    """Undoes llama.cpp's reordering of the rows of q and k for the architecture `llama`.
+    """Undoes llama.cpp's reordering of the rows of q and k for architectures such as `llama`.
 
     llama.cpp's rope rotates neighbouring rows there, so that an attention head's rows are stored as (H/2 pairs, 2).
     Hugging Face's rope rotates row i with row i + H/2: its rows are (2 halves, H/2). See `LlamaModel.permute` in
@@ -152,18 +191,24 @@ def _config(file: GgufFile) -> ModelConfig:
     head_dim = get("attention.key_length", width // heads if isinstance(heads, int) else None)
     for key, plain in (
         ("expert_count", 0),
-        ("attention.sliding_window", 0),
         ("attention.value_length", head_dim),
-        ("rope.dimension_count", head_dim),
     ):
         if (value := get(key, plain)) != plain:
             raise ValueError(f"{file.path}: {arch}.{key}={value} is not supported; only {plain} is")
+    window = get("attention.sliding_window", 0)
+    if 0 < window < get("context_length"):
+        raise ValueError(f"{file.path}: {arch}.attention.sliding_window={window} is not supported")
     kv_heads = get("attention.head_count_kv", heads)
     if not (isinstance(heads, int) and isinstance(kv_heads, int)):
         raise ValueError(f"{file.path}: a number of attention heads that differs by layer is not supported")
     theta = float(get("rope.freq_base", 10000.0))
     if "token_embd.weight" not in file.tensors:
         raise ValueError(f"{file.path}: there is no tensor token_embd.weight (a vocabulary only?)")
+    settings = {"num_hidden_layers": get("block_count"), **_options(file, arch)}
+    settings["partial_rotary_factor"] = get("rope.dimension_count", head_dim) / head_dim
+    options = FAMILIES[arch].options(settings)
+    if settings["partial_rotary_factor"] != options.get("partial_rotary_factor", 1.0):
+        raise ValueError(f"{file.path}: {arch}.rope.dimension_count is not supported; only {head_dim} is")
     return ModelConfig(
         family=arch,
         vocab_size=file.tensors["token_embd.weight"].shape[0],
@@ -175,28 +220,55 @@ def _config(file: GgufFile) -> ModelConfig:
         head_dim=head_dim,
         rope_theta=theta,
         rope_scaling=_rope_scaling(file, arch, theta, head_dim),
-        # The file holds a float32; rounding to six digits gives back the decimal number that was meant, such as 1e-5.
-        rms_norm_eps=float(f"{get('attention.layer_norm_rms_epsilon'):.6g}"),
+        rms_norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
         max_position_embeddings=get("context_length"),
         tie_word_embeddings="output.weight" not in file.tensors,
-        qkv_bias=arch == "qwen2",
-        qk_norm=arch == "qwen3",
+        **options,
     )
 
 
+def _options(file: GgufFile, arch: str) -> dict[str, float]:
+    """Returns the options of config.json that the metadata have."""
+    metadata = {name: file.metadata.get(f"{arch}.{key}") for name, key in OPTIONS.items()}
+    return {name: _decimal(value) for name, value in metadata.items() if value is not None}
+
+
+def _decimal(value: float) -> float:
+    """Returns the number that was meant. The file holds a float32: six digits give back a decimal such as 1e-5."""
+    return float(f"{value:.6g}")
+
+
 def _rope_scaling(file: GgufFile, arch: str, theta: float, head_dim: int) -> RopeScaling | None:
-    kind = file.metadata.get(f"{arch}.rope.scaling.type", "none")
+    prefix = f"{arch}.rope.scaling."
+    given = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
+    kind, original = given.get("type", "none"), given.get("original_context_length", 0)
+    if "rope_factors_long.weight" in file.tensors:
+        short, long = (tuple(map(float, _values(file, f"rope_factors_{name}.weight"))) for name in ("short", "long"))
+        scaling = RopeScaling("longrope", file.metadata[f"{arch}.context_length"] / original, 1.0, 4.0, original)
+        factor = _decimal(given.get("attn_factor", longrope_attention_factor(scaling)))
+        return dataclasses.replace(scaling, attention_factor=factor, short_factor=short, long_factor=long)
     if kind == "linear":
-        return RopeScaling("linear", float(file.metadata[f"{arch}.rope.scaling.factor"]))
+        return RopeScaling("linear", float(given["factor"]))
+    if kind == "yarn":
+        if more := given.keys() - YARN_KEYS:
+            raise ValueError(f"{file.path}: {prefix}{min(more)} is not supported with yarn")
+        factor = float(given["factor"])
+        betas = float(given.get("yarn_beta_fast", 32)), float(given.get("yarn_beta_slow", 1))
+        return RopeScaling(kind, factor, 1.0, 4.0, original, yarn_attention_factor(factor), *betas)
     if kind != "none":
-        raise ValueError(f"{file.path}: the rope scaling {kind!r} is not supported; 'linear' and Llama 3.1's are")
-    if (tensor := file.tensors.get("rope_freqs.weight")) is None:
+        raise ValueError(f"{file.path}: the rope scaling {kind!r} is not supported; linear, yarn, Llama 3.1's are")
+    if "rope_freqs.weight" not in file.tensors:
         return None
     # llama.cpp stores no parameters of Llama 3.1's scaling, only what it divides each frequency by. The largest divisor
     # is the factor. The other parameters must be the published ones (RopeScaling's defaults).
-    divisors = gguf.quants.dequantize(tensor.read(), tensor.kind)
+    divisors = _values(file, "rope_freqs.weight")
     scaling = RopeScaling("llama3", float(divisors.max()))
     freq = base_frequencies(theta, head_dim)
     if not np.allclose(divisors, freq / llama3_frequencies(freq, scaling), rtol=1e-4):
         raise ValueError(f"{file.path}: rope_freqs.weight is no Llama 3 scaling that we know; it is not supported")
     return scaling
+
+
+def _values(file: GgufFile, name: str) -> np.ndarray:
+    tensor = file.tensors[name]
+    return gguf.quants.dequantize(tensor.read(), tensor.kind)

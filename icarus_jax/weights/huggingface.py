@@ -1,11 +1,12 @@
 """Reading Hugging Face model folders: config.json and safetensors (one file, or shards with an index).
 
-The keys of config.json are those of transformers' LlamaConfig, Qwen2Config and Qwen3Config. The files of weights are
-described at github.com/huggingface/safetensors.
+The keys of config.json are those of transformers' configurations of the families (families.py). The files of weights
+are described at github.com/huggingface/safetensors.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import struct
@@ -17,8 +18,10 @@ import numpy as np
 import safetensors
 from etils import epath
 
-from icarus_jax.config import FAMILIES, ModelConfig, RopeScaling
+from icarus_jax.config import ModelConfig, RopeScaling
+from icarus_jax.weights.families import FAMILIES, unfused
 from icarus_jax.weights.reading import PIECE, read_array, read_json, stamp, unchanged, whole
+from icarus_jax.weights.rope import KINDS, longrope_attention_factor, yarn_attention_factor
 
 INDEX = "model.safetensors.index.json"
 # The dtypes of weights that can be read, under the names that safetensors files have for them.
@@ -56,10 +59,30 @@ class HfTrunk:
         for file in self._stamps:
             with whole(file, "is not a whole safetensors file: was its download cut off?"):
                 for name, stored in _tensors(file).items():
-                    if name in self._where:
-                        raise ValueError(f"{file}: {name} lies in two of the files of weights")
-                    self._where[name] = stored
+                    for part, where in self._unfused(name, stored).items():
+                        if part in self._where:
+                            raise ValueError(f"{file}: {part} lies in two of the files of weights")
+                        self._where[part] = where
         self.names = frozenset(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
+
+    def _unfused(self, name: str, stored: _Stored) -> dict[str, _Stored]:
+        """Finds the tensors that lie in a tensor, one after the other, if its family has fused them."""
+        module = name.split(".")[-2] if "." in name else name
+        parts = unfused(self.config, module)
+        if list(parts) == [module]:
+            return {name: stored}
+        rows, columns = stored.shape
+        if rows != (expected := max(part.stop for part in parts.values())):
+            raise ValueError(f"{stored.file}: {name} has {rows} rows; the config asks for {expected}")
+        if stored.dtype not in FLOATS:
+            raise ValueError(f"{stored.file}: {name} is {stored.dtype}; weights are {', '.join(FLOATS)}")
+        size = columns * FLOATS[stored.dtype].itemsize
+        return {
+            name.replace(module, part): stored._replace(
+                at=stored.at + where.start * size, shape=(where.stop - where.start, columns)
+            )
+            for part, where in parts.items()
+        }
 
     def _shards(self) -> list[epath.Path]:
         if (self._folder / INDEX).exists():
@@ -137,17 +160,17 @@ def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
 
 
 def _config(config: dict[str, Any], where: str) -> ModelConfig:
-    family = config.get("model_type", "")
-    if family not in FAMILIES:
-        raise ValueError(f"{where}: model_type {repr(family)[:80]} is not supported; {', '.join(FAMILIES)} are")
-    _refuse_unsupported(config, where)
+    name = config.get("model_type", "")
+    if name not in FAMILIES:
+        raise ValueError(f"{where}: model_type {repr(name)[:80]} is not supported; {', '.join(FAMILIES)} are")
+    config = {**FAMILIES[name].defaults, **config}
     try:
         heads = config["num_attention_heads"]
         if type(heads) is not int or heads < 1:  # it is divided by below
             raise ValueError(f"{where}: num_attention_heads is {repr(heads)[:80]}; it is a whole number above 0")
-        rope = _rope(config)
-        return ModelConfig(
-            family=family,
+        rope, options = _rope(config), FAMILIES[name].options(config)
+        model = ModelConfig(
+            family=name,
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
             intermediate_size=config["intermediate_size"],
@@ -156,36 +179,36 @@ def _config(config: dict[str, Any], where: str) -> ModelConfig:
             num_kv_heads=config.get("num_key_value_heads") or heads,
             head_dim=config.get("head_dim") or config["hidden_size"] // heads,
             rope_theta=float(rope.get("rope_theta", 10000.0)),
-            rope_scaling=_rope_scaling(rope, where),
+            rope_scaling=_rope_scaling(config, rope, where),
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             max_position_embeddings=config["max_position_embeddings"],
             tie_word_embeddings=config.get("tie_word_embeddings", False),
-            qkv_bias=family == "qwen2",
-            qk_norm=family == "qwen3",
+            **options,
         )
+        _refuse_unsupported(config, model, where)
+        return model
     except KeyError as error:
         raise ValueError(f"{where}: config.json lacks {error}") from None
 
 
-def _refuse_unsupported(config: dict[str, Any], where: str) -> None:
+def _refuse_unsupported(config: dict[str, Any], model: ModelConfig, where: str) -> None:
     """Raises ValueError if the config asks for something that the forward pass does not do."""
-    sliding = config.get("use_sliding_window", True) and config.get("sliding_window")
+    window = config.get("use_sliding_window", True) and config.get("sliding_window")
     layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
+    if window and window >= model.context_length:  # nothing lies outside of it
+        window, layer_types = None, layer_types - {"sliding_attention"}
+    rotary = _rope(config).get("partial_rotary_factor", 1.0)
     for name, value, unsupported in (
-        ("sliding_window", config.get("sliding_window"), sliding),
+        ("sliding_window", config.get("sliding_window"), window),
         ("layer_types", sorted(layer_types), layer_types),
         ("attention_bias", True, config.get("attention_bias")),
         ("mlp_bias", True, config.get("mlp_bias")),
         ("hidden_act", config.get("hidden_act"), config.get("hidden_act", "silu") != "silu"),
         ("quantization_config", "{...}", config.get("quantization_config")),
-        ("partial_rotary_factor", _rope(config).get("partial_rotary_factor"), _partial_rotary(config)),
+        ("partial_rotary_factor", rotary, rotary != model.partial_rotary_factor),
     ):
         if unsupported:
             raise ValueError(f"{where}: config.json says {name}={value}, which is not supported")
-
-
-def _partial_rotary(config: dict[str, Any]) -> bool:
-    return _rope(config).get("partial_rotary_factor", 1.0) != 1.0
 
 
 def _rope(config: dict[str, Any]) -> dict[str, Any]:
@@ -198,18 +221,38 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     return {**older, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
 
 
-def _rope_scaling(rope: dict[str, Any], where: str) -> RopeScaling | None:
+def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], where: str) -> RopeScaling | None:
     kind = rope.get("rope_type") or rope.get("type") or "default"
     if kind == "default":
         return None
+    if config["model_type"] == "phi3" and kind in ("su", "yarn"):  # what its first files call it
+        kind = "longrope"
+    if kind not in KINDS:
+        raise ValueError(f"{where}: rope scaling {kind!r} is not supported; {', '.join(KINDS)} are")
+    length = config["max_position_embeddings"]
+    original = config.get("original_max_position_embeddings") or rope.get("original_max_position_embeddings") or length
     if kind == "linear":
-        return RopeScaling("linear", float(rope["factor"]))
+        return RopeScaling(kind, float(rope["factor"]))
     if kind == "llama3":
-        return RopeScaling(
-            "llama3",
-            float(rope["factor"]),
-            float(rope["low_freq_factor"]),
-            float(rope["high_freq_factor"]),
-            int(rope["original_max_position_embeddings"]),
+        bounds = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+        return RopeScaling(kind, float(rope["factor"]), *bounds, original)
+    if kind == "dynamic":
+        return RopeScaling(kind, float(rope["factor"]), original_max_position_embeddings=length)
+    factor = float(rope.get("factor") or length / original)
+    scaling = RopeScaling(kind, factor, original_max_position_embeddings=original)
+    given = rope.get("attention_factor")
+    if kind == "longrope":
+        return dataclasses.replace(
+            scaling,
+            attention_factor=longrope_attention_factor(scaling) if given is None else float(given),
+            short_factor=tuple(rope["short_factor"]),
+            long_factor=tuple(rope["long_factor"]),
         )
-    raise ValueError(f"{where}: rope scaling {kind!r} is not supported; 'linear' and 'llama3' are")
+    made = yarn_attention_factor(factor, rope.get("mscale"), rope.get("mscale_all_dim"))
+    return dataclasses.replace(
+        scaling,
+        attention_factor=made if given is None else float(given),
+        beta_fast=float(rope.get("beta_fast") or 32),
+        beta_slow=float(rope.get("beta_slow") or 1),
+        truncate=rope.get("truncate", True),
+    )

@@ -10,13 +10,15 @@ import dataclasses
 import hashlib
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16)
 import numpy as np
 
-from icarus_jax.config import ModelConfig, RopeScaling
+from icarus_jax.config import ModelConfig
+from icarus_jax.weights.families import FAMILIES
+from icarus_jax.weights.rope import KINDS
 
 # Parameter -> the tensors that one layer of it consists of (Hugging Face's names) -> the part of the layer that the
 # tensor fills.
@@ -35,7 +37,9 @@ LAYER_TENSORS: dict[str, dict[str, Any]] = {
     "q_norm": {"self_attn.q_norm.weight": np.s_[:]},
     "k_norm": {"self_attn.k_norm.weight": np.s_[:]},
     "o": {"self_attn.o_proj.weight": np.s_[:]},
+    "attn_post_norm": {"post_attention_layernorm.weight": np.s_[:]},  # of a family without mlp_norm
     "mlp_norm": {"post_attention_layernorm.weight": np.s_[:]},
+    "mlp_post_norm": {"post_feedforward_layernorm.weight": np.s_[:]},
     "gate_up": {"mlp.gate_proj.weight": np.s_[:, 0], "mlp.up_proj.weight": np.s_[:, 1]},
     "down": {"mlp.down_proj.weight": np.s_[:]},
 }
@@ -78,6 +82,26 @@ class TensorSource(Protocol):
         ...
 
 
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
+
+
+def _whole(value: Any, least: int = 1) -> bool:
+    return type(value) is int and least <= value < _MOST
+
+
+# The type of a field of ModelConfig or RopeScaling -> whether a value can be one, and what is one in words.
+_RIGHT: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "bool": (lambda value: isinstance(value, bool), "true or false"),
+    "int": (_whole, "a whole number above 0"),
+    "int | None": (lambda value: value is None or _whole(value), "a whole number above 0 or null"),
+    "float": (_number, "a number above 0"),
+    "float | None": (lambda value: value is None or _number(value), "a number above 0 or null"),
+    "tuple[int, ...]": (lambda value: all(_whole(item, 0) for item in value), "a list of whole numbers"),
+    "tuple[float, ...]": (lambda value: all(map(_number, value)), "a list of numbers above 0"),
+}
+
+
 def check_config(config: ModelConfig, where: str) -> None:
     """Checks that the sizes and options that a file gives are numbers that a model can have.
 
@@ -88,25 +112,29 @@ def check_config(config: ModelConfig, where: str) -> None:
     Raises:
         ValueError: One of them cannot be. The message names it.
     """
-    settings = dataclasses.asdict(config)
-    scaling = settings.pop("rope_scaling") or {"kind": "linear"}
-    if (kind := scaling.pop("kind")) not in ("linear", "llama3"):
-        raise ValueError(f"{where}: rope scaling {kind!r} is not supported; 'linear' and 'llama3' are")
-    defaults = {field.name: field.default for field in (*dataclasses.fields(config), *dataclasses.fields(RopeScaling))}
-    for name, value in {**settings, **scaling}.items():
-        if name == "family":
-            continue
-        if isinstance(defaults[name], bool):
-            right, words = isinstance(value, bool), "true or false"
-        elif isinstance(defaults[name], float) or name == "factor":
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            right, words = number and 0 < value < _MOST, "a number above 0"
-        else:
-            right, words = type(value) is int and 0 < value < _MOST, "a whole number above 0"
-        if not right:
-            raise ValueError(f"{where}: {name} is {repr(value)[:80]}; it is {words}")
+    if config.family not in FAMILIES:
+        raise ValueError(f"{where}: the family {config.family!r} is not supported; {', '.join(FAMILIES)} are")
+    scaling = config.rope_scaling
+    if scaling and scaling.kind not in KINDS:
+        raise ValueError(f"{where}: rope scaling {scaling.kind!r} is not supported; {', '.join(KINDS)} are")
+    for part in (config, scaling) if scaling else (config,):
+        for field in dataclasses.fields(part):
+            right, words = _RIGHT.get(str(field.type), (None, ""))
+            if right and not right(value := getattr(part, field.name)):
+                raise ValueError(f"{where}: {field.name} is {repr(value)[:80]}; it is {words}")
     if config.head_dim % 2:
         raise ValueError(f"{where}: head_dim is {config.head_dim}; it is an even number")
+    if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
+        raise ValueError(
+            f"{where}: partial_rotary_factor is {config.partial_rotary_factor}; it is a part of head_dim="
+            f"{config.head_dim}, an even number of lanes"
+        )
+    if scaling and scaling.kind == "yarn" and config.rope_theta <= 1:
+        raise ValueError(f"{where}: rope_theta is {config.rope_theta}; with yarn it is above 1")
+    if scaling and scaling.kind == "longrope":
+        for name in ("short_factor", "long_factor"):
+            if len(getattr(scaling, name)) != config.rotary_dim // 2:
+                raise ValueError(f"{where}: {name} is a list of {config.rotary_dim // 2} numbers, for half the lanes")
 
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -115,10 +143,8 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     shapes: dict[str, tuple[int, ...]] = {
         "embed": (c.vocab_size, c.hidden_size),
         "final_norm": (c.hidden_size,),
-        "attn_norm": (layers, c.hidden_size),
         "qkv": (layers, c.hidden_size, c.num_kv_heads, group, c.head_dim),
         "o": (layers, c.num_heads * c.head_dim, c.hidden_size),
-        "mlp_norm": (layers, c.hidden_size),
         "gate_up": (layers, c.hidden_size, 2, c.intermediate_size),
         "down": (layers, c.intermediate_size, c.hidden_size),
     }
@@ -126,8 +152,13 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["lm_head"] = (c.vocab_size, c.hidden_size)
     if c.qkv_bias:
         shapes["qkv_bias"] = (layers, c.num_kv_heads, group, c.head_dim)
+    if c.pre_norm:
+        shapes["attn_norm"] = shapes["mlp_norm"] = (layers, c.hidden_size)
+    if c.post_norm:
+        shapes["attn_post_norm"] = shapes["mlp_post_norm"] = (layers, c.hidden_size)
     if c.qk_norm:
-        shapes["q_norm"] = shapes["k_norm"] = (layers, c.head_dim)
+        lanes = (c.num_heads * c.head_dim, c.num_kv_heads * c.head_dim) if c.qk_norm_whole else (c.head_dim,) * 2
+        shapes["q_norm"], shapes["k_norm"] = ((layers, n) for n in lanes)
     return shapes
 
 

@@ -233,7 +233,7 @@ def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
 
 
 def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: float, dtype: Any = "float32") -> None:
-    """Writes an adapter as a PEFT folder, which PEFT can load too.
+    """Writes an adapter as a PEFT folder, which PEFT can load too, but for families with fused modules (families.py).
 
     Our key `icarus` in adapter_config.json records the adapter's kv_trained and trunk_identity.
 

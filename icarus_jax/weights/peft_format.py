@@ -15,11 +15,12 @@ import numpy as np
 
 from icarus_jax.config import TARGETS, ModelConfig
 from icarus_jax.weights.adapter_files import CONFIG_FILE, Tensors
+from icarus_jax.weights.families import fused_shapes, unfused
 
 INVOCATION = "alora_invocation_tokens"  # PEFT's key for the token ids that switch on an aLoRA
-Pieces = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # (layer, target) -> A f32[din, r], B f32[r, dout]
+Pieces = dict[tuple[int, str], tuple[np.ndarray, np.ndarray]]  # (layer, module) -> A f32[din, r], B f32[r, dout]
 
-_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj")
 # The names of the tensors that PEFT writes: of a causal language model, and of its decoder alone (AutoModel).
 # Another prefix is another part of a model, such as an image encoder with layers of the same names.
 _KEY = re.compile(r"base_model\.model\.(?:model\.)?layers\.([0-9]{1,6})\.(\w+\.(\w+))\.lora_([AB])\.weight")
@@ -194,19 +195,19 @@ def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> 
         config: The trunk's configuration.
 
     Returns:
-        A f32[din, r] and B f32[r, dout] by (layer, target).
+        A f32[din, r] and B f32[r, dout] by layer and module: a target, or one that the family has fused of several.
 
     Raises:
         ValueError: A tensor does not belong to a projection of the trunk, has another shape, or lacks its partner.
     """
-    shapes = config.target_shapes
+    shapes = {target: config.target_shapes[target] for target in TARGETS} | fused_shapes(config)
     sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
         if not match or match[3] not in shapes or match[2] != _block_name(match[3]):
             raise ValueError(
                 f"adapter {folder}: cannot use the tensor {key[:200]}; tensors are named "
-                f"base_model.model.{module_name(0, 'q_proj')}.lora_A.weight, and targets are {', '.join(TARGETS)}"
+                f"base_model.model.{module_name(0, 'q_proj')}.lora_A.weight, and targets are {', '.join(shapes)}"
             )
         layer, target, side = int(match[1]), match[3], match[4]
         if layer >= config.num_layers:
@@ -223,6 +224,8 @@ def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> 
     for (layer, target), pair in sides.items():
         if pair.keys() != {"A", "B"}:
             raise ValueError(f"adapter {folder}: {module_name(layer, target)} has lora_{min(pair)} only")
+        if twice := [part for part in unfused(config, target) if part != target and (layer, part) in sides]:
+            raise ValueError(f"adapter {folder}: {module_name(layer, target)} and {twice[0]} in it are both adapted")
         din, dout = shapes[target]
         a, b = pair["A"], pair["B"]
         if a.ndim != 2 or b.ndim != 2 or a.shape[0] != din or b.shape[1] != dout or a.shape[1] != b.shape[0]:
@@ -276,21 +279,21 @@ def stack(pieces: Pieces, rank: int, config: ModelConfig) -> dict[str, tuple[np.
     """Stacks the factors over all layers, with zeros for absent layers and for ranks below `rank`.
 
     Args:
-        pieces: The factors by (layer, target).
+        pieces: The factors by layer and module. Those of a fused module become factors of each of its targets.
         rank: r, the largest rank among them.
         config: The trunk's configuration.
 
     Returns:
         A f32[L, din, r] and B f32[L, r, dout] by target.
     """
-    weights = {}
-    for target in sorted({target for _, target in pieces}):
-        din, dout = config.target_shapes[target]
-        a = np.zeros((config.num_layers, din, rank), np.float32)
-        b = np.zeros((config.num_layers, rank, dout), np.float32)
-        for (layer, name), (piece_a, piece_b) in pieces.items():
-            if name == target:
-                a[layer, :, : piece_a.shape[1]] = piece_a
-                b[layer, : piece_b.shape[0]] = piece_b
-        weights[target] = (a, b)
-    return weights
+    weights: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+    for (layer, module), (piece_a, piece_b) in pieces.items():
+        for target, columns in unfused(config, module).items():
+            if target not in weights:
+                din, dout = config.target_shapes[target]
+                shapes = (config.num_layers, din, rank), (config.num_layers, rank, dout)
+                weights[target] = np.zeros(shapes[0], np.float32), np.zeros(shapes[1], np.float32)
+            a, b = weights[target]
+            a[layer, :, : piece_a.shape[1]] = piece_a
+            b[layer, : piece_b.shape[0]] = piece_b[:, columns]
+    return dict(sorted(weights.items()))

@@ -15,12 +15,14 @@ def _norm(x, weight, eps):
     return x / np.sqrt((x * x).mean(-1, keepdims=True) + eps) * weight
 
 
-def _rope(x, theta):
-    length, _, h = x.shape
-    angles = np.arange(length)[:, None] / theta ** (np.arange(0, h, 2) / h)
+def _rope(x, config, layer):
+    if layer in config.nope_layers:
+        return x
+    length, h = len(x), round(config.head_dim * config.partial_rotary_factor)
+    angles = np.arange(length)[:, None] / config.rope_theta ** (np.arange(0, h, 2) / h)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
-    a, b = x[..., : h // 2], x[..., h // 2 :]
-    return np.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+    a, b = x[..., : h // 2], x[..., h // 2 : h]
+    return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., h:]], -1)
 
 
 def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
@@ -30,31 +32,35 @@ def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
     group = c.num_heads // c.num_kv_heads
     length = len(tokens)
     delta = lambda t, l, x: x @ adapter[t][0][l] @ adapter[t][1][l] if adapter and t in adapter else 0.0  # noqa: E731
-    x = p["embed"][tokens]
+    norm = lambda name, l, x: _norm(x, p[name][l], c.rms_norm_eps) if name in p else x  # noqa: E731
+    scale = 1 / np.sqrt(c.head_dim) if c.attention_multiplier is None else c.attention_multiplier
+    x = p["embed"][tokens] * c.embedding_multiplier
     made = []
     for l in range(c.num_layers):
-        y = _norm(x, p["attn_norm"][l], c.rms_norm_eps)
+        y = norm("attn_norm", l, x)
         qkv = np.einsum("td,dkgh->tkgh", y, p["qkv"][l])
         if c.qkv_bias:
             qkv = qkv + p["qkv_bias"][l]
         q = qkv[:, :, :group].reshape(length, -1) + delta("q_proj", l, y)
         k = qkv[:, :, group].reshape(length, -1) + delta("k_proj", l, y)
         v = (qkv[:, :, group + 1].reshape(length, -1) + delta("v_proj", l, y)).reshape(length, c.num_kv_heads, -1)
+        if c.qk_norm_whole:
+            q, k = norm("q_norm", l, q), norm("k_norm", l, k)
         q, k = q.reshape(length, c.num_heads, -1), k.reshape(length, c.num_kv_heads, -1)
-        if c.qk_norm:
-            q, k = _norm(q, p["q_norm"][l], c.rms_norm_eps), _norm(k, p["k_norm"][l], c.rms_norm_eps)
-        made.append((_rope(k, c.rope_theta), v))
+        if not c.qk_norm_whole:
+            q, k = norm("q_norm", l, q), norm("k_norm", l, k)
+        made.append((_rope(k, c, l), v))
         keys, values = (np.repeat(a, group, axis=1) for a in (kv or made)[l])
-        scores = np.einsum("qnh,tnh->nqt", _rope(q, c.rope_theta), keys) / np.sqrt(c.head_dim)
+        scores = np.einsum("qnh,tnh->nqt", _rope(q, c, l), keys) * scale
         scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         a = np.einsum("nqt,tnh->qnh", weights / weights.sum(-1, keepdims=True), values).reshape(length, -1)
-        x = x + a @ p["o"][l] + delta("o_proj", l, a)
-        y = _norm(x, p["mlp_norm"][l], c.rms_norm_eps)
+        x = x + c.residual_multiplier * norm("attn_post_norm", l, a @ p["o"][l] + delta("o_proj", l, a))
+        y = norm("mlp_norm", l, x)
         gate = y @ p["gate_up"][l][:, 0] + delta("gate_proj", l, y)
         up = y @ p["gate_up"][l][:, 1] + delta("up_proj", l, y)
         z = gate / (1 + np.exp(-gate)) * up
-        x = x + z @ p["down"][l] + delta("down_proj", l, z)
+        x = x + c.residual_multiplier * norm("mlp_post_norm", l, z @ p["down"][l] + delta("down_proj", l, z))
     return x, made
 
 
@@ -68,7 +74,8 @@ def logits(trunk: TrunkCheckpoint, tokens, adapter=None, *, shared: bool = True,
     x, _ = _run(trunk, tokens, adapter, kv)
     head = trunk.params["embed" if trunk.config.tie_word_embeddings else "lm_head"]
     norm = np.asarray(trunk.params["final_norm"], np.float64)
-    return _norm(x, norm, trunk.config.rms_norm_eps) @ np.asarray(head, np.float64).T
+    x = _norm(x, norm, trunk.config.rms_norm_eps) @ np.asarray(head, np.float64).T
+    return x / trunk.config.logits_scaling
 
 
 def greedy(trunk: TrunkCheckpoint, prompt, steps: int, adapter=None, *, shared=True, decoder=None) -> list[int]:

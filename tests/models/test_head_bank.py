@@ -89,7 +89,7 @@ def test_a_block_adds_each_heads_share(mesh, targets, alone):
         block = stack.at(jnp.int32(2), MeshLinear(layout, kernels))
         adapters = LayerBank(bank, jnp.int32(2), active, kernels, layout)
         made = block.attention_inputs(CONFIG, adapters, x, slots, 0, tables)
-        attended = block.attention_output(adapters, made[0], slots, 0)
+        attended = block.attention_output(CONFIG, adapters, made[0], slots, 0)
         return *made, attended, block.mlp(CONFIG, adapters, x, slots, 0)
 
     for got, want in zip(run("gpu"), run("xla"), strict=True):

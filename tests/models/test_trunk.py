@@ -59,10 +59,9 @@ def test_logits_match_transformers(name, tmp_path):
     np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
-def test_heads_match_their_oracles(family, tmp_path):
-    """`shared`: the two-stream oracle. `isolated`: transformers with PEFT. Both in one batch with the trunk."""
-    folder = tiny.tiny_model(family, tmp_path)
+def test_heads_match_their_oracles(tmp_path):
+    """`shared`: the two-stream oracle. `isolated`: transformers with PEFT. One batch with the trunk, in two chunks."""
+    folder = tiny.tiny_model("qwen2", tmp_path)
     plain = tiny.tiny_adapter(folder, tmp_path, seed=1)
     full = tiny.tiny_adapter(folder, tmp_path, targets=(*tiny.ALL_TARGETS, "k_proj", "v_proj"), rank=6, seed=2)
     trunk = load_trunk(folder)
@@ -93,18 +92,6 @@ def test_the_kernels_for_gpus_say_the_same(family, tmp_path):
     drain(engine)
     assert results["trunk"].token_ids == oracle.greedy(trunk, prompt, 4)
     assert results["a"].token_ids == oracle.greedy(trunk, prompt, 4, load_adapter(head, trunk.config).weights)
-
-
-def test_oracle_matches_transformers(tmp_path):
-    """The two-stream oracle is not ours to trust unchecked: with its own K/V it is an ordinary LoRA model."""
-    folder = tiny.tiny_model("qwen2", tmp_path)
-    adapter = tiny.tiny_adapter(folder, tmp_path, targets=(*tiny.ALL_TARGETS, "k_proj", "v_proj"))
-    trunk = load_trunk(folder)
-    tokens = np.random.default_rng(0).integers(0, 256, 40)
-    with torch.no_grad():
-        want = tiny.hf_model(folder, adapter)(torch.tensor(tokens)[None]).logits[0].numpy()
-    got = oracle.logits(trunk, tokens, load_adapter(adapter, trunk.config).weights, shared=False)
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4 * np.abs(want).max())
 
 
 def test_bfloat16_runs_close_to_float32(tmp_path):

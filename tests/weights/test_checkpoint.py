@@ -15,6 +15,13 @@ from icarus_jax.weights.checkpoint import load_trunk, param_shapes, save_orbax
 from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
 from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model
 
+LONGROPE = {
+    "rope_type": "longrope",
+    "partial_rotary_factor": 0.75,
+    "short_factor": [1.0, 1.1, 1.2],
+    "long_factor": [1.0, 2.0, 4.0],
+}
+
 
 def edit_config(folder, remove=(), **changes):
     file = pathlib.Path(folder) / "config.json"
@@ -123,13 +130,22 @@ def test_rope_settings_of_old_and_new_configs(family, tmp_path):
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 2.0}}, "rope scaling 'yarn'"),
+        ("llama", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope scaling 'ntk'"),
         ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
         ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types="),
         ("llama", {"hidden_size": 64}, "has the shape .* the config asks for"),
         ("llama", {"num_hidden_layers": 4}, "layers.3.* is missing"),
         ("llama", {"num_hidden_layers": 2}, "layers.2.* is no part of"),
         ("llama", {"model_type": "qwen2"}, "bias is missing"),
+        ("mistral", {"sliding_window": 64}, "sliding_window=64, which is not supported"),
+        ("ministral", {"sliding_window": 511}, "sliding_window=511"),
+        ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
+        ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.2}}, r"partial_rotary_factor is 0\.2"),
+        ("phi3", {"rope_parameters": LONGROPE | {"short_factor": [1.0]}}, "short_factor is a list of 3 numbers"),
+        ("phi3", {"rope_parameters": LONGROPE | {"long_factor": [1.0, 0.0, 1.0]}}, "long_factor is .*numbers above 0"),
+        ("phi3", {"num_key_value_heads": 3}, "qkv_proj.weight has 80 rows; the config asks for 96"),
+        ("granite", {"residual_multiplier": 0}, "residual_multiplier is 0"),
+        ("olmo2", {"num_key_value_heads": 6}, "shape"),
     ],
 )
 def test_unsupported_models_are_refused_by_name(family, changes, message, tmp_path):
@@ -141,6 +157,37 @@ def test_unsupported_models_are_refused_by_name(family, changes, message, tmp_pa
 
 def test_a_sliding_window_out_of_use_is_fine(tmp_path):
     load_trunk(edit_config(tiny_model("qwen2", tmp_path), use_sliding_window=False, sliding_window=64))
+
+
+def test_a_key_that_is_left_out_has_the_familys_default(tmp_path):
+    for family, key in (("mistral", "sliding_window"), ("smollm3", "no_rope_layers"), ("granite", "logits_scaling")):
+        folder = edit_config(tiny_model(family, tmp_path), remove=[key, "no_rope_layer_interval"])
+        if family == "mistral":
+            edit_config(folder, max_position_embeddings=8192)
+            with pytest.raises(ValueError, match="sliding_window=4096"):
+                load_trunk(folder)
+        else:
+            config = load_trunk(folder).config
+            assert (config.nope_layers, config.logits_scaling) == ((), 1.0)  # every fourth of three layers
+
+
+def test_phi3_of_transformers_4(tmp_path):
+    """Its rope scaling was called su, and lay beside the other keys."""
+    sizes = {"original_max_position_embeddings": 64, "max_position_embeddings": 512}
+    folder = tiny_model("phi3", tmp_path, rope_parameters=LONGROPE, **sizes)
+    want = load_trunk(folder).config
+    factors = {key: LONGROPE[key] for key in ("short_factor", "long_factor")}
+    edit_config(folder, ["rope_parameters"], partial_rotary_factor=0.75, rope_scaling={"type": "su", **factors})
+    assert load_trunk(folder).config == want
+    assert (want.rope_scaling.factor, want.rope_scaling.original_max_position_embeddings) == (8.0, 64)
+
+
+@pytest.mark.parametrize("family, rope", [("phi3", LONGROPE), ("smollm3", None)])
+def test_options_survive_an_orbax_round_trip(family, rope, tmp_path):
+    want = load_trunk(tiny_model(family, tmp_path, **({"rope_parameters": rope} if rope else {})))
+    save_orbax(want, str(tmp_path / "orbax"))
+    got = load_trunk(str(tmp_path / "orbax")).config
+    assert got == want.config and hash(got) == hash(want.config)
 
 
 def test_orbax_round_trip(tmp_path):

@@ -1,5 +1,6 @@
 """GGUF files: a converted model is the folder's trunk, and the header is read as the gguf package reads it."""
 
+import dataclasses
 import pathlib
 
 import gguf
@@ -14,9 +15,21 @@ from icarus_jax.weights.gguf_file import read_gguf
 from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model, write_gguf
 
 
-@pytest.mark.parametrize("family, tied", [("llama", False), ("llama", True), ("qwen2", False), ("qwen3", True)])
-def test_gguf_is_the_folders_trunk(family, tied, tmp_path):
-    folder = tiny_model(family, tmp_path, tie_word_embeddings=tied, rms_norm_eps=1e-5)
+@pytest.mark.parametrize(
+    "family, changes",
+    [
+        ("llama", {}),
+        ("llama", {"tie_word_embeddings": True}),
+        ("qwen2", {}),
+        ("qwen3", {"tie_word_embeddings": True}),
+        ("granite", {}),
+        ("phi3", {}),
+        ("olmo2", {}),
+        ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),  # llama.cpp knows no other interval
+    ],
+)
+def test_gguf_is_the_folders_trunk(family, changes, tmp_path):
+    folder = tiny_model(family, tmp_path, rms_norm_eps=1e-5, **changes)
     want = load_trunk(folder)
     got = load_trunk(write_gguf(folder, tmp_path / "model.gguf"))
     assert got.config == want.config
@@ -50,17 +63,47 @@ def test_gguf_rope_scaling(tmp_path):
     scaled, _ = transformers.modeling_rope_utils.ROPE_INIT_FUNCTIONS["llama3"](hf_model(folder).config, "cpu")
     plain = 1 / 500000.0 ** (torch.arange(0, 16, 2) / 16)
     divisors = (plain / scaled).numpy().astype(np.float32)
-    got = load_trunk(write_gguf(folder, tmp_path / "a.gguf", rope_freqs=divisors))
+    got = load_trunk(write_gguf(folder, tmp_path / "a.gguf", rope={"rope_freqs.weight": divisors}))
     assert got.config.rope_scaling == load_trunk(folder).config.rope_scaling
     with pytest.raises(ValueError, match=r"rope_freqs\.weight is no Llama 3 scaling"):
-        load_trunk(write_gguf(folder, tmp_path / "b.gguf", rope_freqs=np.sqrt(divisors)))
+        load_trunk(write_gguf(folder, tmp_path / "b.gguf", rope={"rope_freqs.weight": np.sqrt(divisors)}))
     keys = [("rope.scaling.type", "linear"), ("rope.scaling.factor", 2.0)]
     linear = load_trunk(write_gguf(folder, tmp_path / "c.gguf", keys=keys))
     assert linear.config.rope_scaling == RopeScaling("linear", 2.0)
-    with pytest.raises(ValueError, match="'yarn' is not supported"):
-        load_trunk(write_gguf(folder, tmp_path / "d.gguf", keys=[("rope.scaling.type", "yarn")]))
+    with pytest.raises(ValueError, match="'ntk' is not supported"):
+        load_trunk(write_gguf(folder, tmp_path / "d.gguf", keys=[("rope.scaling.type", "ntk")]))
     with pytest.raises(ValueError, match="expert_count=4 is not supported"):
         load_trunk(write_gguf(folder, tmp_path / "e.gguf", keys=[("expert_count", 4)]))
+
+
+def test_gguf_yarn(tmp_path):
+    rope = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 128}
+    folder = tiny_model("llama", tmp_path, rope_parameters=rope)
+    keys = [("rope.scaling.type", "yarn"), ("rope.scaling.factor", 4.0), ("rope.scaling.original_context_length", 128)]
+    assert load_trunk(write_gguf(folder, tmp_path / "a.gguf", keys=keys)).config == load_trunk(folder).config
+    with pytest.raises(ValueError, match=r"llama\.rope\.scaling\.yarn_log_multiplier is not supported"):
+        load_trunk(write_gguf(folder, tmp_path / "b.gguf", keys=[*keys, ("rope.scaling.yarn_log_multiplier", 0.2)]))
+
+
+def test_gguf_sliding_window(tmp_path):
+    folder = tiny_model("phi3", tmp_path)
+    load_trunk(write_gguf(folder, tmp_path / "a.gguf", keys=[("attention.sliding_window", 512)]))  # the whole context
+    with pytest.raises(ValueError, match=r"phi3\.attention\.sliding_window=511 is not supported"):
+        load_trunk(write_gguf(folder, tmp_path / "b.gguf", keys=[("attention.sliding_window", 511)]))
+
+
+def test_gguf_longrope(tmp_path):
+    factors = {"short_factor": [1.0, 1.25, 1.5], "long_factor": [1.0, 4.0, 8.0]}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "partial_rotary_factor": 0.75, **factors}
+    folder = tiny_model("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=128)
+    want = load_trunk(folder).config
+    names = {"rope_factors_short.weight": "short_factor", "rope_factors_long.weight": "long_factor"}
+    tensors = {name: np.array(factors[key], np.float32) for name, key in names.items()}
+    keys = [("rope.scaling.original_context_length", 128)]
+    got = load_trunk(write_gguf(folder, tmp_path / "a.gguf", rope=tensors, keys=keys)).config
+    assert got.rope_scaling.attention_factor == pytest.approx(want.rope_scaling.attention_factor, rel=1e-5)
+    assert dataclasses.replace(want, rope_scaling=got.rope_scaling) == got
+    assert (got.rope_scaling.short_factor, got.rope_scaling.long_factor) == tuple(map(tuple, factors.values()))
 
 
 def test_broken_gguf(tmp_path):

@@ -74,6 +74,32 @@ def test_weights_mean_what_peft_computes(targets, options, folder, config, tmp_p
         assert not adapter.weights["q_proj"][1][1].any()
 
 
+def test_fused_modules_are_split(tmp_path):
+    """Phi-3's qkv_proj and gate_up_proj: each target has all of A, and its rows of B."""
+    folder = tiny_model("phi3", tmp_path)
+    config = load_trunk(folder).config
+    options = {"rank_pattern": {"gate_up_proj": 6}, "alpha_pattern": {"qkv_proj": 5}, "rank": 3}
+    saved = pathlib.Path(tiny_adapter(folder, tmp_path, ("qkv_proj", "gate_up_proj"), **options))
+    adapter, tensors = load_adapter(str(saved), config), load_file(saved / "adapter_model.safetensors")
+    assert adapter.weights.keys() == {"q_proj", "k_proj", "v_proj", "gate_proj", "up_proj"}
+    for module, parts, rank, scaling in (
+        ("self_attn.qkv_proj", ("q_proj", "k_proj", "v_proj"), 3, 5 / 3),
+        ("mlp.gate_up_proj", ("gate_proj", "up_proj"), 6, 8 / 6),
+    ):
+        for layer in range(3):
+            a, b = (tensors[f"base_model.model.model.layers.{layer}.{module}.lora_{side}.weight"] for side in "AB")
+            for part in parts:
+                np.testing.assert_array_equal(adapter.weights[part][0][layer][:, :rank], a.T)
+            got = np.concatenate([adapter.weights[part][1][layer][:rank] for part in parts], axis=1)
+            np.testing.assert_allclose(got, b.T * scaling, rtol=1e-6)
+    for side in "AB":
+        name = f"base_model.model.model.layers.1.self_attn.v_proj.lora_{side}.weight"
+        tensors[name] = np.zeros({"A": (3, 48), "B": (16, 3)}[side], np.float32)
+    save_file(tensors, saved / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.qkv_proj and v_proj in it are both adapted"):
+        load_adapter(str(saved), config)
+
+
 def test_half_precision_weights(folder, config, tmp_path):
     saved = pathlib.Path(tiny_adapter(folder, tmp_path))
     want = load_adapter(str(saved), config)
