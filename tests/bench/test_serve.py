@@ -345,7 +345,7 @@ def test_a_whole_sweep_of_a_server_by_its_url(served, folder, tmp_path, capsys):
         (["serve", "--config.rates=1.25x,inf", "--config.workload.name=react"], "before '1.25x' there has to be 'inf'"),
         (["serve", "--config=bench.py:twice"], "once, prefix"),
         (["serve", "--config.workload.path=nowhere.jsonl"], "nowhere.jsonl: no such file; config.workload.name=react"),
-        (["swim"], "step, host, serve, prefix"),
+        (["swim"], "step, host, structured, serve, prefix"),
     ],
 )
 def test_a_wrong_word_is_one_line(args, said):

@@ -116,6 +116,7 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
         "allow_remote_without_keys": False,
         "max_waiting_requests": 1024,
         "max_waiting_tokens": 1_000_000,
+        "batch_folder": "",
         "cors_origins": "",
         "access_log": True,
         "allowed_hosts": "",

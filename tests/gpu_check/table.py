@@ -81,10 +81,9 @@ class Drive:
             else:
                 time.sleep(max(0.0, self._due[0][0] - self._now()))
         assert len(self._calls) == sum(map(len, self._sessions)), "some calls were not answered"
-        gained = {f.name: getattr(stats, f.name) - getattr(before, f.name) for f in dataclasses.fields(stats)}
-        busy = gained["host_seconds"] + gained["device_seconds"]
-        told = (gained[name] for name in ("prefill_tokens", "evictions", "preemptions", "steps"))
-        return self._calls, Counters(self._needed, *told, busy)
+        names = ("prefill_tokens", "evictions", "preemptions", "steps", "host_seconds", "device_seconds")
+        *told, host, device = (getattr(stats, name) - getattr(before, name) for name in names)
+        return self._calls, Counters(self._needed, *told, host + device)
 
     def _now(self) -> float:
         return time.perf_counter() - self._begin

@@ -129,15 +129,16 @@ def rendered(served, monkeypatch):
 @pytest.mark.parametrize("content", [{}, {"content": None}, {"content": ""}, {"content": []}], ids=repr)
 def test_a_null_content_is_empty(rendered, content):
     answer = {**CALLED, **content}
-    assert rendered(PLAIN, answer) == "[assistant|]"
-    adding = "{% for m in messages %}{{ '[' + m['role'] + '|' + m['content'] + ']' }}{% endfor %}"  # SmolLM2's way
+    assert rendered("{# tools #}" + PLAIN, answer) == "[assistant|]"
+    # SmolLM2's way, but for the tools.
+    adding = "{# tools #}{% for m in messages %}{{ '[' + m['role'] + '|' + m['content'] + ']' }}{% endfor %}"
     told = {"role": "tool", "tool_call_id": "1", "content": "18 C"}
     assert rendered(adding, answer, told) == "[assistant|][tool|18 C]"
 
 
 def test_a_null_content_is_null_for_a_template_that_asks(rendered):
     for test in ("m['content'] is none", "m.content is not none", "m.content == none"):
-        asking = "{% for m in messages %}{{ 'yes' if " + test + " else 'no' }}{% endfor %}"
+        asking = "{# tools #}{% for m in messages %}{{ 'yes' if " + test + " else 'no' }}{% endfor %}"
         assert rendered(asking, CALLED) == ("no" if "not" in test else "yes")
 
 
