@@ -10,6 +10,7 @@ many of its tokens were in the cache, whichever model had written or read them. 
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -35,6 +36,7 @@ def main(argv: list[str]) -> None:
     """Reads lines until there are no more."""
     if len(argv) > 1:
         raise app.UsageError(f"no argument {argv[1]!r}: all settings are flags")
+    logging.getLogger("httpx").setLevel(logging.WARNING)  # it would log each request between the answers
     console = Console(highlight=False)
     options = {"max_tokens": _MAX_TOKENS.value, "temperature": _TEMPERATURE.value, "reference_logprobs": _KL.value}
     try:

@@ -144,7 +144,7 @@ def test_the_program(served):
         return subprocess.run(command, input=said, capture_output=True, text=True, timeout=HANG_SECONDS, env=env)
 
     done = run(f"--url={served.url}", "--models=trunk,parrot", "--max_tokens=3", said="hi\n/quit\nnever\n")
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0 and not done.stderr, done.stderr
     assert done.stdout.count("6 written (trunk 3, parrot 3)") == 1
     done = run("--url=http://127.0.0.1:9")
     assert done.returncode == 1 and done.stderr.startswith("http://127.0.0.1:9: ") and "Traceback" not in done.stderr
