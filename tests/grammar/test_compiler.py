@@ -191,6 +191,26 @@ def test_an_answer_that_is_too_complex_costs_no_other_one(monkeypatch):
         assert matcher.ended
 
 
+def test_one_answer_at_the_limit_is_compiled_anew_in_a_step(monkeypatch):
+    """All rows of a step wait for it. Another answer that reaches the limit in the same step ends."""
+    monkeypatch.setitem(LIMITS, "max_lexer_states", 300)
+    grammar = make_compiler().compile(GrammarSpec("regex", COMPLEX, "f"))
+    made, make = [], grammar.make
+    grammar.make = lambda: made.append(1) or make()
+    answers, pick = [grammar.start() for _ in range(3)], random.Random(0)
+    masks = np.zeros((3, -(-len(TOKENIZER) // 32)), np.int32)
+    with pytest.raises(GrammarError, match="too many states"):
+        for _ in range(1000):
+            before = len(made)
+            fill_masks(list(enumerate(answers)), masks)
+            assert len(made) - before <= 1
+            allowed = [token for token in LETTERS if masks[0, token // 32] >> token % 32 & 1]
+            token = pick.choice(allowed)
+            for matcher in answers:  # the same text, so that all reach the limit in one step
+                matcher.accept(token)
+    assert made
+
+
 def test_what_failed_is_not_tried_again(compiler, monkeypatch):
     tried = []
     monkeypatch.setattr(Trial, "error", lambda trial, grammar: tried.append(grammar) or "it is bad")
