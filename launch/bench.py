@@ -11,6 +11,7 @@
     python launch/bench.py soak                          twice the load that the server can carry, with reloads
     python launch/bench.py cpu                           the CPU kernels against XLA's programs
     python launch/bench.py kernels                       instruction bundles of the TPU kernels; no TPU is needed
+    python launch/bench.py heads --answers=FILE,FILE --models=A,B --baseline=C,D   compares what evaluate.py has scored
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    `serve`, SIMULATED on other chips
     python launch/bench.py calibrate                     compares the simulator with what `serve` has measured here
 
@@ -37,6 +38,9 @@ _PROMPT = flags.DEFINE_integer("prompt", 2000, "fanout: tokens of the prompt")
 _OUTPUT = flags.DEFINE_string("output", "results/peers", "peers: the folder to write")
 _SCHEMAS = flags.DEFINE_list("schemas", [], "structured: files and folders with JSON schemas; none: our own requests'")
 _REPORT = flags.DEFINE_string("report", "results/structured.json", "structured: the file for the figures")
+_ANSWERS = flags.DEFINE_list("answers", [], "heads: files that launch/evaluate.py has written")
+_MODELS = flags.DEFINE_list("models", [], "heads: the models to compare")
+_BASELINE = flags.DEFINE_list("baseline", [], "heads: the models that they are compared with")
 _HEADS = cli.define_heads()
 
 
@@ -85,6 +89,16 @@ def write_peers(config: ConfigDict) -> dict:
     return peer_files.run(config, Path(_OUTPUT.value))
 
 
+def bench_heads(config: ConfigDict) -> dict:
+    """Compares heads by the scores of their answers."""
+    from icarus_jax.bench import compare_heads
+    from icarus_jax.errors import UsageError
+
+    if not (_ANSWERS.value and _MODELS.value and _BASELINE.value):
+        raise UsageError("give --answers=FILE,.. --models=NAME,.. --baseline=NAME,..")
+    return compare_heads.run(_ANSWERS.value, _MODELS.value, _BASELINE.value)
+
+
 def bench_simulate(config: ConfigDict) -> dict:
     """Simulates agent sessions on other chips."""
     from icarus_jax.bench import simulate
@@ -130,6 +144,7 @@ COMMANDS = {
     "calibrate": (bench_calibrate, "bench.py"),
     "peers": (write_peers, "multi.py:8"),
     "fanout": (bench_fanout, "multi.py:8"),
+    "heads": (bench_heads, "multi.py"),
     "soak": (bench_soak, "soak.py"),
     "cpu": (bench_cpu, "single.py"),
     "kernels": (bench_kernels, "single.py"),
