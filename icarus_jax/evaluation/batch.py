@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Container, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -94,41 +94,48 @@ def run(
             or a job's record(..) has ended the run. The lines that `out` has are kept, and the next run does the rest.
         OSError: `out` cannot be opened.
     """
-    with ResultFile(out, evaluation.header, evaluation.key, evaluation.begins) as results:
-        left = jobs_left(evaluation, results)
+    lines: dict[Hashable, Line] = {}
+
+    def take(line: Line) -> None:
+        lines[evaluation.key(line)] = line
+
+    async def each() -> AsyncIterator[Job]:
+        for job in left:
+            yield job
+
+    with ResultFile(out, evaluation.header, take, evaluation.begins) as results:
+        left = list(jobs_left(evaluation.jobs, lines, results))
         if left:
             with serve() as (app, in_flight):
                 step = progress(len(evaluation.jobs), len(evaluation.jobs) - len(left))
-                asyncio.run(ask_all(app, left, in_flight, results, step))
+                asyncio.run(ask_all(app, each(), in_flight, results, step))
         results.check_in_place()
-        by_key = {evaluation.key(line): line for line in results.lines}
-        return evaluation.report([by_key[job.key] for job in evaluation.jobs])
+        return evaluation.report([lines[job.key] for job in evaluation.jobs])
 
 
-def jobs_left(evaluation: Evaluation, results: ResultFile) -> list[Job]:
-    """Adds the lines that need no asking to a result file.
+def jobs_left(jobs: Iterable[Job], known: Container[Hashable], results: ResultFile) -> Iterator[Job]:
+    """Yields the jobs to ask, and appends the lines that need no asking to a result file.
 
     Args:
-        evaluation: the jobs.
+        jobs: the jobs.
+        known: the keys of those that have a line.
         results: the result file.
-
-    Returns:
-        The jobs that have no line yet: those to ask.
 
     Raises:
         ValueError: the result file cannot be written.
     """
-    known = {evaluation.key(line) for line in results.lines}
-    left = [job for job in evaluation.jobs if job.key not in known]
-    for job in left:
-        if job.settled is not None:
+    for job in jobs:
+        if job.key in known:
+            continue
+        if job.settled is None:
+            yield job
+        else:
             results.append(job.settled)
-    return [job for job in left if job.settled is None]
 
 
 async def ask_all(
     app: ASGIApp,
-    jobs: Iterable[Job],
+    jobs: AsyncIterator[Job],
     in_flight: int,
     results: ResultFile,
     step: Callable[[], object],
@@ -141,20 +148,26 @@ async def ask_all(
         jobs: the requests.
         in_flight: how many to keep in flight.
         results: the file that takes the answers.
-        step: called after each line.
+        step: called on the event loop after each line, before the next is written.
         place: place(job) is a context in which a request is asked.
 
     Raises:
         ValueError: as for `run`.
     """
-    queue = iter(jobs)
+    reading, writing = asyncio.Lock(), asyncio.Lock()
+
+    async def next_job() -> Job | None:
+        async with reading:
+            return await anext(jobs, None)
 
     async def work() -> None:
-        for job in queue:
+        while (job := await next_job()) is not None:
             async with place(job):
                 status, answer = await _ask(client, job)
-            results.append(await asyncio.to_thread(job.record, status, answer))
-            step()
+            line = await asyncio.to_thread(job.record, status, answer)
+            async with writing:
+                await asyncio.to_thread(results.append, line)
+                step()
 
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)  # they become an answer with the status 500
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=None) as client:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections import Counter
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Container, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from icarus_jax.server.body import MAX_BODY_BRACKETS, MAX_BODY_BYTES, MAX_BODY_C
 
 URLS = (COMPLETIONS, CHAT, RESPONSES)
 _ID = "batch_req_"
+BEGINS = f'{{"id":"{_ID}'.encode()  # how each line of the output begins
 
 
 def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> Evaluation:
@@ -43,7 +44,7 @@ def batch_evaluation(path: Path, served: Mapping[str, Any], limit: int = 0) -> E
     return dataclasses.replace(evaluation, jobs=evaluation.jobs[: limit or None])
 
 
-def read_requests(path: Path, served: Mapping[str, Any], urls: Sequence[str] = URLS) -> Evaluation:
+def read_requests(path: Path, served: Mapping[str, Any]) -> Evaluation:
     """Reads an OpenAI batch file: lines of {"custom_id", "method", "url", "body"}.
 
     The result file has OpenAI's batch output format. A line's `response` is the API's answer, with its status. If there
@@ -54,16 +55,76 @@ def read_requests(path: Path, served: Mapping[str, Any], urls: Sequence[str] = U
     Args:
         path: the batch file.
         served: what tells this run from others, as JSON: models and weights, say.
-        urls: the endpoints that a request may name.
 
     Returns:
         The evaluation of the requests. Its report names the lines without a custom_id of their own, and its `unusable`
         says what is wrong with each.
     """
-    ids: dict[str, str] = {}
     models: dict[Hashable, str] = {}
     jobs: list[Job] = []
     unusable: dict[int, str] = {}
+    for entry in each_request(path, served):
+        if isinstance(entry, Unusable):
+            unusable[entry.number] = entry.reason
+        else:
+            jobs.append(entry.job)
+            models[entry.job.key] = entry.model
+
+    def key(line: Line) -> Hashable:
+        if (found := line.get("id")) not in models:
+            raise ValueError(f"it holds the results of another run (custom_id {line.get('custom_id')!r})")
+        return found
+
+    def report(lines: list[Line]) -> dict[str, Any]:
+        requests = Counter(models[line["id"]] for line in lines)
+        failed = Counter(models[line["id"]] for line in lines if not is_answered(line))
+        figures = {model: {"requests": count, "failed": failed[model]} for model, count in requests.items()}
+        totals = {"rows": len(lines), "failed": failed.total(), "unusable_lines": list(unusable)}
+        return {"task": "batch", **totals, "models": figures}
+
+    return Evaluation(jobs, None, key, report, BEGINS, unusable)
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """A line of a batch file that a job can be made of.
+
+    Attributes:
+        job: the job; its key is the id of its line in the output.
+        model: the model that it names.
+    """
+
+    job: Job
+    model: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Unusable:
+    """A line of a batch file that can have no line in the output.
+
+    Attributes:
+        number: the line's number.
+        reason: what is wrong with it.
+    """
+
+    number: int
+    reason: str
+
+
+def each_request(
+    path: Path, served: Mapping[str, Any], urls: Sequence[str] = URLS
+) -> Generator[Request | Unusable, None, None]:
+    """Yields the requests of a batch file one by one, so that a large file is never in memory as a whole.
+
+    Args:
+        path: the batch file.
+        served: what tells this run from others, as JSON.
+        urls: the endpoints that a request may name.
+
+    Yields:
+        Each request, or what is wrong with its line.
+    """
+    seen: set[str] = set()  # digests of custom_ids, which may be long
     with path.open("rb") as stream:
         for number, text in enumerate(stream, 1):
             if not text.strip():
@@ -71,30 +132,13 @@ def read_requests(path: Path, served: Mapping[str, Any], urls: Sequence[str] = U
             try:
                 _check_size(text)
                 line = parse_line(text)
-                custom_id = _custom_id(line, ids)
+                seen.add(_check_custom_id(line, seen))
                 name = digest([served, line])
             except (ValueError, RecursionError) as error:
-                unusable[number] = str(error)
+                yield Unusable(number, str(error))
                 continue
             body = line.get("body")
-            ids[custom_id] = name
-            models[custom_id] = str(body.get("model") if isinstance(body, dict) else None)
-            jobs.append(_job(line, name, number, urls))
-
-    def key(line: Line) -> Hashable:
-        custom_id = line.get("custom_id")
-        if not isinstance(custom_id, str) or custom_id not in ids or line.get("id") != _ID + ids[custom_id]:
-            raise ValueError(f"it holds the results of another run (custom_id {custom_id!r})")
-        return custom_id
-
-    def report(lines: list[Line]) -> dict[str, Any]:
-        requests = Counter(models[line["custom_id"]] for line in lines)
-        failed = Counter(models[line["custom_id"]] for line in lines if not is_answered(line))
-        figures = {model: {"requests": count, "failed": failed[model]} for model, count in requests.items()}
-        totals = {"rows": len(lines), "failed": failed.total(), "unusable_lines": list(unusable)}
-        return {"task": "batch", **totals, "models": figures}
-
-    return Evaluation(jobs, None, key, report, f'{{"id":"{_ID}'.encode(), unusable)
+            yield Request(_job(line, name, number, urls), str(body.get("model") if isinstance(body, dict) else None))
 
 
 def _check_size(text: bytes) -> None:
@@ -108,13 +152,14 @@ def _check_size(text: bytes) -> None:
             raise ValueError(f"the line has {count} {what}; at most {most} are read")
 
 
-def _custom_id(line: Mapping[str, Any], seen: Mapping[str, Any]) -> str:
+def _check_custom_id(line: Mapping[str, Any], seen: Container[str]) -> str:
+    """Returns the digest of a line's custom_id. Raises ValueError if it has none, or one that an earlier line has."""
     custom_id = line.get("custom_id")
     if not isinstance(custom_id, str) or not custom_id:
         raise ValueError("custom_id must be a string")
-    if custom_id in seen:
+    if (short := digest(custom_id)) in seen:
         raise ValueError(f"the custom_id {custom_id[:64]!r} is there twice, and names the first line")
-    return custom_id
+    return short
 
 
 def _request(line: Mapping[str, Any], urls: Sequence[str]) -> bytes:
@@ -130,10 +175,10 @@ def _request(line: Mapping[str, Any], urls: Sequence[str]) -> bytes:
 
 
 def _job(line: Mapping[str, Any], name: str, number: int, urls: Sequence[str]) -> Job:
-    custom_id = line["custom_id"]
+    line_id, custom_id = f"{_ID}{name}", line["custom_id"]
 
     def result(response: Line | None, error: Line | None) -> Line:
-        return {"id": _ID + name, "custom_id": custom_id, "response": response, "error": error}
+        return {"id": line_id, "custom_id": custom_id, "response": response, "error": error}
 
     def record(status: int, answer: Any) -> Line:
         if status < 500:
@@ -144,10 +189,10 @@ def _job(line: Mapping[str, Any], name: str, number: int, urls: Sequence[str]) -
         return result(None, {"code": str(code), "message": str(message)})
 
     try:
-        return Job(custom_id, line["url"], _request(line, urls), record, sequences=_sequences(line["body"]))
+        return Job(line_id, line["url"], _request(line, urls), record, sequences=_sequences(line["body"]))
     except (ValueError, KeyError) as error:
         settled = result(None, {"code": "invalid_request", "message": f"line {number}: {error}"})
-        return Job(custom_id, "", b"", record, settled)
+        return Job(line_id, "", b"", record, settled)
 
 
 def _sequences(body: Mapping[str, Any]) -> int:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import time
 import uuid
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import AfterValidator, Field
-from python_multipart.multipart import parse_options_header
-from starlette.datastructures import FormData, UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HttpRequest
 from starlette.responses import FileResponse, Response
 
 from icarus_jax.evaluation.batch_store import Conflict, Full
 from icarus_jax.evaluation.batch_table import Kind, Shown
+from icarus_jax.evaluation.batch_upload import batch_file, form_bytes, read_form
 from icarus_jax.evaluation.batch_worker import OPEN, BatchWorker
 from icarus_jax.server.body import ApiError, Body, parse, read_body
 from icarus_jax.server.endpoints import Route
 from icarus_jax.server.exchange import current
+from icarus_jax.server.limits import Limit
 from icarus_jax.server.other_fields import NOTHING
 
 T = TypeVar("T")
@@ -30,7 +30,6 @@ _Value = Annotated[str, Field(max_length=512)]
 OFF = "there are no batches here: start the server with --config.server.batch_folder=DIR, where they are kept"
 WINDOW = re.compile(r"([1-9][0-9]{0,3})([smhd])")
 SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-FORM_BYTES = 1 << 20  # of a form that sends a file, besides the file
 MAX_FILENAME = 255
 MAX_FILES_LISTED, MAX_BATCHES_LISTED = 10_000, 100  # OpenAI's
 
@@ -74,6 +73,8 @@ class BatchRoutes:
             worker: runs the batches, and has the store; None: the endpoints are off.
         """
         self._given = worker
+        most = worker.store.limits.sent_bytes if worker else 0
+        self._sent = Limit(most, "bytes of uploads", shared=True, clock=time.monotonic)  # they lie on the disk
 
     def routes(self) -> list[Route]:
         """Returns the method, path and handler of each endpoint."""
@@ -102,14 +103,25 @@ class BatchRoutes:
         store, tenant = self._worker.store, current().caller.name
         await _in_bounds(store.check_room, tenant)
         most = store.limits.file_bytes
-        form = await _read_form(http, most)
+        with self._sending(tenant, form_bytes(http, most)):
+            form = await read_form(http, most)
+            try:
+                upload = batch_file(form, most)
+                await _in_bounds(store.check_room, tenant, upload.size or 0)
+                name = (upload.filename or "batch.jsonl")[:MAX_FILENAME]
+                return await _in_bounds(store.add_file, tenant, name, "batch", upload.file)
+            finally:
+                await form.close()
+
+    @contextlib.contextmanager
+    def _sending(self, tenant: str, num_bytes: int) -> Iterator[None]:
+        """Counts a form that is being sent. Raises ApiError if too much is on its way already: status 429."""
+        self._sent.check(tenant, num_bytes)
+        self._sent.of(tenant).enter(num_bytes)
         try:
-            upload = _batch_file(form, most)
-            await _in_bounds(store.check_room, tenant, upload.size or 0)
-            name = (upload.filename or "batch.jsonl")[:MAX_FILENAME]
-            return await _in_bounds(store.add_file, tenant, name, "batch", upload.file)
+            yield
         finally:
-            await form.close()
+            self._sent.of(tenant).leave(num_bytes, served=True)
 
     async def list_files(self, http: HttpRequest) -> Any:
         """Lists the files, the newest first unless `order` is 'asc'."""
@@ -204,49 +216,6 @@ async def _in_bounds(call: Callable[..., T], *args: Any) -> T:
         raise ApiError(429, str(error), code="quota_exceeded", headers={"x-should-retry": "false"}) from None
     except OSError as error:
         raise ApiError(507, f"the server cannot keep it: {error.strerror}", code="disk_error") from error
-
-
-async def _read_form(http: HttpRequest, most: int) -> FormData:
-    """Reads a form with a file of at most `most` bytes. The file goes to a temporary one."""
-
-    async def limited() -> AsyncGenerator[bytes, None]:
-        size = 0
-        async for chunk in http.stream():
-            size += len(chunk)
-            if size > most + FORM_BYTES:
-                raise _too_large(most)
-            yield chunk
-
-    kind, options = parse_options_header(http.headers.get("content-type"))
-    if kind != b"multipart/form-data":
-        raise ApiError(400, "the body must be a form, multipart/form-data, with the fields purpose and file")
-    if options.get(b"charset", b"utf-8").lower() not in (b"utf-8", b"utf8"):  # others decode to what is no text
-        raise ApiError(400, "the form's charset must be utf-8")
-    try:
-        return await MultiPartParser(http.headers, limited(), max_files=1, max_fields=8).parse()
-    except MultiPartException as error:
-        raise ApiError(400, f"the form cannot be read: {error.message}") from None
-    except OSError as error:
-        raise ApiError(507, f"the server cannot keep the file: {error.strerror}", code="disk_error") from error
-
-
-def _batch_file(form: FormData, most: int) -> UploadFile:
-    """Checks the fields of a form, and returns its file, of at most `most` bytes."""
-    if form.get("purpose") != "batch":
-        raise ApiError(400, "purpose must be 'batch': other files are of no use here", "purpose")
-    upload = form.get("file")
-    if not isinstance(upload, UploadFile):
-        raise ApiError(400, "file must be a file of JSON lines", "file")
-    for field in form.keys() - {"purpose", "file"}:
-        if field.startswith("expires_after"):
-            raise ApiError(400, "expires_after is not supported here: files stay until they are deleted", field)
-    if (upload.size or 0) > most:
-        raise _too_large(most)
-    return upload
-
-
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"the file is larger than {most} bytes", "file")
 
 
 def _new_batch(body: CreateBatch) -> Shown:

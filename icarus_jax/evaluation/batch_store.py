@@ -22,7 +22,6 @@ from typing import BinaryIO
 
 from icarus_jax.evaluation import batch_table
 from icarus_jax.evaluation.batch_table import UNFINISHED, Kind, Shown
-from icarus_jax.evaluation.result_file import Line, encode_line
 
 _OURS = re.compile(r"(file-|batch_)[0-9a-f]{32}(\.part)?")  # the names of contents
 
@@ -41,6 +40,7 @@ class BatchLimits:
 
     Attributes:
         file_bytes: the size of a file that is sent.
+        sent_bytes: the size of all files that are being sent, at the same time and by all tenants.
         requests: how many requests a batch has.
         files: how many files a tenant has.
         total_bytes: the size of all files of a tenant.
@@ -48,6 +48,7 @@ class BatchLimits:
     """
 
     file_bytes: int = 200 << 20
+    sent_bytes: int = 1 << 30
     requests: int = 50_000
     files: int = 1_000
     total_bytes: int = 10 << 30
@@ -80,11 +81,10 @@ class BatchStore:
         try:
             fcntl.flock(self._lock_fd, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the lock ends with the process at the latest
             self._db = batch_table.open_table(folder / "batches.sqlite")
-        except BlockingIOError:
+        except BaseException as error:
             os.close(self._lock_fd)
-            raise ValueError(f"{folder} is used by another server") from None
-        except BaseException:
-            os.close(self._lock_fd)
+            if isinstance(error, BlockingIOError):
+                raise ValueError(f"{folder} is used by another server") from None
             raise
         self._lock = threading.Lock()
         self._sweep()
@@ -96,11 +96,7 @@ class BatchStore:
         os.close(self._lock_fd)
 
     def path(self, object_id: str) -> Path:
-        """Returns where the content of a file lies, or the answers of an unfinished batch.
-
-        Args:
-            object_id: the id of the file or the batch, as this store has made it.
-        """
+        """Returns where the content of a file lies, or the answers of an unfinished batch. The id must be known."""
         return self._contents / object_id
 
     def find(self, kind: Kind, object_id: str, tenant: str) -> Shown | None:
@@ -152,6 +148,7 @@ class BatchStore:
         """
         with self._new_contents() as made:
             made.append(self._write(filename, purpose, iter(lambda: content.read(1 << 20), b"")))
+            self._sync_names()
             with self._transaction() as db:
                 self._check_room(db, tenant, made[0]["bytes"])  # others may have come since the caller has checked
                 batch_table.insert(db, "file", tenant, made[0])
@@ -205,8 +202,16 @@ class BatchStore:
         except BaseException:
             part.unlink(missing_ok=True)
             raise
-        about = {"purpose": purpose, "filename": filename, "bytes": size, "status": "processed"}
-        return {"id": file_id, "object": "file", "created_at": int(time.time()), "expires_at": None, **about}
+        shown = {"purpose": purpose, "filename": filename, "bytes": size, "status": "processed", "expires_at": None}
+        return {"id": file_id, "object": "file", "created_at": int(time.time()), **shown}
+
+    def _sync_names(self) -> None:
+        """Waits until the disk has the names of the contents."""
+        folder = os.open(self._contents, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
     # ---- batches
 
@@ -249,7 +254,7 @@ class BatchStore:
         with self._transaction() as db:
             return batch_table.change(db, batch_id, allowed, changes)
 
-    def finish(self, batch_id: str, tenant: str, lines: Mapping[str, Iterable[Line]], changes: Shown) -> None:
+    def finish(self, batch_id: str, tenant: str, lines: Mapping[str, Iterable[bytes]], changes: Shown) -> None:
         """Makes files of a batch's lines and ends the batch: both, or neither.
 
         Args:
@@ -264,7 +269,8 @@ class BatchStore:
         with self._new_contents() as made:
             for field, content in lines.items():
                 name = f"{batch_id}_{field.removesuffix('_file_id')}.jsonl"
-                made.append(self._write(name, "batch_output", map(encode_line, content)))
+                made.append(self._write(name, "batch_output", content))
+            self._sync_names()
             with self._transaction() as db:
                 for shown in made:
                     batch_table.insert(db, "file", tenant, shown)

@@ -12,25 +12,26 @@ import collections
 import contextlib
 import logging
 import time
-from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Generator, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from icarus_jax.evaluation.batch import Evaluation, Job, ask_all, jobs_left
-from icarus_jax.evaluation.batch_file import is_answered, read_requests
+from icarus_jax.evaluation.batch import Job, ask_all, jobs_left
+from icarus_jax.evaluation.batch_answers import Answers
+from icarus_jax.evaluation.batch_file import Request, Unusable, each_request
 from icarus_jax.evaluation.batch_store import BatchStore
 from icarus_jax.evaluation.batch_table import UNFINISHED, Shown
-from icarus_jax.evaluation.result_file import Line, ResultFile
+from icarus_jax.evaluation.result_file import BrokenFile
 from icarus_jax.server.auth import TENANT
 from icarus_jax.server.lifecycle import Drain
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+WINDOW_JOBS, WINDOW_BYTES = 256, 8 << 20  # requests of a batch that are in memory, about, besides those in flight
 POLL_SECONDS = 0.1  # how often the worker looks whether the server drains
 PAUSE_SECONDS = 30.0  # how long a batch waits that could not go on: because the disk is full, say
 MAX_ERRORS = 100  # of a file, that are shown
@@ -40,6 +41,10 @@ REASONS = {
     EXPIRED: "the request was not run before the batch's completion window ended",
     CANCELLED: "the batch was cancelled before the request was run",
 }
+
+
+class Broken(ValueError):
+    """A batch cannot be finished, however often it is tried."""
 
 
 class BatchWorker:
@@ -63,7 +68,7 @@ class BatchWorker:
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # of a tenant's batches
         self._tasks: set[asyncio.Task] = set()
         self._deadlines: dict[str, asyncio.Timeout] = {}
-        self._counts: dict[str, Counter[bool]] = {}  # batch -> whether it is an answer -> lines
+        self._answers: dict[str, Answers] = {}  # of the batches that are asked
         self._thread = ThreadPoolExecutor(1, "batches")  # files are large: one at a time is read
 
     @contextlib.asynccontextmanager
@@ -108,10 +113,10 @@ class BatchWorker:
 
     def show(self, batch: Shown) -> Shown:
         """Returns a batch with the counts of its requests as they are now."""
-        counts = self._counts.get(batch["id"])
-        if counts is None or batch["status"] not in UNFINISHED:
+        answers = self._answers.get(batch["id"])
+        if answers is None or batch["status"] not in UNFINISHED:
             return batch
-        return batch | {"request_counts": _counted(counts, batch["request_counts"]["total"])}
+        return batch | {"request_counts": answers.counts(batch["request_counts"]["total"])}
 
     async def _stop_at(self, drain: Drain) -> None:
         while not drain.draining:
@@ -127,14 +132,27 @@ class BatchWorker:
     async def _run(self, tenant: str, batch_id: str) -> None:
         while True:
             try:
-                return await self._advance(tenant, batch_id)
+                return await self._advance_or_fail(tenant, batch_id)
             except Exception:
                 if self._app.state.drain.draining:  # the app takes no requests any more
                     return
                 log.exception("the batch %s cannot go on; it is tried again in %g s", batch_id, PAUSE_SECONDS)
             finally:
-                self._counts.pop(batch_id, None)
+                self._answers.pop(batch_id, None)
             await asyncio.sleep(PAUSE_SECONDS)
+
+    async def _advance_or_fail(self, tenant: str, batch_id: str) -> None:
+        """Does what is left to do of a batch. One whose files cannot be read any more fails: no try would end it."""
+        try:
+            return await self._advance(tenant, batch_id)
+        except BrokenFile as error:
+            reason = f"the answers so far cannot be read any more: {error.reason}"
+        except FileNotFoundError:
+            reason = "a file of the batch is gone"
+        except Broken as error:
+            reason = str(error)
+        log.error("the batch %s fails: %s", batch_id, reason)
+        await self._change(batch_id, UNFINISHED, **_failed([_error("broken_file", reason)]))
 
     async def _advance(self, tenant: str, batch_id: str) -> None:
         """Does what is left to do of a batch."""
@@ -170,44 +188,64 @@ class BatchWorker:
             await asyncio.wait([future])
             raise
 
-    def _read(self, batch: Shown) -> Evaluation:
+    def _requests(self, batch: Shown) -> Generator[Request | Unusable, None, None]:
         path = self.store.path(batch["input_file_id"])
-        return read_requests(path, {"batch": batch["id"]}, (batch["endpoint"],))
+        return each_request(path, {"batch": batch["id"]}, (batch["endpoint"],))
 
-    def _results(self, batch: Shown, evaluation: Evaluation) -> ResultFile:
-        return ResultFile(self.store.path(batch["id"]), None, evaluation.key, evaluation.begins)
+    def _jobs(self, batch: Shown) -> Generator[Job, None, None]:
+        """Yields the requests of an input file that has been checked."""
+        for entry in self._requests(batch):
+            if isinstance(entry, Unusable):
+                raise Broken(f"the input file is not what it was when it was checked: line {entry.number} is broken")
+            yield entry.job
 
     def _validate(self, batch: Shown) -> Shown:
         """Checks the input file. Returns the batch, which is failed or in progress now, or has been cancelled."""
-        evaluation, most = self._read(batch), self.store.limits.requests
-        total, now = len(evaluation.jobs), int(time.time())
-        errors: list[tuple[str, str, int | None]] = []
+        total, most, now = 0, self.store.limits.requests, int(time.time())
+        errors: list[Shown] = []
+        for entry in self._requests(batch):
+            if not isinstance(entry, Unusable):
+                total += 1
+            elif len(errors) < MAX_ERRORS:
+                errors.append(_error("invalid_line", entry.reason, entry.number))
         if total > most:
-            errors = [("too_many_requests", f"the file holds {total} requests; a batch has at most {most}", None)]
-        elif evaluation.unusable:
-            errors += [("invalid_line", why, line) for line, why in evaluation.unusable.items()][:MAX_ERRORS]
-        elif not total:
-            errors = [("empty_file", "the file holds no requests", None)]
+            errors = [_error("too_many_requests", f"the file holds {total} requests; a batch has at most {most}")]
+        elif not total and not errors:
+            errors = [_error("empty_file", "the file holds no requests")]
         if errors:
-            data = [{"code": code, "message": why, "line": line, "param": None} for code, why, line in errors]
-            found = {"status": "failed", "failed_at": now, "errors": {"object": "list", "data": data}}
+            found = _failed(errors)
         else:
-            found = {"status": "in_progress", "in_progress_at": now, "request_counts": _counted(Counter(), total)}
+            counts = {"total": total, "completed": 0, "failed": 0}
+            found = {"status": "in_progress", "in_progress_at": now, "request_counts": counts}
         return self.store.change(batch["id"], ("validating",), found)
 
     async def _ask(self, tenant: str, batch: Shown) -> None:
         """Asks the requests that have no answer yet."""
-        with contextlib.ExitStack() as files:
+        answers, files = Answers(self.store.path(batch["id"])), contextlib.ExitStack()
+        try:
+            results = await self._in_thread(files.enter_context, answers.file())
+            self._answers[batch["id"]] = answers
+            jobs = files.enter_context(contextlib.closing(self._jobs(batch)))
+            left = self._in_windows(jobs_left(jobs, answers.known, results))
+            await ask_all(self._app_of(tenant), left, self._in_flight, results, lambda: None, self._place)
+        finally:
+            await self._in_thread(files.close)
 
-            def open_results() -> tuple[ResultFile, list]:
-                evaluation = self._read(batch)
-                results = files.enter_context(self._results(batch, evaluation))
-                return results, jobs_left(evaluation, results)
+    async def _in_windows(self, jobs: Iterator[Job]) -> AsyncIterator[Job]:
+        """Yields jobs of a file that is read on the thread of files, some of them at a time."""
 
-            results, left = await self._in_thread(open_results)
-            counts = self._counts[batch["id"]] = Counter(map(is_answered, results.lines))
-            step = lambda: counts.update([is_answered(results.lines[-1])])  # noqa: E731
-            await ask_all(self._app_of(tenant), left, self._in_flight, results, step, self._place)
+        def window() -> list[Job]:
+            size, found = 0, []
+            for job in jobs:
+                found.append(job)
+                size += len(job.body)
+                if len(found) == WINDOW_JOBS or size >= WINDOW_BYTES:
+                    break
+            return found
+
+        while found := await self._in_thread(window):
+            for job in found:
+                yield job
 
     def _app_of(self, tenant: str) -> ASGIApp:
         """Returns the app as it answers a tenant."""
@@ -233,24 +271,27 @@ class BatchWorker:
 
     def _finish(self, tenant: str, batch: Shown) -> None:
         """Gives the requests without an answer their error, and makes the batch's files."""
-        ended = CANCELLED if batch["cancelling_at"] else EXPIRED
-        lines: list[Line] = []
+        ended, total = CANCELLED if batch["cancelling_at"] else EXPIRED, batch["request_counts"]["total"]
+        answers = Answers(self.store.path(batch["id"]))
         if batch["in_progress_at"]:
-            evaluation = self._read(batch)
-            with self._results(batch, evaluation) as results:
-                for job in jobs_left(evaluation, results):
+            with answers.file() as results, contextlib.closing(self._jobs(batch)) as jobs:
+                for job in jobs_left(jobs, answers.known, results):
                     results.append(job.record(500, {"error": {"code": ended, "message": REASONS[ended]}}))
-                lines = results.lines
-        good = [line for line in lines if is_answered(line)]
-        bad = [line for line in lines if not is_answered(line)]
-        files = {"output_file_id": good, "error_file_id": bad}
-        if ended == EXPIRED and lines and not any(line["error"] and line["error"]["code"] == EXPIRED for line in bad):
-            ended = "batch_completed"
+            if len(answers.known) != total or answers.completed + answers.failed != total:
+                raise Broken(f"there are answers to {len(answers.known)} requests, and the input file has {total}")
+            if ended == EXPIRED not in answers.codes:
+                ended = "batch_completed"
         status = ended.removeprefix("batch_")
-        counts = _counted(Counter({True: len(good), False: len(bad)}), len(lines))
-        changes = {"status": status, f"{status}_at": int(time.time()), "request_counts": counts}
-        self.store.finish(batch["id"], tenant, {field: found for field, found in files.items() if found}, changes)
+        files = {"output_file_id": (answers.completed, True), "error_file_id": (answers.failed, False)}
+        lines = {field: answers.lines(answered) for field, (count, answered) in files.items() if count}
+        changes = {"status": status, f"{status}_at": int(time.time()), "request_counts": answers.counts(total)}
+        self.store.finish(batch["id"], tenant, lines, changes)
 
 
-def _counted(counts: Counter[bool], total: int) -> dict[str, int]:
-    return {"total": total, "completed": counts[True], "failed": counts[False]}
+def _error(code: str, message: str, line: int | None = None) -> Shown:
+    return {"code": code, "message": message, "line": line, "param": None}
+
+
+def _failed(errors: list[Shown]) -> Shown:
+    """Returns the changes of a batch that has failed."""
+    return {"status": "failed", "failed_at": int(time.time()), "errors": {"object": "list", "data": errors}}

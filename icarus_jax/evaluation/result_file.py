@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import json
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
@@ -14,23 +15,35 @@ from typing import Any
 Line = dict[str, Any]
 
 
+class BrokenFile(ValueError):
+    """A file of results belongs to another run, or is broken elsewhere than at its end.
+
+    Attributes:
+        reason: what is wrong with which line, without the file's path.
+    """
+
+    def __init__(self, path: Path, number: int, reason: object):
+        super().__init__(f"{path}:{number}: {reason}; name another file, or remove this one")
+        self.reason = f"line {number}: {reason}"
+
+
 class ResultFile:
-    """A file of results. Use it as a context: entering it reads the lines that are there.
+    """A file of results. Use it as a context: entering it reads the lines that are there, and keeps none of them.
 
     A line that a killed run has left unfinished is cut off. Entering raises ValueError if the file belongs to another
     run, is broken anywhere but at its end, or is being written by another process. The file is then left as it is.
-    A line that the disk has no room for is taken back, so that the file always ends with a whole line.
+    A line that the disk has no room for is taken back, so that the file always ends with a whole line. Lines may be
+    appended on several threads.
 
     Attributes:
         path: the file's path.
-        lines: the lines in the file, without the header.
     """
 
     def __init__(
         self,
         path: Path,
         header: Line | None = None,
-        check: Callable[[Line], object] = lambda line: None,
+        take: Callable[[Line], object] = lambda line: None,
         begins: bytes = b"",
     ):
         """Names the file; entering the context opens it.
@@ -38,18 +51,19 @@ class ResultFile:
         Args:
             path: the file's path. The file and its folder are made if they do not exist.
             header: the file's first line; None: the file has no header.
-            check: check(line) raises ValueError for a line that belongs to another run.
+            take: take(line) is called with each line but the header: first with those that are there, then with each
+                that has been appended, one after the other. It raises ValueError for one that belongs to another run.
             begins: how the first line of a file without a header begins. An unfinished first line that begins
                 otherwise is not cut off, because the file may be somebody else's.
         """
         self.path = path
-        self.lines: list[Line] = []
         self._header = header
-        self._check = check
+        self._take = take
         self._begins = begins if header is None else encode_line(header)
         self._has_header = False
         self._failure = ""
         self._fd = -1
+        self._lock = threading.Lock()
 
     def __enter__(self) -> ResultFile:
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +80,9 @@ class ResultFile:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        os.close(self._fd)
+        with self._lock:
+            os.close(self._fd)
+            self._failure = f"{self.path}: the run has ended"
 
     def append(self, line: Line) -> None:
         """Appends a line. It is written at once, so it survives if the process is killed.
@@ -79,11 +95,12 @@ class ResultFile:
         Raises:
             ValueError: the line cannot be written: the disk is full, say, or the file is gone.
         """
-        if self._header is not None and not self._has_header:
-            self._write(self._header)
-            self._has_header = True
-        self._write(line)
-        self.lines.append(line)
+        with self._lock:
+            if self._header is not None and not self._has_header:
+                self._write(self._header)
+                self._has_header = True
+            self._write(line)
+            self._take(line)
 
     def check_in_place(self) -> None:
         """Raises ValueError if the file is no longer at its path, so that what is written would be lost or missed."""
@@ -111,27 +128,32 @@ class ResultFile:
 
     def _read(self) -> None:
         """Reads and checks the lines, and cuts off an unfinished last line."""
-        content = self.path.read_bytes()
-        whole, newline, torn = content.rpartition(b"\n")
-        raw = whole.split(b"\n") if newline else []
-        for number, text in enumerate(raw, 1):
-            try:
-                line = json.loads(text)
-                if not isinstance(line, dict):
-                    raise ValueError("no JSON object")
-                if number == 1 and self._header is not None:
-                    self._check_header(line)
-                else:
-                    self._check(line)
-                    self.lines.append(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{self.path}:{number}: {error}; name another file, or remove this one") from None
+        whole, torn = 0, b""  # bytes of the whole lines; the unfinished one
+        with self.path.open("rb") as stream:
+            for number, text in enumerate(stream, 1):
+                if not text.endswith(b"\n"):
+                    torn = text
+                    break
+                self._read_line(number, text)
+                whole += len(text)
         ours = self._begins.startswith(torn) or (self._header is None and torn.startswith(self._begins))
-        if not raw and not ours:
+        if not whole and not ours:
             raise ValueError(f"{self.path} is no file of results; name another, or remove it")
         if torn:
-            os.truncate(self._fd, len(content) - len(torn))
-        self._has_header = bool(raw)
+            os.truncate(self._fd, whole)
+        self._has_header = whole > 0
+
+    def _read_line(self, number: int, text: bytes) -> None:
+        try:
+            line = json.loads(text)
+            if not isinstance(line, dict):
+                raise ValueError("no JSON object")
+            if number == 1 and self._header is not None:
+                self._check_header(line)
+            else:
+                self._take(line)
+        except (ValueError, RecursionError) as error:
+            raise BrokenFile(self.path, number, error) from None
 
     def _check_header(self, found: Line) -> None:
         assert self._header is not None

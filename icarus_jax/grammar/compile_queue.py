@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import math
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -27,8 +28,22 @@ class TooManyGrammars(Exception):
         super().__init__(f"too many grammars wait to be compiled; try again in {self.seconds} s")
 
 
+@dataclasses.dataclass
+class _Pending:
+    """A grammar that is compiled or waits for it."""
+
+    spec: GrammarSpec
+    tenant: str  # who has asked for it first
+    task: asyncio.Task[Grammar] = dataclasses.field(init=False)
+    waiting: int = 0  # requests that want it
+    begun: bool = False
+
+
 class CompileQueue:
-    """Compiles grammars for an event loop. One that is known, or that another request waits for, is not queued."""
+    """Compiles grammars for an event loop. One that is known, or that another request waits for, is not queued.
+
+    What nobody waits for any more leaves the queue, unless it is being compiled.
+    """
 
     def __init__(self, compiler: Compiler):
         """Starts with nothing to compile."""
@@ -36,7 +51,7 @@ class CompileQueue:
         self._executor = ThreadPoolExecutor(TRIALS, "grammar")
         # What waits does so here and not in the executor, all of whose work is done before the process may end.
         self._turns = asyncio.Semaphore(TRIALS)
-        self._pending: dict[tuple[GrammarSpec, str], asyncio.Task[Grammar]] = {}  # the field: errors name it
+        self._pending: dict[tuple[GrammarSpec, str], _Pending] = {}  # the field: errors name it
         self._counts: Counter[str] = Counter()  # tenant -> how many of them it has asked for first
 
     async def compile(self, spec: GrammarSpec, tenant: str = "") -> Grammar:
@@ -52,20 +67,33 @@ class CompileQueue:
         """
         if (found := self._compiler.find(spec)) is not None:
             return found
-        key = spec, spec.field
-        if key not in self._pending:
-            if len(self._pending) >= MOST or self._counts[tenant] >= MOST_OF_TENANT:
-                raise TooManyGrammars
-            self._pending[key] = asyncio.create_task(self._compile(spec))
-            self._counts[tenant] += 1
-            self._pending[key].add_done_callback(lambda _: self._forget(key, tenant))
-        return await asyncio.shield(self._pending[key])  # others may wait for it too
+        pending = self._pending.get((spec, spec.field)) or self._enter(spec, tenant)
+        pending.waiting += 1
+        try:
+            return await asyncio.shield(pending.task)  # others may wait for it too
+        finally:
+            pending.waiting -= 1
+            if not (pending.waiting or pending.begun):
+                pending.task.cancel()
+                self._leave(pending)  # now: nobody may come to wait for it
 
-    def _forget(self, key: tuple[GrammarSpec, str], tenant: str) -> None:
-        del self._pending[key]
-        self._counts[tenant] -= 1
+    def _enter(self, spec: GrammarSpec, tenant: str) -> _Pending:
+        if len(self._pending) >= MOST or self._counts[tenant] >= MOST_OF_TENANT:
+            raise TooManyGrammars
+        pending = self._pending[spec, spec.field] = _Pending(spec, tenant)
+        self._counts[tenant] += 1
+        pending.task = asyncio.create_task(self._compile(pending))
+        pending.task.add_done_callback(lambda _: self._leave(pending))
+        return pending
 
-    async def _compile(self, spec: GrammarSpec) -> Grammar:
+    def _leave(self, pending: _Pending) -> None:
+        key = pending.spec, pending.spec.field
+        if self._pending.get(key) is pending:
+            del self._pending[key]
+            self._counts[pending.tenant] -= 1
+
+    async def _compile(self, pending: _Pending) -> Grammar:
         """Compiles a grammar once it is its turn."""
         async with self._turns:
-            return await asyncio.get_running_loop().run_in_executor(self._executor, self._compiler.compile, spec)
+            pending.begun, compile_ = True, self._compiler.compile
+            return await asyncio.get_running_loop().run_in_executor(self._executor, compile_, pending.spec)

@@ -18,12 +18,14 @@ from icarus_jax.server.exchange import EXCHANGE, Exchange
 log = logging.getLogger("icarus_jax.access")
 log.setLevel(logging.WARNING)  # an app in another program writes no lines; see write_to_stdout
 
+UNLOGGED = frozenset({"/page/stats"})  # every open page asks for it every second
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")  # what a client may choose
 
 
 class AccessLog:
     """ASGI middleware that gives each request its id and writes a line of the access log once it has been answered.
 
+    What the page polls has no lines: they would hide the others.
     The id is the client's X-Request-Id if that is sensible, else a new one. Every answer has it in X-Request-Id. The
     lines go to the logger icarus_jax.access, with level INFO.
     """
@@ -64,7 +66,7 @@ class AccessLog:
             await self._app(scope, receive, tracked)
         finally:
             EXCHANGE.reset(token)
-            if log.isEnabledFor(logging.INFO):
+            if log.isEnabledFor(logging.INFO) and exchange.path not in UNLOGGED:
                 log.info("%s", line(exchange, status, num_bytes))
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable, Mapping
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 
 from icarus_jax import __version__
 from icarus_jax.engine.engine import Engine
@@ -16,18 +17,20 @@ from icarus_jax.scheduling.registry import Model
 from icarus_jax.server.agent_fields import ReleaseRequest
 from icarus_jax.server.auth import admin_only
 from icarus_jax.server.body import ApiError, Body, parse, read_body
-from icarus_jax.server.delivery import event_stream, whole_response
+from icarus_jax.server.delivery import GenerationStream, event_stream, whole_response
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.endpoints import Route
 from icarus_jax.server.exchange import current
 from icarus_jax.server.generation import Generation
 from icarus_jax.server.head_loader import HeadLoader
-from icarus_jax.server.intake import Intake, check_model
+from icarus_jax.server.head_resolver import HeadResolver, Leases
+from icarus_jax.server.intake import Intake
 from icarus_jax.server.limits import Limits, header_timeout
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.prompts import PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
 from icarus_jax.server.responses import model_card
+from icarus_jax.server.routing import check_model
 from icarus_jax.server.structured import make_compiler
 from icarus_jax.server.tool_formats import AUTO
 
@@ -63,6 +66,7 @@ class Api:
         loader: HeadLoader,
         limits: Limits,
         tool_call_parser: str = AUTO,
+        resolver: HeadResolver | None = None,
     ):
         """Takes the parts that the endpoints work with.
 
@@ -73,6 +77,7 @@ class Api:
             loader: the loader of the engine's heads.
             limits: counts what waits for the engine.
             tool_call_parser: the name of the form in which the trunk writes tool calls.
+            resolver: loads heads that requests name and that are not served; None: they are refused.
         """
         self.engine = engine
         self.limits = limits
@@ -82,7 +87,7 @@ class Api:
         self.reader = PromptReader(self.vocabulary, engine.model_config.vocab_size, self.limit)
         ends = frozenset(eos_ids)
         compiler = make_compiler(engine, tokenizer, ends)
-        self.intake = Intake(engine, self.vocabulary, self.reader, ends, compiler, tool_call_parser)
+        self.intake = Intake(engine, self.vocabulary, self.reader, ends, compiler, tool_call_parser, resolver)
         self.loader = loader
         self.created = int(time.time())
 
@@ -120,7 +125,11 @@ class Api:
 
     async def tokenize(self, http: HttpRequest) -> Response:
         """Returns the token ids of a text, or of a conversation after the chat template."""
-        return await asyncio.to_thread(self._tokenize, await read_body(http))
+        return await self._with_models(self._tokenize, await read_body(http))
+
+    async def _with_models(self, answer: Callable[[bytes], Response], raw: bytes) -> Response:
+        with contextlib.closing(Leases()) as leases:
+            return await self.intake.with_models(lambda: answer(raw), leases)
 
     def _tokenize(self, raw: bytes) -> Response:
         body = parse(TokenizeRequest, raw)
@@ -133,7 +142,7 @@ class Api:
 
     async def detokenize(self, http: HttpRequest) -> Response:
         """Returns the text of token ids."""
-        return await asyncio.to_thread(self._detokenize, await read_body(http))
+        return await self._with_models(self._detokenize, await read_body(http))
 
     def _detokenize(self, raw: bytes) -> Response:
         body = parse(DetokenizeRequest, raw)
@@ -171,7 +180,7 @@ class Api:
     async def answer(
         self,
         http: HttpRequest,
-        submit: Callable[[bytes, Generation], Awaitable[Any]],
+        submit: Callable[[bytes, Generation], Coroutine[Any, Any, Any]],
         whole: Callable[[Generation, Any], Awaitable[Response]],
         events: Callable[[Generation, Any], AsyncIterator[str]],
     ) -> Response:
@@ -181,22 +190,21 @@ class Api:
             http: the request.
             submit: submits its body, and returns what writes the answer; that has the attribute `request`.
             whole: makes the single response. It closes the generation on success.
-            events: yields the events of the stream. It closes the generation in any case.
+            events: yields the events of the stream.
         """
         raw = await read_body(http)
         timeout = header_timeout(http.headers.get("x-request-timeout"))
         generation = Generation(self.engine, self.metrics, http, self.limits)
         try:
-            view = await submit(raw, generation)
-            if timeouts := [seconds for seconds in (timeout, view.request.timeout) if seconds is not None]:
-                generation.end_after(min(timeouts))
+            if timeout is not None:
+                generation.end_after(timeout)
+            view = await generation.unless_cut(submit(raw, generation))
             if not view.request.stream:
                 return await whole(generation, view)
         except BaseException:
             generation.close()
             raise
-        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-        return StreamingResponse(events(generation, view), media_type="text/event-stream", headers=headers)
+        return GenerationStream(generation, events(generation, view))
 
     def routes(self) -> list[Route]:
         """Returns the method, path and handler of each endpoint."""

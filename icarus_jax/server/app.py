@@ -21,6 +21,7 @@ from icarus_jax.server.endpoints import Endpoints
 from icarus_jax.server.errors import add_error_handlers
 from icarus_jax.server.half_close import HalfCloseProtocol
 from icarus_jax.server.head_loader import HeadLoader
+from icarus_jax.server.head_resolver import HeadResolver
 from icarus_jax.server.head_routes import HeadRoutes
 from icarus_jax.server.lifecycle import Drain, DrainingServer, Gate
 from icarus_jax.server.limits import Limits
@@ -40,6 +41,7 @@ def create_app(
     cors_origins: Sequence[str] = (),
     hosts: Sequence[str] | None = None,
     tool_call_parser: str = AUTO,
+    resolver: HeadResolver | None = None,
     extra: Sequence[Endpoints] = (),
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
 ) -> FastAPI:
@@ -55,13 +57,14 @@ def create_app(
         cors_origins: the web pages whose scripts may use the server, such as 'https://example.com'; '*': all.
         hosts: the names under which the server may be asked, besides those of this machine; None: any name.
         tool_call_parser: the form in which the trunk writes tool calls: 'auto' or a name in tool_formats.py.
+        resolver: loads heads that requests name and that are not served; None: they are refused.
         extra: more groups of endpoints.
         lifespan: lifespan(app) is a context that is open while the app is served; None: there is none.
 
     Returns:
         The app. `app.state.drain` holds its Drain, which `run` needs to stop the server.
     """
-    api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser)
+    api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser, resolver)
     app = FastAPI(title="icarus-jax", version=__version__, lifespan=lifespan)
     groups: list[Endpoints] = [api, HeadRoutes(loader, api.card), ResponseRoutes(api), PageRoutes(engine), *extra]
     for method, path, handler in (route for group in groups for route in group.routes()):

@@ -9,7 +9,8 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any, TypeVar
 
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.exchange import current
@@ -35,6 +36,34 @@ class Answer(JSONResponse):
         write, empty = super().render, b'"choices":[]'
         choices = b",".join([write(choice) for choice in content["choices"]])
         return write({**content, "choices": []}).replace(empty, b"%s%s]" % (empty[:-1], choices), 1)
+
+
+class GenerationStream(StreamingResponse):
+    """A streamed answer. Its generation is closed at the end, even of a stream that never began."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]):
+        """Takes what it sends.
+
+        Args:
+            generation: the choices, already submitted to the engine.
+            events: yields the server-sent events.
+        """
+        headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Sends the answer, as an ASGI app.
+
+        Args:
+            scope: the connection.
+            receive: gives the client's messages.
+            send: takes the messages to the client.
+        """
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._generation.close()
 
 
 async def _write(make: Callable[[], T], deltas: Sequence[Delta]) -> T:
@@ -77,7 +106,7 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
     The stream ends with `[DONE]` in that case too. It ends without it if the client has closed the connection.
 
     Args:
-        generation: the choices, already submitted to the engine. It is closed when the stream ends.
+        generation: the choices, already submitted to the engine. The caller closes it.
         view: writes the choices in the endpoint's format.
 
     Yields:
@@ -105,8 +134,6 @@ async def event_stream(generation: Generation, view: View) -> AsyncIterator[str]
     except Exception:
         log.exception("a stream failed (request %s)", current().request_id)
         yield written_event(internal_error())
-    finally:
-        generation.close()
     yield "data: [DONE]\n\n"
 
 

@@ -42,6 +42,7 @@ class Exchange:
         method: the HTTP method.
         path: the URL's path.
         started: when the request came, in seconds (monotonic).
+        timeout: how many seconds from then it may take, if its body says so.
         caller: who sends it.
         model: the models that answer, with commas between them; '' if none is known.
         usage: the token counts, as the answer gives them.
@@ -51,6 +52,7 @@ class Exchange:
     method: str = ""
     path: str = ""
     started: float = dataclasses.field(default_factory=time.monotonic)
+    timeout: float | None = None
     caller: Caller = Caller()
     model: str = ""
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)

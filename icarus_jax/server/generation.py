@@ -7,7 +7,8 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any, TypeVar
 
 from starlette.requests import Request as HttpRequest
 
@@ -15,12 +16,15 @@ from icarus_jax.engine.engine import Engine
 from icarus_jax.scheduling.request import Request, TokenOutput
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.exchange import current
+from icarus_jax.server.head_resolver import Leases
 from icarus_jax.server.limits import Limits, Place
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.responses import usage
 from icarus_jax.server.streams import Choice, Delta
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 class ClientGone(Exception):
@@ -39,12 +43,14 @@ class _Arrival:
 class Generation:
     """The choices of one HTTP request while the engine works on them.
 
-    Call `reserve`, and `submit` for each prompt; this may be done on a thread. Then iterate with `async for choice,
-    delta in generation` until every choice has ended. Call `close` at the end, whatever happened. If the client closes
-    the connection, or the request's time is over, the running choices are aborted at once.
+    Call `reserve`, and `submit` for each prompt; this may be done on a thread, within `unless_cut`. Then iterate with
+    `async for choice, delta in generation` until every choice has ended. Call `close` at the end, whatever happened. If
+    the client closes the connection, or the request's time is over, the running choices are aborted at once.
 
     Attributes:
         choices: every choice submitted, in the order of their indices.
+        leases: the models that the request names, which are not given up before it has ended.
+        at_close: called once, on the event loop, when the choices that still ran have been aborted.
     """
 
     def __init__(self, engine: Engine, metrics: Metrics, http: HttpRequest, limits: Limits | None = None):
@@ -57,6 +63,8 @@ class Generation:
             limits: counts what waits; None: there are no limits.
         """
         self.choices: list[Choice] = []
+        self.leases = Leases()
+        self.at_close: Callable[[], object] = lambda: None
         self._engine = engine
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
@@ -68,10 +76,29 @@ class Generation:
         self._place: Place | None = None  # in the line of what waits
         self._unstarted: dict[int, int] = {}  # index of a choice without outputs -> tokens that wait with it
         self._cut: Exception | None = None  # why nobody wants the rest
-        self._lock = threading.Lock()  # of `_cut` and `_running`
+        self._lock = threading.Lock()  # of `_cut`, `_running` and `_place`
         self._queue: asyncio.Queue[_Arrival | None] = asyncio.Queue()  # None: see `_cut`
         self._watcher = asyncio.create_task(self._watch(http))
-        self._timer: asyncio.TimerHandle | None = None
+        self._timers: list[asyncio.TimerHandle] = []
+        self._work: asyncio.Task | None = None  # see `unless_cut`
+
+    async def unless_cut(self, work: Coroutine[Any, Any, T]) -> T:
+        """Does what comes before the first token. It is given up once nobody wants the answer.
+
+        Args:
+            work: reads the request, waits for what it needs, and submits it.
+
+        Raises:
+            ApiError: the request's time is over.
+            ClientGone: the client has closed the connection.
+        """
+        self._work = asyncio.create_task(work)
+        try:
+            return await self._work
+        except asyncio.CancelledError:
+            if self._cut is None:
+                raise
+            raise self._cut from None
 
     def reserve(self, requests: int, tokens: int) -> None:
         """Lets the request wait, before anything is submitted.
@@ -81,13 +108,17 @@ class Generation:
             tokens: how many tokens its prompts have.
 
         Raises:
-            ApiError: too much waits already: status 429.
+            ApiError: too much waits already: status 429. Or the request's time is over.
+            ClientGone: the client has closed the connection.
         """
-        try:
-            self._place = self._limits.enter(self._exchange.caller.name, requests, tokens)
-        except ApiError:
-            self._metrics.rejected(self._exchange.caller.name)
-            raise
+        with self._lock:
+            if self._cut is not None:
+                raise self._cut
+            try:
+                self._place = self._limits.enter(self._exchange.caller.name, requests, tokens)
+            except ApiError:
+                self._metrics.rejected(self._exchange.caller.name)
+                raise
 
     def submit(self, request: Request, choices: list[Choice]) -> None:
         """Submits one prompt's choices to the engine.
@@ -119,13 +150,17 @@ class Generation:
             self._metrics.prompt(model, len(request.prompt_ids))
 
     def end_after(self, timeout: float) -> None:
-        """Ends the request at a time. Call it on the event loop, after the last prompt has been submitted.
+        """Ends the request at a time, if nothing ends it before. May be called on a thread.
 
         Args:
             timeout: how many seconds after its arrival.
         """
-        left = self._exchange.started + timeout - time.monotonic()
-        self._timer = self._loop.call_later(max(0.0, left), self._expire, timeout)
+        self._loop.call_soon_threadsafe(self._start_timer, timeout)
+
+    def _start_timer(self, timeout: float) -> None:
+        if self._cut is None:
+            left = self._exchange.started + timeout - time.monotonic()
+            self._timers.append(self._loop.call_later(max(0.0, left), self._expire, timeout))
 
     async def __aiter__(self) -> AsyncIterator[tuple[Choice, Delta]]:
         """Yields each gain of a choice as it comes, until every choice has ended.
@@ -167,13 +202,16 @@ class Generation:
     def close(self) -> None:
         """Aborts the choices that still run, and stops watching the connection. May be called more than once."""
         self._watcher.cancel()
-        if self._timer is not None:
-            self._timer.cancel()
+        for timer in self._timers:
+            timer.cancel()
         self._stop(ClientGone(), "abort")
         if self._place is not None:
             self._place.give_up()
         if self.choices:
             self._exchange.usage = usage(self.choices, by_model=False)
+        self.leases.close()
+        at_close, self.at_close = self.at_close, lambda: None
+        at_close()
 
     async def _watch(self, http: HttpRequest) -> None:
         """Waits until the client closes the connection, then ends the request."""
@@ -182,7 +220,9 @@ class Generation:
         self._stop(ClientGone(), "abort")
 
     def _expire(self, timeout: float) -> None:
-        if self._running:
+        with self._lock:
+            ended = self.choices and not self._running
+        if not ended:
             message = f"the request did not end within its timeout of {timeout:g} s"
             headers = {"x-should-retry": "false"}  # OpenAI's clients would send it again
             self._stop(ApiError(408, message, "timeout", "request_timeout", headers), "timeout")
@@ -192,6 +232,8 @@ class Generation:
         with self._lock:
             self._cut = self._cut or cut
             running, self._running = self._running, {}
+        if self._work is not None:
+            self._work.cancel()
         if running:
             self._engine.abort([seq_id for _, seq_id in running.values()])
         for choice, _ in running.values():

@@ -16,6 +16,7 @@ from icarus_jax.scheduling.registry import Model
 from icarus_jax.server.body import ApiError, B, Body, parse, read_body
 from icarus_jax.server.endpoints import Route
 from icarus_jax.server.head_loader import HeadLoader, UnknownHead
+from icarus_jax.weights.adapter_cache import StoreError
 
 T = TypeVar("T")
 OFF = "heads are not loaded over HTTP: start the server with --config.server.head_folders=DIR to allow it"
@@ -26,7 +27,7 @@ class LoadHead(Body):
 
     Attributes:
         name: the head's name as a model.
-        path: the adapter's folder; see `HeadLoader.find`.
+        path: the adapter's folder or name in a store; see `HeadPlaces.find`.
         kv: the kind of the head; None: the adapter's own.
         pinned: whether the head keeps its adapter slot for good.
     """
@@ -48,7 +49,7 @@ class LoadLoraAdapter(Body):
 
     Attributes:
         lora_name: the head's name as a model.
-        lora_path: the adapter's folder; see `HeadLoader.find`.
+        lora_path: the adapter's folder or name in a store; see `HeadPlaces.find`.
         load_inplace: whether a head of the same name is replaced.
     """
 
@@ -126,12 +127,12 @@ class HeadRoutes:
         return PlainTextResponse(f"Success: LoRA adapter '{body.lora_name}' removed successfully.")
 
     async def _read(self, kind: type[B], http: HttpRequest) -> B:
-        if not self._loader.folders:
+        if not self._loader.places:
             raise ApiError(403, OFF, code="head_loading_off")
         return await asyncio.to_thread(parse, kind, await read_body(http))
 
     def _load(self, name: str, path: str, **options: Any) -> Model:
-        return self._loader.load(name, str(self._loader.find(path)), **options)
+        return self._loader.load(name, self._loader.places.find(path), **options)
 
     async def _run(self, name: str, path: str, call: Callable[[], T]) -> T:
         """Runs `call` on the thread of heads. Raises ApiError about the body's field `name` or `path` if it fails."""
@@ -141,6 +142,8 @@ class HeadRoutes:
             raise ApiError(403, str(error), path, "path_not_allowed") from error
         except FileNotFoundError as error:
             raise ApiError(404, str(error), path, "adapter_not_found") from error
+        except StoreError as error:
+            raise ApiError(503, str(error), path, "adapter_store_error", {"Retry-After": "10"}) from error
         except UnknownHead as error:
             raise ApiError(404, str(error), name, "model_not_found") from error
         except RequestError as error:

@@ -6,22 +6,23 @@ import asyncio
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 from icarus_jax.engine.engine import Engine
 from icarus_jax.grammar.compile_queue import CompileQueue, TooManyGrammars
 from icarus_jax.grammar.compiler import Compiler, Grammar
 from icarus_jax.grammar.spec import GrammarSpec
 from icarus_jax.scheduling.request import Request, SamplingParams
-from icarus_jax.server.agent_fields import Routing
 from icarus_jax.server.body import ApiError, parse
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.exchange import current
 from icarus_jax.server.generation import Generation
 from icarus_jax.server.handoff import Handoff
+from icarus_jax.server.head_resolver import HeadResolver, Leases, UnknownModel
 from icarus_jax.server.prompts import Prompt, PromptReader
 from icarus_jax.server.protocol import ChatRequest, CompletionRequest, Generate
 from icarus_jax.server.responses import ChatView, CompletionView, View
+from icarus_jax.server.routing import check_routing, named_models
 from icarus_jax.server.streams import Choice, echo_of
 from icarus_jax.server.tool_answer import answer_parsers, reasoning_of
 from icarus_jax.server.tool_formats import AUTO, choose_format
@@ -30,6 +31,7 @@ from icarus_jax.server.tool_strict import strict_grammar
 
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
 MAX_CHOICES = 1024  # of one request: prompts times models times n
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,6 +66,7 @@ class Intake:
         eos_ids: frozenset[int],
         compiler: Compiler,
         tool_call_parser: str = AUTO,
+        resolver: HeadResolver | None = None,
     ):
         """Takes the parts that it works with.
 
@@ -74,6 +77,7 @@ class Intake:
             eos_ids: the ids of the tokens that end a text.
             compiler: compiles what answers have to follow.
             tool_call_parser: the name of the form in which the trunk writes tool calls; see tool_formats.py.
+            resolver: loads heads that requests name and that are not served; None: they are refused.
 
         Raises:
             ValueError: there is no such form.
@@ -84,6 +88,7 @@ class Intake:
         self._vocabulary = vocabulary
         self._reader = reader
         self._eos_ids = eos_ids
+        self._resolver = resolver
         self._grammars = CompileQueue(compiler)
         added, most = vocabulary.tokenizer.get_added_vocab(), engine.model_config.vocab_size
         self._tokens: dict[str, int] = {text: token_id for text, token_id in added.items() if token_id < most}
@@ -110,7 +115,7 @@ class Intake:
         Args:
             read: reads and checks it; called on a thread.
             raw: the request's body.
-            generation: takes the choices.
+            generation: takes the choices. It ends with the request's timeout, whatever the request waits for.
 
         Returns:
             What writes the answer.
@@ -119,7 +124,8 @@ class Intake:
             ApiError: the request cannot be served.
             RequestError: the engine or SamplingParams refuses it.
         """
-        asked = await asyncio.to_thread(self._begin, read, raw, generation)
+        begin = functools.partial(self._begin, read, raw, generation)
+        asked = await self.with_models(begin, generation.leases)
         if asked.spec is not None:
             try:
                 grammar = await self._grammars.compile(asked.spec, current().caller.name)
@@ -129,9 +135,36 @@ class Intake:
             await asyncio.to_thread(self._submit, asked, generation, grammar)
         return asked.view
 
+    async def with_models(self, call: Callable[[], T], leases: Leases) -> T:
+        """Calls a function on a thread; if it lacks models, once more when they have been loaded.
+
+        Args:
+            call: the function. It raises UnknownModel for a model that is not served.
+            leases: keeps the models that are loaded.
+
+        Returns:
+            What the function returns.
+
+        Raises:
+            ApiError: a model is not served, and cannot be loaded.
+        """
+        while True:
+            try:
+                return await asyncio.to_thread(call)
+            except UnknownModel as unknown:
+                if self._resolver is None:
+                    raise
+                await self._resolver.load(unknown, leases)
+
     def _begin(self, read: Callable[[bytes], Asked], raw: bytes, generation: Generation) -> Asked:
         """Reads a request and, unless its grammar is needed first, submits it."""
-        asked = read(raw)
+        try:
+            asked = read(raw)
+        finally:  # even if models have to be loaded first
+            if (timeout := current().timeout) is not None:
+                generation.end_after(timeout)
+        if self._resolver is not None:
+            self._resolver.hold(named_models(asked.body), generation.leases)
         if asked.spec is None:
             self._submit(asked, generation, None)
         return asked
@@ -201,6 +234,7 @@ class Intake:
         return Asked(body, [(prompt, self._params(body, room))], spec, ChatView(body, self._vocabulary, parsers))
 
     def _check(self, body: Generate) -> None:
+        current().timeout = body.timeout
         check_routing(body, self._engine, self._reader)
         most = self._engine.config.max_num_seqs
         if body.n > most:  # the engine says so too, but only once the prompts have been read
@@ -244,48 +278,3 @@ class Intake:
             weight=caller.weight,
             cache_salt=body.cache_salt,
         )
-
-
-def check_model(name: str | None, engine: Engine, field: str = "model") -> None:
-    """Checks that a model is served.
-
-    Args:
-        name: the model's name; None passes.
-        engine: the engine that serves it.
-        field: the request's field that names it.
-
-    Raises:
-        ApiError: there is no such model.
-    """
-    if name is not None and name not in engine.models:
-        names = ", ".join(engine.models)
-        raise ApiError(404, f"the model {name[:64]!r} is not served; served: {names}", field, "model_not_found")
-
-
-def check_routing(body: Routing, engine: Engine, reader: PromptReader) -> None:
-    """Checks the models that a request names, and whether they go together.
-
-    Args:
-        body: the request.
-        engine: the engine that is to answer it.
-        reader: knows the vocabulary.
-
-    Raises:
-        ApiError: a model is not served, or cannot be combined with what else the request asks for.
-    """
-    for name in body.answering:
-        check_model(name, engine, "model" if body.models is None else "models")
-    named = [("handoff", rule.model) for rule in body.handoff]
-    if body.session and body.session.next_model is not None:
-        named.append(("session", body.session.next_model))
-    models = engine.models
-    for field, name in named:
-        if name not in models:
-            message = f"{field} names the model {name[:64]!r}, which is not served; served: {', '.join(models)}"
-            raise ApiError(400, message, field)
-    if body.reference_logprobs:
-        own = [rule.model for rule in body.handoff if models[rule.model].salt]  # they make K/V of their own
-        if own:
-            message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
-            raise ApiError(400, message, "handoff")
-    reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")

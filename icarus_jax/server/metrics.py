@@ -14,6 +14,8 @@ from icarus_jax.engine.stats import EngineStats
 from icarus_jax.scheduling.registry import NO_SLOT, Model
 from icarus_jax.scheduling.scheduler import Scheduler
 
+MAX_MODELS = 100  # with series of their own: a scrape of thousands would hold up the server for seconds
+OTHERS = "others"  # the model_name of all the others
 _SHORT = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75, 1, 2.5, 5, 10)
 _LONG = (0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 20, 40, 80, 160, 320, 640)
 
@@ -124,6 +126,7 @@ class Metrics:
         """
         self.registry = CollectorRegistry(auto_describe=False)
         self.registry.register(_EngineCollector(engine))
+        self._names: set[str] = set()  # of the models with series of their own
         model = ["model_name"]
 
         def counter(name: str, text: str, labels: list[str]) -> Counter:
@@ -140,9 +143,15 @@ class Metrics:
         self._itl = histogram("inter_token_latency_seconds", "Between two tokens of a stream.", _SHORT)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to a stream's end.", _LONG)
 
+    def _name(self, model: str) -> str:
+        """Returns the label of a model: its name, if it is one of the first MAX_MODELS."""
+        if len(self._names) < MAX_MODELS:
+            self._names.add(model)
+        return model if model in self._names else OTHERS
+
     def prompt(self, model: str, num_tokens: int) -> None:
         """Counts the tokens of a prompt that a model was asked to continue."""
-        self._prompt.labels(model).inc(num_tokens)
+        self._prompt.labels(self._name(model)).inc(num_tokens)
 
     def rejected(self, key: str) -> None:
         """Counts a request that was refused because too many wait.
@@ -161,9 +170,9 @@ class Metrics:
             since: seconds since the choice's last tokens, or since the request's arrival if `first`.
             first: whether these are the choice's first tokens.
         """
-        self._generated.labels(model).inc(num_tokens)
+        self._generated.labels(self._name(model)).inc(num_tokens)
         histogram = self._ttft if first else self._itl
-        histogram.labels(model).observe(since)
+        histogram.labels(self._name(model)).observe(since)
 
     def finished(self, model: str, reason: str, since_arrival: float) -> None:
         """Counts a choice that has ended.
@@ -173,8 +182,8 @@ class Metrics:
             reason: the finish_reason: 'stop', 'length', 'abort', 'error', 'grammar_error' or 'timeout'.
             since_arrival: seconds since the request's arrival.
         """
-        self._requests.labels(model, reason).inc()
-        self._e2e.labels(model).observe(since_arrival)
+        self._requests.labels(self._name(model), reason).inc()
+        self._e2e.labels(self._name(model)).observe(since_arrival)
 
     def render(self) -> bytes:
         """Returns all metrics in Prometheus's text exposition format."""

@@ -20,8 +20,8 @@ from icarus_jax.server.agent_fields import HandoffRule, Routing
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.handoff import Handoff
-from icarus_jax.server.intake import check_routing
 from icarus_jax.server.prompts import Prompt, PromptReader
+from icarus_jax.server.routing import check_routing
 from icarus_jax.server.streams import Choice, Delta
 
 

@@ -75,8 +75,9 @@ class ResponseWriter:
         return [self._event(f"response.{status}", response=self.response)]
 
     def fail(self, message: str) -> list[Event]:
-        """Ends the response with an error, wherever it stands, and returns the last event."""
-        return self.finish("failed", {"error": {"code": "server_error", "message": message}})
+        """Ends the response with an error, wherever it stands, and returns the last events."""
+        events = self._close("incomplete")
+        return events + self.finish("failed", {"error": {"code": "server_error", "message": message}})
 
     def _text(self, kind: str, text: str) -> list[Event]:
         """Adds to the text of a message or of the reasoning. It goes on in the open item, if that is of its kind."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import json
 import logging
 import re
@@ -20,7 +21,7 @@ from icarus_jax.server.api import Api
 from icarus_jax.server.body import ApiError, Body, parse
 from icarus_jax.server.delivery import written_event
 from icarus_jax.server.endpoints import Route
-from icarus_jax.server.exchange import current
+from icarus_jax.server.exchange import Caller, current
 from icarus_jax.server.generation import ClientGone, Generation
 from icarus_jax.server.intake import Asked
 from icarus_jax.server.protocol import RETAIN_SECONDS
@@ -80,8 +81,9 @@ class ResponseRoutes:
         return Response(self._kept(response_id).response, media_type="application/json")
 
     async def delete(self, response_id: str) -> Any:
-        """Forgets a response. The pages of its conversation go as those of any session."""
-        self._store.delete(current().caller.name, response_id, "response_id")
+        """Forgets a response. With the last one of its conversation, the pages that were kept for that are let go."""
+        chains = self._store.delete(current().caller.name, response_id, "response_id")
+        await asyncio.to_thread(self._end_chains, current().caller, chains)
         return {"id": response_id, "object": "response", "deleted": True}
 
     async def input_items(self, response_id: str, http: HttpRequest) -> Any:
@@ -94,26 +96,29 @@ class ResponseRoutes:
     async def _submit(self, raw: bytes, generation: Generation) -> Turn:
         body = await asyncio.to_thread(parse, ResponseRequest, raw)
         with _renamed():
-            turn: Turn = await self._api.intake.take(lambda raw: self._read(body), raw, generation)
+            turn: Turn = await self._api.intake.take(lambda raw: self._read(body, generation), raw, generation)
         return turn
 
-    def _read(self, body: ResponseRequest) -> Asked:
+    def _read(self, body: ResponseRequest, generation: Generation) -> Asked:
         """Makes a chat of a request and of the conversation that it goes on from."""
         before = None if body.previous_response_id is None else self._before(body.previous_response_id)
         said = [] if before is None else json.loads(before.context) + json.loads(before.response)["output"]
         response_id = new_id("resp")
-        session = _session(body, before, response_id)
+        session, chain = _session(body, before, response_id)
         chat = body.chat(map(read_item, said), session)
         prompt, transcript = (before.transcript if before else Transcript()).read_on(chat, self._api.reader)
         asked = self._api.intake.ask(chat, prompt)
         context = said + [item.shown() for item in body.input]
-        tenant = current().caller.name
+        caller = current().caller
 
         def keep(response: dict[str, Any], whole: Transcript) -> None:
             if body.store:
-                kept = Stored(json.dumps(response).encode(), json.dumps(context).encode(), whole, session)
-                self._store.add(tenant, response_id, kept)
+                held = (None, None) if response["status"] == "failed" else (session, chain)
+                kept = Stored(json.dumps(response).encode(), json.dumps(context).encode(), whole, *held)
+                self._end_chains(caller, self._store.add(caller.name, response_id, kept))
 
+        if chain is not None:
+            generation.at_close = functools.partial(self._end_unkept, caller, chain)
         head = {"id": response_id, "object": "response", "created_at": int(time.time()), **body.shown()}
         sampling = asked.view.request
         writer = ResponseWriter(head | {"temperature": sampling.temperature, "top_p": sampling.top_p, "usage": None})
@@ -123,14 +128,32 @@ class ResponseRoutes:
     def _before(self, response_id: str) -> Stored:
         return self._kept(response_id, "previous_response_id")
 
+    def _end_unkept(self, caller: Caller, chain: str) -> None:
+        """Ends the session of a chain if no response of it is kept. The engine answers later, so a thread waits."""
+        if not self._store.has(caller.name, chain):
+            asyncio.get_running_loop().run_in_executor(None, self._end_chains, caller, [chain])
 
-def _session(body: ResponseRequest, before: Stored | None, response_id: str) -> dict[str, Any] | None:
-    """Returns the session of a conversation: the one that the request names, or its chain's, named by the first id."""
+    def _end_chains(self, caller: Caller, chains: Iterable[str]) -> None:
+        """Ends the sessions of chains from which nobody can go on: their pages are let go."""
+        for chain in chains:
+            with contextlib.suppress(RequestError):  # the engine ends, and all pages with it
+                self._api.engine.release_session(caller.session(chain))
+
+
+def _session(
+    body: ResponseRequest, before: Stored | None, response_id: str
+) -> tuple[dict[str, Any] | None, str | None]:
+    """Returns the session of a conversation, and its name if the server has made it.
+
+    It is the one that the request names, or its chain's, which is named by the first id.
+    """
     if named := body.named_session():
-        return named
+        return named, None
     if not body.store:
-        return None
-    return before.session if before else {"id": response_id, "retain": RETAIN_SECONDS}
+        return None, None
+    if before is not None and before.session is not None:
+        return before.session, before.chain
+    return {"id": response_id, "retain": RETAIN_SECONDS}, response_id
 
 
 @contextlib.contextmanager
@@ -174,13 +197,14 @@ async def _whole(generation: Generation, turn: Turn) -> Response:
     """Waits until the response has ended, and answers with it."""
     async for choice, delta in generation:
         turn.take(choice, delta)
-    generation.close()
 
     def make() -> Response:
         turn.finish(generation.choices[0])
         return JSONResponse(turn.writer.response)
 
-    return await asyncio.to_thread(make)
+    response = await asyncio.to_thread(make)
+    generation.close()
+    return response
 
 
 async def _events(generation: Generation, turn: Turn) -> AsyncIterator[str]:
@@ -198,5 +222,3 @@ async def _events(generation: Generation, turn: Turn) -> AsyncIterator[str]:
     except Exception:
         log.exception("a stream failed (request %s)", current().request_id)
         yield _written(turn.writer.fail(internal_error()["error"]["message"]))
-    finally:
-        generation.close()

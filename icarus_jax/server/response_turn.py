@@ -72,10 +72,21 @@ class Turn:
         if self._error is not None:
             fields["error"] = {"code": "invalid_prompt", "message": self._error["message"]}
         events += self.writer.finish({"stop": "completed", "length": "incomplete"}.get(reason or "", "failed"), fields)
-        ended = reason != "length" and self._ids[-1:] and self._ids[-1] in self._vocabulary.special_ids
-        ids = self._ids[:-1] if ended else self._ids
-        self._keep(self.writer.response, self._before.with_answer(choice.prompt, "".join(self._text), ids))
+        self._keep(self.writer.response, self._transcript(choice))
         return events
+
+    def _transcript(self, choice: Choice) -> Transcript:
+        """Returns what the next turn's prompt may begin with, token for token.
+
+        If a special token within the answer was hidden, that is no more than this turn's prompt had: the model would
+        read a token that nobody has seen, such as the end of a turn. The next turn has what the items say.
+        """
+        special, ids = self._vocabulary.special_ids, self._ids
+        if choice.finish_reason != "length" and ids[-1:] and ids[-1] in special:
+            ids = ids[:-1]
+        if self._view.request.skip_special_tokens and not special.isdisjoint(ids):
+            return self._before
+        return self._before.with_answer(choice.prompt, "".join(self._text), ids)
 
     def _usage(self, choice: Choice) -> dict[str, Any]:
         """Returns the token counts as the Responses API has them, and those of each model as ours."""

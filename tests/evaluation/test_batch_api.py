@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
+import os
 import signal
 import socket
 import sqlite3
+import stat
 import subprocess
 import sys
 import threading
@@ -19,10 +22,12 @@ import httpx
 import openai
 import pytest
 
-from icarus_jax.evaluation import batch_worker
+from icarus_jax.evaluation import batch_table, batch_worker
+from icarus_jax.evaluation.batch import Job
 from icarus_jax.evaluation.batch_routes import BatchRoutes
 from icarus_jax.evaluation.batch_store import BatchLimits, BatchStore, Full
 from icarus_jax.evaluation.batch_worker import BatchWorker
+from icarus_jax.evaluation.result_file import ResultFile
 from icarus_jax.server.auth import Keys
 from icarus_jax.server.limits import Limits
 from icarus_jax.weights import tokenizer
@@ -30,6 +35,7 @@ from tests import tiny
 from tests.engine.harness import SMALL, make_engine
 from tests.evaluation.test_evaluate import ROOT, TOKENIZER, batch_request
 from tests.server.served import GOOD, Served, check_error, serving, wait_for
+from tests.server.test_event_loop import watched
 from tests.server.test_fuzz import ODD_VALUES
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
@@ -350,6 +356,34 @@ def test_limits(tmp_path):
         assert not list((tmp_path / "contents").glob("*.part")) and len(list((tmp_path / "contents").iterdir())) == 6
 
 
+def test_files_on_their_way_have_a_limit_together(tmp_path):
+    """They lie on the disk before anything else counts them. One who is slow leaves room for other tenants."""
+    limits = BatchLimits(file_bytes=3000, sent_bytes=6000)
+    keys = Keys([f"ann:{ANN}", f"bob:{BOB}"])
+    with serving(keys=keys, **options(tmp_path, limits)) as served:
+        ann, bob = (served.openai.with_options(api_key=key) for key in (ANN, BOB))
+        host, port = served.url.removeprefix("http://").split(":")
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ANN}\r\nContent-Length: 2500\r\n"
+        head += f"Content-Type: {CONTENT_TYPE}\r\n\r\n--x\r\n"
+        with socket.create_connection((host, int(port))) as slow:
+            slow.sendall(head.encode())
+            wait_for(lambda: refused(ann))
+            with pytest.raises(openai.RateLimitError, match="2500 bytes of uploads wait, 2500 of them yours") as caught:
+                upload(ann, b"x" * 2500)
+            assert int(caught.value.response.headers["Retry-After"]) >= 1
+            assert upload(bob, b"x" * 2500).bytes == 2500
+        wait_for(lambda: not refused(ann))
+        with pytest.raises(openai.APIStatusError, match="larger than 3000 bytes"):
+            upload(ann, b"x" * (2 << 20))
+
+
+def refused(client: openai.OpenAI) -> bool:
+    try:
+        return not upload(client, b"x" * 2500)
+    except openai.RateLimitError:
+        return True
+
+
 def test_limits_hold_for_those_who_come_at_once(tmp_path):
     """All of them have been told that there is room."""
     store = BatchStore(tmp_path, BatchLimits(files=2))
@@ -578,16 +612,113 @@ def test_a_fault_of_the_disk_is_waited_for(tmp_path, monkeypatch):
         check_complete(served.openai, batch.id, 1, 3)
 
 
+def remade(folder: Path, requests: list, **changes) -> str:
+    """A folder with a batch that has ended and is to be taken up again. Returns the batch's id."""
+    store = BatchStore(folder)
+    with serving(**options_of(store)) as served:
+        done = wait(served.openai, create(served.openai, requests).id, *ENDS)
+    store = BatchStore(folder)
+    blank = {f"{name}_at": None for name in ("finalizing", "completed")} | {"output_file_id": None}
+    store.change(done.id, ENDS, blank | changes)
+    store.close()
+    return done.id
+
+
+LINE = {"id": "batch_req_0", "custom_id": "x", "response": {"status_code": 200}, "error": None}
+
+
+@pytest.mark.parametrize("status", ["in_progress", "finalizing", "cancelling"])
+@pytest.mark.parametrize(
+    "held, why",
+    [
+        ('{"id":"batch_req_1"\n{}\n', "line 1"),
+        (json.dumps(LINE) + "\n[1]\n", "line 2: no JSON object"),
+        (json.dumps(LINE) + "\n" + json.dumps(LINE | {"response": {}}) + "\n", "line 2: it is no line"),
+        (json.dumps(LINE) + "\n" + json.dumps(LINE | {"id": 5}) + "\n", "line 2: it is no line"),
+        (json.dumps(LINE) + "\n", "answers to 4 requests, and the input file has 3"),
+    ],
+)
+def test_a_broken_file_of_answers_fails_the_batch(status, held, why, tmp_path):
+    batch_id = remade(tmp_path, [batch_request(f"{i}", prompt=[i + 1]) for i in range(3)], status=status)
+    (tmp_path / "contents" / batch_id).write_text(held)
+    with serving(**options(tmp_path)) as served:
+        done = wait(served.openai, batch_id, *ENDS)
+        (error,) = done.errors.data
+        assert (done.status, error.code) == ("failed", "broken_file") and done.failed_at
+        assert why in error.message and "/" not in error.message
+        check_complete(served.openai, create(served.openai, [batch_request("0", prompt=[1])]).id, 1, 3)
+
+
+@pytest.mark.parametrize("status", ["validating", "in_progress", "finalizing"])
+@pytest.mark.parametrize("content", [None, "{broken\n", "\n"])
+def test_an_input_that_is_lost_fails_the_batch(status, content, tmp_path):
+    begun = {} if status != "validating" else {"in_progress_at": None}
+    batch_id = remade(tmp_path, [batch_request("0", prompt=[1])], status=status, **begun)
+    (batch,) = stored(tmp_path, "batch")
+    path = tmp_path / "contents" / batch["input_file_id"]
+    path.unlink() if content is None else path.write_text(content)
+    with serving(**options(tmp_path)) as served:
+        done = wait(served.openai, batch_id, *ENDS)
+        assert done.status == "failed" and len(done.errors.data) == 1
+
+
+def test_little_of_a_batch_is_in_memory(tmp_path, monkeypatch):
+    """A window of the requests, and none of the answers."""
+    monkeypatch.setattr(batch_worker, "WINDOW_JOBS", 4)
+    count, alive = 60, []
+    with serving(step_seconds=0.01, **options(tmp_path)) as served:
+        many = [batch_request(f"{i}", prompt=[i + 1], max_tokens=2) for i in range(count)]
+        created = create(served.openai, many)
+        many.clear()
+        while (batch := served.openai.batches.retrieve(created.id)).status not in ENDS:
+            if batch.request_counts.completed > 20:
+                found = gc.get_objects()
+                jobs = sum(type(value) is Job for value in found)
+                alive.append((jobs, sum(type(value) is dict and "custom_id" in value for value in found)))
+        check_complete(served.openai, created.id, count, 2)
+    if alive:  # the machine was not too busy
+        # Two windows of 4 at most, the one before included, and what is in flight.
+        assert max(jobs for jobs, _ in alive) < 20 and max(held for _, held in alive) < 20, alive
+
+
+def test_answers_are_written_off_the_loop(served, monkeypatch):
+    on_loop = watched(monkeypatch, ResultFile, "append", served)
+    wait(served.openai, create(served.openai, [batch_request(f"{i}", prompt=[5]) for i in range(3)]).id, *ENDS)
+    assert on_loop == [False] * 3
+
+
+def test_the_disk_has_the_answers_before_the_batch_is_completed(tmp_path, monkeypatch):
+    """Their content and their names: a power failure leaves no batch that has ended without them."""
+    done: list[str] = []
+    fsync, change = os.fsync, batch_table.change
+
+    def noting_fsync(fd: int) -> None:
+        fsync(fd)
+        done.append("folder" if stat.S_ISDIR(os.fstat(fd).st_mode) else "file")
+
+    def noting_change(db, batch_id, allowed, changes) -> dict:
+        done.append(changes.get("status", ""))
+        return change(db, batch_id, allowed, changes)
+
+    with serving(**options(tmp_path)) as served:
+        file = upload(served.openai, [batch_request("a", prompt=[5]), batch_request("b", prompt=[5], temperature=-1)])
+        monkeypatch.setattr(os, "fsync", noting_fsync)
+        monkeypatch.setattr(batch_table, "change", noting_change)
+        ask = {"input_file_id": file.id, "endpoint": COMPLETIONS, "completion_window": "24h"}
+        wait(served.openai, served.openai.batches.create(**ask).id, *ENDS)
+    assert done[done.index("finalizing") :] == ["finalizing", "file", "file", "folder", "completed"]
+
+
 def test_what_cannot_be_finished_leaves_nothing(tmp_path):
     """Else every try fills the disk with another copy of the answers."""
     store = BatchStore(tmp_path)
 
-    def full() -> Iterator[dict]:
-        yield {"custom_id": "b"}
+    def full() -> Iterator[bytes]:
+        yield b"{}\n"
         raise OSError(28, "No space left on device")
 
     with pytest.raises(OSError, match="No space left"):
-        store.finish("batch_x", "", {"output_file_id": [{"custom_id": "a"}], "error_file_id": full()}, {})
+        store.finish("batch_x", "", {"output_file_id": [b"{}\n"], "error_file_id": full()}, {})
     assert not list((tmp_path / "contents").iterdir())
     store.close()
 

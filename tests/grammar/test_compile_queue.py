@@ -105,6 +105,29 @@ def test_what_waits_ends_with_the_loop():
     assert sorted(compiler.compiled) == ["a", "b"]
 
 
+def test_what_nobody_waits_for_is_not_compiled():
+    compiler = Held()
+
+    async def ask() -> None:
+        queue = CompileQueue(compiler)
+        waiting = {text: asyncio.ensure_future(queue.compile(choice(text))) for text in "abcd"}
+        twice = asyncio.ensure_future(queue.compile(choice("d")))
+        while len(compiler.compiled) < TRIALS:
+            await asyncio.sleep(0.01)
+        for asked in (waiting["c"], waiting["d"]):  # their clients have gone
+            asked.cancel()
+        await asyncio.wait([waiting["c"], waiting["d"]])
+        assert len(queue._pending) == queue._counts[""] == 3
+        again = asyncio.ensure_future(queue.compile(choice("c")))  # another client, at once
+        compiler.go.set()
+        for grammar, text in ((await again, "c"), (await twice, "d"), (await waiting["a"], "a")):
+            assert accepts(grammar, text)
+        assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
+        assert not queue._pending and queue._counts[""] == 0
+
+    asyncio.run(ask())
+
+
 def test_an_error_names_the_field_of_each():
     async def ask() -> None:
         queue = CompileQueue(make_compiler())

@@ -16,6 +16,7 @@ import uvicorn
 
 from icarus_jax.server.app import create_app
 from icarus_jax.server.head_loader import HeadLoader
+from icarus_jax.server.head_resolver import HeadResolver
 from tests import doubles
 
 TOKENIZER = doubles.byte_level_tokenizer()
@@ -33,12 +34,16 @@ class Served:
         tokenizer,
         eos_ids: tuple[int, ...] = (),
         sources: dict[str, str] | None = None,
-        head_folders: Iterable[pathlib.Path] = (),
+        head_folders: Iterable[pathlib.Path | str] = (),
+        adapter_resolver: str = "",
+        max_cpu_loras: int = 256,
         **options: Any,  # of create_app
     ):
         self.engine = engine
         engine.start()
         self.loader = HeadLoader(engine, next(iter(engine.models)), None, sources, head_folders)
+        if adapter_resolver:
+            options["resolver"] = HeadResolver(self.loader, adapter_resolver, max_cpu_loras)
         app = create_app(engine, tokenizer, eos_ids, self.loader, **options)
         self._server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="critical"))
         self._thread = threading.Thread(target=self._server.run, daemon=True)
@@ -80,7 +85,7 @@ def wait_for(condition: Callable[[], object], seconds: float = HANG_SECONDS) -> 
 def serving(
     step_seconds: float = 0.0,
     eos_ids: tuple[int, ...] = (),
-    head_folders: Iterable[pathlib.Path] = (),
+    head_folders: Iterable[pathlib.Path | str] = (),
     **options: Any,
 ) -> Iterator[Served]:
     """The double, served."""

@@ -84,6 +84,13 @@ def test_what_was_refused_has_a_line_too(lines):
             assert line["model"] is line["prompt_tokens"] is line["completion_tokens"] is line["cached_tokens"] is None
 
 
+def test_what_the_page_polls_has_no_line(served, lines, caplog):
+    for path in ("/page/stats", "/health"):
+        assert served.http.get(path, headers={"X-Request-Id": "polled"}).headers["X-Request-Id"] == "polled"
+    assert lines("polled")["path"] == "/health"
+    assert "/page/stats" not in "".join(r.getMessage() for r in caplog.records if r.name == "icarus_jax.access")
+
+
 def test_a_bug_is_logged_with_its_request(lines, caplog):
     with serving() as served:
         served.engine.fail = RuntimeError("boom")

@@ -231,6 +231,21 @@ def test_an_error_within_a_stream_is_its_last_event(served):
     assert last["type"] == "response.failed" and last["response"]["status"] == "failed"
     assert last["response"]["error"]["code"] == "server_error" and last["response"]["error"]["message"]
     check_error(served.http.get(f"{PATH}/{last['response']['id']}"), 404, "response_id", "response_not_found")
+    # What was being written is done before that, and says so.
+    kinds = [event["type"].removeprefix("response.") for event in events[-4:]]
+    assert kinds == ["output_text.done", "content_part.done", "output_item.done", "failed"]
+    (item,) = put_together(events)
+    assert item["status"] == "incomplete" and item["content"][0]["text"] == events[-4]["text"] != ""
+    assert last["response"]["output"] == [item]
+
+
+def test_an_error_before_the_first_item_makes_none(served, monkeypatch):
+    step = served.engine._step
+    failing = lambda *args: dataclasses.replace(step(*args), token_ids=[], finish_reason="error")  # noqa: E731
+    monkeypatch.setattr(served.engine, "_step", failing)
+    events = streamed(served)
+    assert [event["type"] for event in events] == ["response.created", "response.in_progress", "response.failed"]
+    assert events[-1]["response"]["output"] == []
 
 
 def test_a_grammar_that_gives_up_fails_the_response(served, monkeypatch):
@@ -246,6 +261,11 @@ def test_a_grammar_that_gives_up_fails_the_response(served, monkeypatch):
     for response in (whole(served), events[-1]["response"]):
         assert response["status"] == "failed" and "too complex" in response["error"]["message"]
         assert plain(response["output"])[0][:2] == ("message", "incomplete") and response["usage"]["output_tokens"] == 4
+        wait_for(lambda: response["id"] in served.engine.released)  # noqa: B023
+    monkeypatch.undo()
+    whole(served, input="on", previous_response_id=response["id"])
+    session = served.engine.requests[-1].session.id
+    assert session != response["id"] and session not in served.engine.released
 
 
 def test_a_client_that_goes_away_stops_the_model():
@@ -463,8 +483,9 @@ def test_nobody_reads_the_responses_of_another():
 def test_the_oldest_responses_of_a_tenant_go_first():
     store = ResponseStore(max_count=3, max_bytes=1000)
 
-    def add(tenant: str, name: str, size: int = 100) -> None:
-        store.add(tenant, name, Stored(b"r" * (size - 60), b"c" * 30, Transcript("text" * 5, array("i", [1, 2])), None))
+    def add(tenant: str, name: str, size: int = 100) -> list[str]:
+        whole = Transcript("text" * 5, array("i", [1, 2]))
+        return store.add(tenant, name, Stored(b"r" * (size - 60), b"c" * 30, whole, None, name.replace("c", "b")))
 
     def kept(tenant: str) -> str:
         names = []
@@ -475,15 +496,14 @@ def test_the_oldest_responses_of_a_tenant_go_first():
         return "".join(names)
 
     add("other", "h", 900)
-    for name in "abcd":
-        add("", name)
+    assert [add("", name) for name in "abcd"] == [[], [], [], ["a"]]
     assert kept("") == "bcd"
-    add("", "e", 850)
-    assert kept("") == "de"
-    store.delete("", "e", "response_id")
+    assert add("", "e", 850) == ["b"]  # the chain of b and c
+    assert kept("") == "de" and store.has("", "d") and not store.has("", "b") and not store.has("other", "d")
+    assert store.delete("", "e", "response_id") == ["e"]
     add("", "f", 850)
     assert kept("") == "df"
-    add("", "g", 2000)
+    assert add("", "g", 2000) == ["d", "f", "g"]
     assert (kept(""), kept("other")) == ("", "h")
 
 
@@ -546,6 +566,28 @@ def test_what_the_template_does_with_reasoning_is_obeyed(said, kept):
     whole(said.served, model="parrot", input="c", previous_response_id=first["id"])
     text = f"{thought}b<|im_end|>{thought if kept else ''}b<|im_end|>c<|im_end|>"
     assert said.engine.requests[-1].prompt_ids == tuple(said.tokenizer.encode(text))
+
+
+def test_a_hidden_special_token_is_not_read_again(said):
+    """It would begin or end a turn that nobody has seen. The next turn has what the items say."""
+    said.tokenizer.chat_template = doubles.CHAT_TEMPLATE
+    first = whole(said.served, input="one", max_output_tokens=4)
+    read = said.engine.requests[-1].prompt_ids
+    before = read + tuple(range(read[-1] + 1, read[-1] + 5))
+    second = whole(said.served, model="parrot", input="two", max_output_tokens=40, previous_response_id=first["id"])
+    read = said.engine.requests[-1].prompt_ids
+    special = Vocabulary(said.tokenizer).special_ids
+    assert read[: len(before)] == before and special.intersection(read[:40])  # which the parrot said
+    (words,) = (part["text"] for part in second["output"][0]["content"])
+    assert words and not Vocabulary(said.tokenizer).holds_special(words)
+    third = whole(said.served, input="three", previous_response_id=second["id"])
+    ids = said.engine.requests[-1].prompt_ids
+    tail = f"<|im_end|>\n<|im_start|>user\ntwo<|im_end|>\n<|im_start|>assistant\n{words}<|im_end|>\n"
+    tail += "<|im_start|>user\nthree<|im_end|>\n<|im_start|>assistant\n"
+    assert ids == before + tuple(said.tokenizer.encode(tail, add_special_tokens=False))
+    # The conversation goes on token for token from there.
+    whole(said.served, input="four", previous_response_id=third["id"])
+    assert said.engine.requests[-1].prompt_ids[: len(ids) + 4] == ids + tuple(range(ids[-1] + 1, ids[-1] + 5))
 
 
 def test_the_beginning_of_a_transcript():
@@ -619,6 +661,51 @@ def test_a_chain_keeps_its_pages_while_others_come_and_go(real):
     second = whole(real, model="a", input="on", previous_response_id=first["id"])
     said = first["usage"]["input_tokens"] + first["usage"]["output_tokens"] - 1
     assert second["usage"]["input_tokens_details"]["cached_tokens"] >= said // PAGE * PAGE
+
+
+def sessions(real: Served) -> set[str]:
+    return set(real.engine.scheduler.sessions._held)
+
+
+def test_the_pages_of_a_chain_go_with_its_last_response(real):
+    first = whole(real, input="one")
+    second = whole(real, model="a", input="two", previous_response_id=first["id"])
+    named = whole(real, input="three", prompt_cache_key="mine")
+    assert {first["id"], "mine"} <= sessions(real)
+    for response, left in ((first, {first["id"], "mine"}), (second, {"mine"}), (named, {"mine"})):
+        assert real.http.delete(f"{PATH}/{response['id']}").status_code == 200
+        assert sessions(real) & {first["id"], "mine"} == left  # what the client has named is the client's to end
+    assert real.engine.release_session("mine")
+
+
+def test_the_pages_of_a_response_that_is_not_kept_go_at_once(real):
+    before = sessions(real)
+    answer = real.http.post(PATH, json=GOOD | {"max_output_tokens": 100, "timeout": 0.001})
+    check_error(answer, 408, "timeout", "request_timeout")
+    stream = real.openai.responses.create(model="trunk", input="hi", max_output_tokens=100, stream=True)
+    next(event for event in stream if event.type == "response.output_item.added")
+    stream.close()
+    wait_for(lambda: not real.engine.scheduler.running and sessions(real) == before)
+
+
+def test_a_turn_that_is_not_kept_costs_its_chain_nothing(real):
+    first = whole(real, input="keep this too", max_output_tokens=12)
+    stream = real.openai.responses.create(
+        model="trunk", input="hi", max_output_tokens=60, stream=True, previous_response_id=first["id"]
+    )
+    next(event for event in stream if event.type == "response.output_item.added")
+    stream.close()
+    wait_for(lambda: not real.engine.scheduler.running)
+    assert first["id"] in sessions(real)
+    assert whole(real, input="on", previous_response_id=first["id"])["status"] == "incomplete"
+
+
+def test_what_is_pushed_out_lets_its_pages_go(real, monkeypatch):
+    kept = whole(real, input="the oldest")
+    assert kept["id"] in sessions(real)
+    monkeypatch.setattr(ResponseStore, "add", lambda self, *args: [kept["id"]])
+    whole(real, input="another")
+    assert kept["id"] not in sessions(real)
 
 
 def test_chains_side_by_side(real):
