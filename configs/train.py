@@ -11,6 +11,7 @@ runs, eight at a time, took five minutes (docs/kernels.md).
     --config.head.kv=isolated          a conventional LoRA instead (k and v too): the baseline
     --config.head.method=full          all weights of the head instead of LoRA (it is then served as the only head)
     --config=train.py:intent,sql       two heads in one pass
+    --config.trunk.tune=True           a trunk tuned for these heads (docs/heads.md)
     --config=train.py:NAME --config.data.path=FILE.jsonl
                                        a head for your own data: {"messages": [..]} or {"prompt": .., "completion": ..}
 
@@ -50,6 +51,10 @@ def get_config(arg: str = "intent") -> ConfigDict:
     sizes = [SIZES.get(name, OWN_DATA) for name in names]
     config = ConfigDict()
     config.trunk = serving_config().trunk
+    # tune: a LoRA on the trunk is trained together with the heads. It is saved beside them, and then served and trained
+    # on with --config.trunk.adapter=RUN/trunk. text: a JSONL file of general text in the forms of your own data, on
+    # which KL (its weight: kl) holds the trunk near the original; text_rows: packed rows of it in a step.
+    config.trunk.update(tune=False, rank=8, alpha=16.0, targets="", lr=1e-3, text="", kl=1.0, text_rows=2)
     config.output = ""  # the folder of the run; empty: runs/NAME-KIND-sSEED
     config.head = ConfigDict(
         {

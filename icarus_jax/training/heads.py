@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from icarus_jax.config import TARGETS, ModelConfig
+from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.models.full_heads import OWN_PARAMS
 from pallas_kernels.lora import lora
 
@@ -74,6 +74,35 @@ def init_heads(config: ModelConfig, method: Method, params: Params, seeds: Seque
 
 
 @dataclasses.dataclass(frozen=True)
+class TrunkLora:
+    """The LoRA of a trunk that is tuned for its heads.
+
+    Attributes:
+        targets: The projections that have adapters.
+        rank: r.
+        scale: What A @ B is multiplied by.
+    """
+
+    targets: tuple[str, ...]
+    rank: int
+    scale: float
+
+
+def init_tuning(config: ModelConfig, lora: TrunkLora, seed: int) -> HeadParams:
+    """Makes an untrained LoRA of the trunk.
+
+    Args:
+        config: The trunk's configuration.
+        lora: Its targets and rank.
+        seed: The seed of the random weights.
+
+    Returns:
+        A f32[1, L, din, r] and B f32[1, L, r, dout] by target.
+    """
+    return init_heads(config, Method(targets=lora.targets, rank=lora.rank), {}, [seed])
+
+
+@dataclasses.dataclass(frozen=True)
 class TrainingBank:
     """One layer's adapters in training, with dropout on what enters A. Serving has models.head_bank.LayerBank.
 
@@ -110,12 +139,12 @@ class TrainingBank:
         return out + lora(x, a[None], b[None], 0, slots, jnp.arange(1, len(a) + 1), implementation="xla")
 
 
-def stacked(heads: HeadParams, method: Method, dtype: Any) -> Bank:
+def stacked(heads: HeadParams, scale: float, dtype: Any) -> Bank:
     """Puts LoRA weights into the form that the op `lora` takes.
 
     Args:
         heads: A f32[A, L, din, r] and B f32[A, L, r, dout] by target.
-        method: How the heads are trained; its scale is multiplied into b.
+        scale: What A @ B is multiplied by; it is multiplied into b.
         dtype: The dtype of the result.
 
     Returns:
@@ -124,6 +153,27 @@ def stacked(heads: HeadParams, method: Method, dtype: Any) -> Bank:
 
     def by_layer(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         a, b = pair
-        return a.transpose(1, 0, 3, 2).astype(dtype), (b.swapaxes(0, 1) * method.scale).astype(dtype)
+        return a.transpose(1, 0, 3, 2).astype(dtype), (b.swapaxes(0, 1) * scale).astype(dtype)
 
     return {target: by_layer(pair) for target, pair in heads.items()}
+
+
+def joined(bank: Bank, tuning: Bank) -> Bank:
+    """Makes the adapters of heads on a trunk that has an adapter itself: x @ A @ B + x @ A' @ B' is one of more rank.
+
+    Args:
+        bank: The heads' adapters.
+        tuning: The trunk's adapter. Its k and v are left out: heads make none.
+
+    Returns:
+        a [L, A, r + r', din] and b [L, A, r + r', dout] by target.
+    """
+    num_heads = next(iter(bank.values()))[0].shape[1]
+
+    def with_trunk(target: str, factors: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        a, b = (jnp.repeat(factor, num_heads, 1) for factor in factors)
+        if target not in bank:
+            return a, b
+        return jnp.concatenate([bank[target][0], a], 2), jnp.concatenate([bank[target][1], b], 2)
+
+    return {target: with_trunk(target, factors) for target, factors in tuning.items() if target in LORA_TARGETS}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -15,16 +16,16 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from icarus_jax.config import KV_TARGETS, LORA_TARGETS, TARGETS
+from icarus_jax.config import KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.models.full_heads import FullHead, save_full_head
 from icarus_jax.tasks import TASKS
 from icarus_jax.training.data import Encoder, Example, common_prefix, numbered, read_examples, split
-from icarus_jax.training.heads import Method
+from icarus_jax.training.heads import Method, TrunkLora
 from icarus_jax.training.log import RECORD, plot_losses
-from icarus_jax.training.packing import row_shape
-from icarus_jax.training.step import Optimiser
+from icarus_jax.training.packing import Batch, row_shape, validation_batches
+from icarus_jax.training.step import Optimiser, Tuning
 from icarus_jax.training.trainer import Data, Trainer
-from icarus_jax.weights.checkpoint import TrunkCheckpoint, load_trunk
+from icarus_jax.weights.checkpoint import TrunkCheckpoint, load_trunk, open_trunk
 from icarus_jax.weights.peft import Adapter, save_adapter
 from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
 
@@ -39,6 +40,8 @@ FREE_SETTINGS = (
     "config.train.checkpoint_every",
 )
 
+TUNING_SETTINGS = ("rank", "alpha", "targets", "lr", "kl", "text_rows")
+
 log = logging.getLogger(__name__)
 
 
@@ -49,7 +52,7 @@ def run(config: ConfigDict) -> list[Path]:
         config: A config of configs/train.py.
 
     Returns:
-        The folder of each head.
+        The folder of each head; before them that of the trunk's adapter, if the trunk is tuned.
 
     Raises:
         ValueError: A setting or a row of the data is wrong, the run's folder holds another run, or the loss diverges.
@@ -58,18 +61,26 @@ def run(config: ConfigDict) -> list[Path]:
     names = [name for name in config.head.names.split(",") if name]
     method = head_method(config.head, len(names))
     optimiser = Optimiser(**config.optimiser)
-    trunk = load_trunk(config.trunk.source, config.train.dtype)
+    tuning = trunk_tuning(config.trunk, method, optimiser)
+    trunk = load_trunk(config.trunk.source, config.train.dtype, config.trunk.adapter)
+    method = fit_targets(method, config.head, trunk.config)
     data = load_data(config, names, trunk)
     folder = output_folder(config, names)
     check_record(folder, config, trunk.identity, data)
-    state = Trainer(config, names, method, optimiser, trunk, data).train(folder)
+    state = Trainer(config, names, method, optimiser, trunk, data, tuning).train(folder)
     log.info("the loss is drawn in %s", plot_losses(folder, names))
     heads = [jax.tree.map(lambda leaf, i=i: np.asarray(leaf[i]), state.heads) for i in range(len(names))]
     paths = [folder / "heads" / name for name in names]
+    tuned = []
+    if tuning:
+        tuned = [folder / "trunk"]
+        _save_lora(tuned[0], jax.tree.map(lambda leaf: np.asarray(leaf[0]), state.trunk), config, tuning.lora, trunk)
+        log.info("saved %s: heads are served and trained with --config.trunk.adapter=%s", tuned[0], tuned[0])
+        trunk = open_trunk(config.trunk.source, config.train.dtype, str(tuned[0]))
     for path, head in zip(paths, heads, strict=True):
         _save_head(path, head, config, method, trunk)
         log.info("saved %s", path)
-    return paths
+    return tuned + paths
 
 
 def head_method(section: ConfigDict, num_heads: int) -> Method:
@@ -109,11 +120,65 @@ def head_method(section: ConfigDict, num_heads: int) -> Method:
     return Method(section.kv, full, () if full else targets, section.rank, scale, section.dropout, section.remat)
 
 
-def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> Data:
-    """Reads the file of each head and splits its examples into training and validation.
+def fit_targets(method: Method, section: ConfigDict, model: ModelConfig) -> Method:
+    """Leaves out the targets that a trunk does not have: experts take no adapters.
 
     Args:
-        config: The run's config, of which `data` is read.
+        method: How the heads are trained.
+        section: The section `head` of a config.
+        model: The trunk's configuration.
+
+    Returns:
+        The method, with those of its targets that the trunk has.
+
+    Raises:
+        ValueError: The config names a target that the trunk does not have.
+    """
+    targets = tuple(target for target in method.targets if target in model.target_shapes)
+    if section.targets and (missing := [target for target in method.targets if target not in targets]):
+        raise ValueError(
+            f"config.head.targets: this trunk has no {missing[0]}, but experts, which take no adapters; it has "
+            f"{', '.join(model.target_shapes)}"
+        )
+    return dataclasses.replace(method, targets=targets)
+
+
+def trunk_tuning(section: ConfigDict, method: Method, optimiser: Optimiser) -> Tuning | None:
+    """Reads how the trunk is tuned from the section `trunk` of a config.
+
+    Args:
+        section: The section.
+        method: How the heads are trained.
+        optimiser: The heads' optimiser, which the trunk's differs from in its rate.
+
+    Returns:
+        How the trunk is tuned; None if it is frozen.
+
+    Raises:
+        ValueError: A setting is wrong, or does not go with the method.
+    """
+    if not section.tune:
+        if section.text:
+            raise ValueError("config.trunk.text holds a trunk that is tuned near the original: set config.trunk.tune")
+        return None
+    if method.full or method.kv != "shared":
+        raise ValueError("config.trunk.tune: a trunk is tuned with LoRA heads that read its K/V (kv='shared')")
+    if section.rank < 1 or section.kl < 0:
+        raise ValueError(
+            f"config.trunk.rank={section.rank}, kl={section.kl}: a rank is at least 1, a weight at least 0"
+        )
+    targets = tuple(section.targets.split(",")) if section.targets else TARGETS
+    if wrong := [target for target in targets if target not in TARGETS]:
+        raise ValueError(f"config.trunk.targets: {wrong[0]!r} is none of {', '.join(TARGETS)}")
+    lora = TrunkLora(targets, section.rank, section.alpha / section.rank)
+    return Tuning(lora, dataclasses.replace(optimiser, lr=section.lr), section.kl)
+
+
+def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> Data:
+    """Reads the file of each head and splits its examples into training and validation, and reads the general text.
+
+    Args:
+        config: The run's config, of which `data` and `trunk` are read.
         names: The heads' names. A head with the name of a task may have rows of its format.
         trunk: The trunk, whose tokenizer is used.
 
@@ -142,7 +207,16 @@ def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> D
     prefix = common_prefix(training + validation)
     examples = numbered(training + validation, len(prefix))
     shape = row_shape(examples, prefix, section.rows, section.length)
-    return Data(examples[: len(training)], examples[len(training) :], prefix, shape)
+    texts = _load_texts(config, encoder) if config.trunk.text else []
+    return Data(examples[: len(training)], examples[len(training) :], prefix, shape, texts)
+
+
+def _load_texts(config: ConfigDict, encoder: Encoder) -> list[Batch]:
+    """Reads and packs the general text; examples that are too long are left out."""
+    examples, skipped = read_examples(Path(config.trunk.text).expanduser(), encoder, None, skip_long=True)
+    log.info("%s: %d examples of general text, %d too long", config.trunk.text, len(examples), skipped)
+    prefix = np.zeros(0, np.int32)
+    return validation_batches(examples, prefix, row_shape(examples, prefix, config.trunk.text_rows, config.data.length))
 
 
 def output_folder(config: ConfigDict, names: list[str]) -> Path:
@@ -173,6 +247,9 @@ def check_record(folder: Path, config: ConfigDict, trunk_identity: str, data: Da
         wanted |= {f"config.{section}.{key}": value for key, value in config[section].items()}
     for free in FREE_SETTINGS:
         del wanted[free]
+    if config.trunk.tune:
+        wanted |= {f"config.trunk.{key}": config.trunk[key] for key in TUNING_SETTINGS}
+        wanted["text"] = hashlib.sha256(b"".join(batch.tokens.tobytes() for batch in data.texts)).hexdigest()
     file = folder / RECORD
     if file.exists():
         had = json.loads(file.read_text())
@@ -190,12 +267,19 @@ def _save_head(path: Path, head: dict[str, Any], config: ConfigDict, method: Met
     """Saves a LoRA head as a PEFT folder, a fully trained head as an Orbax checkpoint of its decoder's weights."""
     if path.exists():
         shutil.rmtree(path)  # saved when the same run ended before
-    if not method.full:
-        weights = {target: (a, b * np.float32(method.scale)) for target, (a, b) in head.items()}
-        adapter = Adapter(path.name, method.rank, weights, method.kv, trunk.identity)
-        base = config.trunk.source
-        save_adapter(
-            str(path), adapter, base_model_name=base, alpha=config.head.alpha, dtype=jnp.dtype(config.head.dtype)
-        )
-        return
-    save_full_head(str(path), FullHead(head), method.kv, trunk)
+    if method.full:
+        save_full_head(str(path), FullHead(head), method.kv, trunk)
+    else:
+        _save_lora(path, head, config, method, trunk)
+
+
+def _save_lora(
+    path: Path, weights: dict[str, Any], config: ConfigDict, lora: Method | TrunkLora, trunk: TrunkCheckpoint
+) -> None:
+    """Saves the LoRA of a head, or of the trunk itself, as a PEFT folder."""
+    kv = lora.kv if isinstance(lora, Method) else "isolated"  # the trunk's own is an ordinary LoRA
+    scaled = {target: (a, b * np.float32(lora.scale)) for target, (a, b) in weights.items()}
+    adapter = Adapter(path.name, lora.rank, scaled, kv, trunk.identity)
+    alpha = config.head.alpha if isinstance(lora, Method) else config.trunk.alpha
+    dtype = jnp.dtype(config.head.dtype)
+    save_adapter(str(path), adapter, base_model_name=config.trunk.source, alpha=alpha, dtype=dtype)

@@ -1,4 +1,4 @@
-"""Training heads: the optimiser, one step, validation, and the mesh.
+"""Training heads: the optimiser, one step, and validation.
 
 Several heads are trained side by side in one pass. Each head has its own rows, its own loss (a mean over its completion
 tokens), its own gradient clipping and its own optimiser state, so that no head influences another. They share the
@@ -9,33 +9,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding
 
 from icarus_jax.config import ModelConfig
-from icarus_jax.models.sharding import MeshLayout, Rules
-from icarus_jax.training.heads import HeadParams, Method, Params
+from icarus_jax.training.heads import HeadParams, Method, Params, TrunkLora, stacked
 from icarus_jax.training.packing import Batch
-from icarus_jax.training.two_stream import token_logprobs
-
-# How logical axes (models/sharding.py) are split on training's mesh, whose axes are 'data' and 'model': `model` splits
-# the trunk's weights, `data` the rows of a batch.
-RULES = Rules(
-    rows=("data",),
-    vocab=("model",),
-    mlp=("model",),
-    kv_heads=("model",),
-    query_lanes=("model",),
-    attended_lanes=("model",),
-    qkv_inputs=(),
-    kv_tokens=(),
-)
+from icarus_jax.training.two_stream import drift, token_logprobs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +56,21 @@ class Optimiser:
         return optax.chain(optax.clip_by_global_norm(self.clip), adamw)
 
 
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How the trunk is tuned for its heads: one LoRA on it is trained together with them.
+
+    Attributes:
+        lora: The trunk's LoRA.
+        optimiser: The optimiser of its weights.
+        kl: The weight of the trunk's drift on general text (two_stream.drift) beside the heads' losses.
+    """
+
+    lora: TrunkLora
+    optimiser: Optimiser
+    kl: float
+
+
 class State(NamedTuple):
     """Everything that changes during training.
 
@@ -77,11 +78,15 @@ class State(NamedTuple):
         heads: The heads' weights. Every leaf has a leading axis A.
         optimiser: The optimiser's state. Every leaf has a leading axis A.
         step: i32[], the number of steps done.
+        trunk: The trunk's LoRA, if it is tuned. Every leaf has a leading axis of 1.
+        trunk_optimiser: Its optimiser's state, likewise.
     """
 
     heads: HeadParams
     optimiser: Any
     step: jax.Array
+    trunk: HeadParams | None = None
+    trunk_optimiser: Any = None
 
 
 class StepMetrics(NamedTuple):
@@ -90,18 +95,32 @@ class StepMetrics(NamedTuple):
     Attributes:
         loss: f32[A], each head's mean loss over its completion tokens, in nats; 0 for a head without any.
         grad_norm: f32[A], the norm of each head's gradient before clipping.
+        drift: f32[], the trunk's drift on general text, in nats; 0 if it is not measured.
     """
 
     loss: jax.Array
     grad_norm: jax.Array
+    drift: jax.Array
 
 
-def init_state(heads: HeadParams, optimiser: Optimiser) -> State:
-    """Returns the state before the first step, of the heads that `heads.init_heads` makes."""
-    return State(heads, jax.vmap(optimiser.make().init)(heads), jnp.zeros((), jnp.int32))
+def init_state(
+    heads: HeadParams, optimiser: Optimiser, trunk: HeadParams | None = None, tuning: Tuning | None = None
+) -> State:
+    """Returns the state before the first step.
+
+    Args:
+        heads: What `heads.init_heads` makes.
+        optimiser: The heads' optimiser.
+        trunk: What `heads.init_tuning` makes; None: the trunk is frozen.
+        tuning: How the trunk is tuned; None: not at all.
+    """
+    state = State(heads, jax.vmap(optimiser.make().init)(heads), jnp.zeros((), jnp.int32))
+    if trunk is None or tuning is None:
+        return state
+    return state._replace(trunk=trunk, trunk_optimiser=jax.vmap(tuning.optimiser.make().init)(trunk))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method", "optimiser"), donate_argnames="state")
+@functools.partial(jax.jit, static_argnames=("config", "method", "optimiser", "tuning"), donate_argnames="state")
 def train_step(
     config: ModelConfig,
     method: Method,
@@ -111,8 +130,10 @@ def train_step(
     prefix: jax.Array,
     batches: Batch,
     seed: jax.Array,
+    tuning: Tuning | None = None,
+    texts: Batch | None = None,
 ) -> tuple[State, StepMetrics]:
-    """Updates the heads once, from several batches whose gradients are added up.
+    """Updates the heads once, and the trunk if it is tuned, from several batches whose gradients are added up.
 
     Every completion token of a head has the same weight, in whichever of the batches it is.
 
@@ -125,6 +146,8 @@ def train_step(
         prefix: i32[P], the tokens that all examples begin with.
         batches: Arrays [accumulate, B, ..].
         seed: u32[], the seed of dropout. It is combined with the number of the step.
+        tuning: How the trunk is tuned; None: it is frozen.
+        texts: Rows of general text, arrays [B, ..], on which the tuned trunk is held near the original; None for none.
 
     Returns:
         The state after the step, and the measurements.
@@ -136,28 +159,46 @@ def train_step(
     weights = jnp.where(slots > 0, 1 / jnp.maximum(counts, 1)[slots], 0.0)  # they sum to 1 for each head
     key = jax.random.fold_in(jax.random.key(seed), state.step)
 
-    def weighted_loss(heads, inputs):
+    def bank(trunk):
+        return None if tuning is None else stacked(trunk, tuning.lora.scale, params["embed"].dtype)
+
+    def weighted_loss(trained, inputs):
+        heads, trunk = trained
         batch, weights, slots, key = inputs
-        logprobs, _ = token_logprobs(config, method, heads, params, prefix, batch, key)
+        logprobs, _ = token_logprobs(config, method, heads, params, prefix, batch, key, bank(trunk))
         losses = jnp.zeros(num_heads + 1).at[slots].add(-logprobs * weights)[1:]
         return losses.sum(), losses
 
     def accumulate(total, inputs):
-        grads, losses = jax.grad(weighted_loss, has_aux=True)(state.heads, inputs)
+        grads, losses = jax.grad(weighted_loss, has_aux=True)((state.heads, state.trunk), inputs)
         return jax.tree.map(jnp.add, total, grads), losses
 
     keys = jax.random.split(key, slots.shape[0])
-    zeros = jax.tree.map(jnp.zeros_like, state.heads)
-    grads, losses = jax.lax.scan(accumulate, zeros, (batches, weights, slots, keys))
-    updates, optimiser_state = jax.vmap(optimiser.make().update)(grads, state.optimiser, state.heads)
-    heads = optax.apply_updates(state.heads, updates)
-    metrics = StepMetrics(losses.sum(0), jax.vmap(optax.tree.norm)(grads))
-    return State(heads, optimiser_state, state.step + 1), metrics
+    zeros = jax.tree.map(jnp.zeros_like, (state.heads, state.trunk))
+    (grads, trunk_grads), losses = jax.lax.scan(accumulate, zeros, (batches, weights, slots, keys))
+    heads, optimiser_state = _update(optimiser, grads, state.optimiser, state.heads)
+    metrics = StepMetrics(losses.sum(0), jax.vmap(optax.tree.norm)(grads), jnp.zeros(()))
+    state = State(heads, optimiser_state, state.step + 1, state.trunk, state.trunk_optimiser)
+    if tuning is None:
+        return state, metrics
+    if texts is not None:
+        far, more = jax.value_and_grad(lambda trunk: drift(config, method, bank(trunk), params, texts))(state.trunk)
+        trunk_grads = jax.tree.map(lambda grad, kl: grad + tuning.kl * kl, trunk_grads, more)
+        metrics = metrics._replace(drift=far)
+    trunk, trunk_optimiser = _update(tuning.optimiser, trunk_grads, state.trunk_optimiser, state.trunk)
+    return state._replace(trunk=trunk, trunk_optimiser=trunk_optimiser), metrics
 
 
-@functools.partial(jax.jit, static_argnames=("config", "method"))
-def _score(config, method, heads, params, prefix, batch):
-    return token_logprobs(config, method, heads, params, prefix, batch)
+def _update(optimiser: Optimiser, grads: Any, state: Any, weights: Any) -> tuple[Any, Any]:
+    """Returns the weights and their optimiser's state after a step. Every leaf has a leading axis, of heads or of 1."""
+    updates, state = jax.vmap(optimiser.make().update)(grads, state, weights)
+    return optax.apply_updates(weights, updates), state
+
+
+@functools.partial(jax.jit, static_argnames=("config", "method", "scale"))
+def _score(config, method, heads, params, prefix, batch, trunk, scale):
+    tuning = None if trunk is None else stacked(trunk, scale, params["embed"].dtype)
+    return token_logprobs(config, method, heads, params, prefix, batch, tuning=tuning)
 
 
 def validate(
@@ -168,6 +209,8 @@ def validate(
     prefix: jax.Array,
     batches: Sequence[Batch],
     sharding: NamedSharding | None = None,
+    trunk: HeadParams | None = None,
+    tuning: Tuning | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Measures the heads on validation examples.
 
@@ -179,6 +222,8 @@ def validate(
         prefix: i32[P], the tokens that all examples begin with.
         batches: The examples, arrays [B, ..].
         sharding: Where the batches are put. None: JAX decides.
+        trunk: The trunk's LoRA; None: it has none.
+        tuning: How the trunk is tuned; None: not at all.
 
     Returns:
         loss: f64[A], each head's mean loss over its completion tokens, in nats.
@@ -186,11 +231,11 @@ def validate(
             those before it. Greedy decoding answers exactly these without an error.
         Both are NaN for a head without examples.
     """
-    num_heads = jax.tree.leaves(heads)[0].shape[0]
+    num_heads, scale = jax.tree.leaves(heads)[0].shape[0], 1.0 if tuning is None else tuning.lora.scale
     loss, tokens, exact, examples = np.zeros((4, num_heads))
     for batch in batches:
         placed = jax.device_put(batch, sharding) if sharding is not None else batch
-        logprobs, right = map(np.asarray, _score(config, method, heads, params, prefix, placed))
+        logprobs, right = map(np.asarray, _score(config, method, heads, params, prefix, placed, trunk, scale))
         slots = np.take_along_axis(np.asarray(batch.slots), np.asarray(batch.readers), axis=-1)
         for row, segments in enumerate(batch.target_segments):
             for segment in range(1, segments.max() + 1):
@@ -202,49 +247,3 @@ def validate(
                 examples[head] += 1
     some = np.where(examples > 0, 1.0, np.nan)
     return some * loss / np.maximum(tokens, 1), some * exact / np.maximum(examples, 1)
-
-
-def make_mesh(model: int = 1) -> Mesh:
-    """Makes the mesh of training, over all devices.
-
-    Args:
-        model: The number of devices that split the trunk's weights. The rest split the rows of a batch.
-
-    Returns:
-        A mesh with the axes 'data' and 'model'.
-
-    Raises:
-        ValueError: `model` does not divide the number of devices.
-    """
-    if model < 1 or jax.device_count() % model:
-        raise ValueError(f"config.mesh.model={model} does not divide the {jax.device_count()} devices")
-    return jax.make_mesh(
-        (jax.device_count() // model, model), ("data", "model"), axis_types=(AxisType.Auto, AxisType.Auto)
-    )
-
-
-def place_params(params: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Puts a trunk's weights on training's mesh, split as PARAM_AXES and RULES say.
-
-    Args:
-        params: The canonical parameters by name.
-        mesh: A mesh with the axes 'data' and 'model'.
-
-    Returns:
-        The parameters on the devices. An axis that `model` does not divide is not split.
-    """
-    layout = MeshLayout(mesh, RULES)
-    return {name: jax.device_put(values, layout.param(name, values.shape)) for name, values in params.items()}
-
-
-def batch_sharding(mesh: Mesh, *, stacked: bool) -> NamedSharding:
-    """Returns the sharding that splits the rows of a batch over the mesh's axis 'data'.
-
-    Args:
-        mesh: Training's mesh.
-        stacked: Whether the arrays are [accumulate, B, ..]. Otherwise they are [B, ..].
-
-    Returns:
-        The sharding of every array of the batch.
-    """
-    return NamedSharding(mesh, PartitionSpec(None, RULES.rows) if stacked else PartitionSpec(RULES.rows))

@@ -18,21 +18,12 @@ from ml_collections import ConfigDict
 
 from icarus_jax.training.checkpoints import Checkpoints, stop_signals
 from icarus_jax.training.data import Example
-from icarus_jax.training.heads import Method, init_heads
+from icarus_jax.training.heads import Method, init_heads, init_tuning
 from icarus_jax.training.kv_store import KvStore
 from icarus_jax.training.log import TrainLog
+from icarus_jax.training.mesh import batch_sharding, make_mesh, place_params
 from icarus_jax.training.packing import Batch, RowShape, num_examples, train_batches, trunk_batches, validation_batches
-from icarus_jax.training.step import (
-    Optimiser,
-    State,
-    StepMetrics,
-    batch_sharding,
-    init_state,
-    make_mesh,
-    place_params,
-    train_step,
-    validate,
-)
+from icarus_jax.training.step import Optimiser, State, StepMetrics, Tuning, init_state, train_step, validate
 from icarus_jax.training.two_stream import trunk_kv
 from icarus_jax.weights.checkpoint import TrunkCheckpoint
 
@@ -50,12 +41,14 @@ class Data:
         validation: The examples to validate on.
         prefix: i32[P], the tokens that all examples begin with.
         shape: The shape of a packed batch.
+        texts: Packed rows of general text, a batch for each step in turn; empty for none.
     """
 
     training: list[Example]
     validation: list[Example]
     prefix: np.ndarray
     shape: RowShape
+    texts: list[Batch] = dataclasses.field(default_factory=list)
 
 
 class Trainer:
@@ -66,8 +59,9 @@ class Trainer:
         names: The heads' names. Head i has the slot i + 1 in the data.
         method: How the heads are trained.
         optimiser: The optimiser's settings.
-        trunk: The frozen trunk.
+        trunk: The trunk.
         data: The examples of all heads.
+        tuning: How the trunk is tuned for the heads; None: it is frozen.
 
     Raises:
         ValueError: A setting is out of range, or the mesh does not fit the devices or the batch.
@@ -81,6 +75,7 @@ class Trainer:
         optimiser: Optimiser,
         trunk: TrunkCheckpoint,
         data: Data,
+        tuning: Tuning | None = None,
     ):
         self._settings = section = config.train
         for key in INTERVALS:
@@ -88,15 +83,20 @@ class Trainer:
                 raise ValueError(f"config.train.{key}={section[key]}; it is at least 1")
         self._mesh = make_mesh(config.mesh.model)
         shards = self._mesh.shape["data"]
-        if data.shape.rows % shards:
-            raise ValueError(f"config.data.rows={data.shape.rows} must be a multiple of the {shards} data shards")
-        self._names, self._method, self._optimiser = names, method, optimiser
-        self._model, self._num_training = trunk.config, len(data.training)
+        for key, rows in {
+            "data.rows": data.shape.rows,
+            "trunk.text_rows": len(data.texts and data.texts[0].tokens),
+        }.items():
+            if rows % shards:
+                raise ValueError(f"config.{key}={rows} must be a multiple of the {shards} data shards")
+        self._names, self._method, self._optimiser, self._tuning = names, method, optimiser, tuning
+        self._model, self._num_training, self._texts = trunk.config, len(data.training), data.texts
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         seeds = [section.seed * 1000 + slot for slot in range(len(names))]
         self._params = place_params(trunk.params, self._mesh)
         heads = init_heads(trunk.config, method, self._params, seeds)
-        self._state = jax.device_put(init_state(heads, optimiser), replicated)
+        lora = init_tuning(trunk.config, tuning.lora, section.seed * 1000 + len(names)) if tuning else None
+        self._state = jax.device_put(init_state(heads, optimiser, lora, tuning), replicated)
         self._prefix = jax.device_put(data.prefix, replicated)
         self._batches = train_batches(data.training, data.prefix, data.shape, section.seed, section.accumulate)
         self._held_out = validation_batches(data.validation, data.prefix, data.shape) if data.validation else []
@@ -108,6 +108,8 @@ class Trainer:
         """Returns the file of the trunk's K/V, complete."""
         if self._method.kv != "shared":
             raise ValueError("config.train.kv_store keeps the trunk's K/V: kv='isolated' has no use for them")
+        if self._tuning:
+            raise ValueError("config.train.kv_store keeps the trunk's K/V: a trunk that is tuned changes them")
         examples = [*data.training, *data.validation]
         folder = Path(self._settings.kv_store).expanduser()
         store = KvStore(folder, trunk.config, trunk.identity, examples, data.prefix)
@@ -186,16 +188,28 @@ class Trainer:
         batch = self._store.attach(batch) if self._store else batch
         placed = jax.device_put(batch, batch_sharding(self._mesh, stacked=True))
         seed = jnp.uint32(self._settings.seed)
+        text = self._texts[self._step % len(self._texts)] if self._texts else None
+        text = jax.device_put(text, batch_sharding(self._mesh, stacked=False))
         self._state, metrics = train_step(
-            self._model, self._method, self._optimiser, self._state, self._params, self._prefix, placed, seed
+            self._model,
+            self._method,
+            self._optimiser,
+            self._state,
+            self._params,
+            self._prefix,
+            placed,
+            seed,
+            self._tuning,
+            text,
         )
         return metrics
 
     def _by_head(self, batch: Batch, metrics: StepMetrics) -> tuple[dict[str, float], dict[str, float]]:
         """Returns the losses and the gradients' norms under their names in the log, of the heads in the batch."""
         heads = [slot - 1 for slot in np.unique(batch.slots) if slot]
-        loss, norm = map(np.asarray, metrics)
+        loss, norm = np.asarray(metrics.loss), np.asarray(metrics.grad_norm)
         losses = {f"{self._names[i]}/loss": float(loss[i]) for i in heads}
+        losses |= {"trunk/drift": float(metrics.drift)} if self._texts else {}
         return losses, {f"{self._names[i]}/grad_norm": float(norm[i]) for i in heads}
 
     def _validate(self, run_log: TrainLog) -> None:
@@ -204,7 +218,15 @@ class Trainer:
             return
         sharding = batch_sharding(self._mesh, stacked=False)
         loss, exact = validate(
-            self._model, self._method, self._state.heads, self._params, self._prefix, self._held_out, sharding
+            self._model,
+            self._method,
+            self._state.heads,
+            self._params,
+            self._prefix,
+            self._held_out,
+            sharding,
+            self._state.trunk,
+            self._tuning,
         )
         values = {f"{n}/val_loss": float(x) for n, x in zip(self._names, loss, strict=True) if not math.isnan(x)}
         values |= {f"{n}/val_exact": float(x) for n, x in zip(self._names, exact, strict=True) if not math.isnan(x)}

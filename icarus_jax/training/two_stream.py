@@ -2,8 +2,9 @@
 
 The first stream is the trunk, over all tokens. It makes the K/V and has no gradient. The second stream is the head. It
 attends to the trunk's K/V and makes none, so that its rows do not influence each other. It runs only at the positions
-that predict a completion token (the readers). A conventional LoRA model (kv='isolated') is one stream over all tokens,
-which makes K/V of its own, with gradients.
+that predict a completion token (the readers). A trunk that is tuned for its heads has an adapter of its own, in both
+streams; its gradients come from the heads' losses, also through the K/V that they read. A conventional LoRA model
+(kv='isolated') is one stream over all tokens, which makes K/V of its own, with gradients.
 
 Both streams are built of the same parts as serving (models.trunk.Block and the op `lora`), so that what is trained is
 what is served. Letters: config.py, and here B packed rows, T tokens in each, R readers in each, P tokens of the common
@@ -16,14 +17,15 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import lax
 
 from icarus_jax.config import ModelConfig
 from icarus_jax.models.block import Block
-from icarus_jax.models.layers import rope_tables, tables_of_layer
+from icarus_jax.models.layers import rope_tables, scaled_queries, soft_cap, tables_of_layer, window_of_layer
 from icarus_jax.models.trunk import Trunk
-from icarus_jax.training.heads import Bank, HeadParams, Method, Params, TrainingBank, stacked
+from icarus_jax.training.heads import Bank, HeadParams, Method, Params, TrainingBank, joined, stacked
 from icarus_jax.training.packing import Array, Batch
 
 KeyValues = tuple[jax.Array, jax.Array]  # K and V of every layer, each [L, B, T, K, H]
@@ -36,12 +38,14 @@ class Stream(NamedTuple):
         x: [B, Q, D], the residual stream at the first layer.
         positions: i32[B, Q], the positions for rope.
         slots: i32[B, Q], the head of each row, counted from 1.
-        mask: bool[B, Q, P + T], which columns a row attends to, those of the common prefix first.
+        columns: i32[B, P + T], the positions of what rows may attend to, that of the common prefix first.
+        mask: bool[B, Q, P + T], which columns a row attends to in a layer without a window.
     """
 
     x: jax.Array
     positions: Array
     slots: Array
+    columns: Array
     mask: jax.Array
 
 
@@ -82,13 +86,16 @@ def run_layers(
         adapters = TrainingBank(factors, method.dropout, key) if factors else None
         rotation = tables_of_layer(config, tables, index)
         q, *made = block.attention_inputs(config, adapters, rows, slots, 0, rotation)
+        q = scaled_queries(config, q, jnp.ravel(stream.positions))
         own = given or tuple(y.reshape(b, q_len, config.num_kv_heads, h) for y in made)
         k, v = (
             jnp.concatenate([jnp.broadcast_to(before, (b, *before.shape)), after], axis=1)
             for before, after in zip(prefix, own, strict=True)
         )
-        q, mask = q.reshape(b, q_len, n, h), stream.mask[:, None]
-        attended = jax.nn.dot_product_attention(q, k, v, mask=mask, scale=config.attention_scale)
+        mask, window = stream.mask, window_of_layer(config, index)
+        if window is not None:
+            mask &= stream.columns[:, None] > stream.positions[..., None] - window
+        attended = _attend(config, q.reshape(b, q_len, n, h), k, v, mask[:, None])
         rows = rows + block.attention_output(config, adapters, attended.reshape(b * q_len, n, h), slots, 0)
         rows = rows + block.mlp(config, adapters, rows, slots, 0)
         return rows, own if given is None else None
@@ -97,6 +104,17 @@ def run_layers(
     inputs = (jnp.arange(config.num_layers), block_state, dict(bank), prefix, given, keys)
     rows, made = lax.scan(jax.checkpoint(layer) if method.remat else layer, stream.x.reshape(b * q_len, d), inputs)
     return rows.reshape(b, q_len, d), made
+
+
+def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
+    """Attends with queries [B, Q, N, H] to k and v [B, P + T, K, H] under a mask bool[B, 1, Q, P + T]."""
+    if config.attn_logit_softcapping is None:
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=config.attention_scale)
+    grouped = q.reshape(*q.shape[:2], config.num_kv_heads, config.group_size, config.head_dim)
+    scores = jnp.einsum("bqkgh,btkh->bkgqt", grouped, k, preferred_element_type=jnp.float32) * config.attention_scale
+    scores = soft_cap(scores, config.attn_logit_softcapping)
+    weights = jax.nn.softmax(scores, where=mask[:, :, None], axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgqt,btkh->bqkgh", weights, v).reshape(q.shape)
 
 
 def prefix_kv(
@@ -120,7 +138,8 @@ def prefix_kv(
     empty = jnp.zeros((config.num_layers, 0, config.num_kv_heads, config.head_dim), x.dtype)
     if not length:
         return empty, empty
-    stream = Stream(x, jnp.arange(length)[None], jnp.ones((1, length), jnp.int32), jnp.tri(length, dtype=bool)[None])
+    positions, slots = jnp.arange(length)[None], jnp.ones((1, length), jnp.int32)
+    stream = Stream(x, positions, slots, positions, jnp.tri(length, dtype=bool)[None])
     _, made = run_layers(config, method, model, bank, stream, (empty, empty), key=key)
     assert made is not None
     return made[0][:, 0], made[1][:, 0]
@@ -134,17 +153,19 @@ def token_logprobs(
     prefix: jax.Array,
     batch: Batch,
     key: jax.Array | None = None,
+    tuning: Bank | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Computes the log-probability of every target.
 
     Args:
         config: The trunk's configuration.
         method: How the heads are trained.
-        heads: The heads' weights. Gradients flow to them alone.
+        heads: The heads' weights. Gradients flow to them and to `tuning` alone.
         params: The trunk's weights.
         prefix: i32[P], the tokens that all examples begin with.
         batch: The packed rows, arrays [B, ..].
         key: The random key of dropout. None: no dropout.
+        tuning: The trunk's adapter, as `stacked` returns it; None for none. Only with kv='shared'.
 
     Returns:
         The log-probabilities f32[B, R], in nats, and whether the target is the most likely token, bool[B, R]. What they
@@ -158,10 +179,14 @@ def token_logprobs(
     at = lambda rows: jnp.take_along_axis(rows, readers, axis=1)  # noqa: E731  [B, T] -> [B, R]
     everything = _all_tokens(trunk, prefix, batch)
     if method.kv == "shared":
-        before = prefix_kv(config, method, trunk, {}, prefix)
-        kv = _given(batch, everything.x.dtype) or run_layers(config, method, trunk, {}, everything, before)[1]
+        of_trunk = tuning or {}
+        if tuning:
+            bank, everything = joined(bank, tuning), everything._replace(slots=jnp.ones_like(batch.slots))
+        before = prefix_kv(config, method, trunk, of_trunk, prefix)
+        kv = _given(batch, everything.x.dtype) or run_layers(config, method, trunk, of_trunk, everything, before)[1]
         reader_mask = _mask(batch, at(batch.segments), readers, len(prefix))
-        stream = Stream(trunk.embedded(at(batch.tokens)), at(batch.positions), at(batch.slots), reader_mask)
+        x, columns = trunk.embedded(at(batch.tokens)), everything.columns
+        stream = Stream(x, at(batch.positions), at(batch.slots), columns, reader_mask)
         x, _ = run_layers(config, method, decoder, bank, stream, before, kv, key)
     else:
         before = prefix_kv(config, method, decoder, bank, prefix, key)
@@ -192,11 +217,40 @@ def trunk_kv(config: ModelConfig, params: Params, prefix: jax.Array, batch: Batc
     return jnp.moveaxis(jnp.stack(made, 1), (0, 1), (2, 3))
 
 
+def drift(config: ModelConfig, method: Method, tuning: Bank, params: Params, batch: Batch) -> jax.Array:
+    """Computes how far an adapter has moved the trunk's own answers.
+
+    Args:
+        config: The trunk's configuration.
+        method: How the heads are trained.
+        tuning: The trunk's adapter, as `stacked` returns it. Gradients flow to it alone.
+        params: The trunk's weights.
+        batch: Packed rows of text, arrays [B, ..].
+
+    Returns:
+        f32[], the mean over the targets of KL(p || q) in nats: p of the trunk without the adapter, q with it.
+    """
+    trunk = Trunk(config, lax.stop_gradient(dict(params)))
+    none = prefix_kv(config, method, trunk, {}, jnp.zeros(0, jnp.int32))
+    everything = _all_tokens(trunk, np.zeros(0), batch)
+
+    def logprobs(bank: Bank) -> jax.Array:
+        x, _ = run_layers(config, method, trunk, bank, everything._replace(slots=jnp.ones_like(batch.slots)), none)
+        x = jnp.take_along_axis(x, batch.readers[..., None], axis=1).reshape(-1, config.hidden_size)
+        return jax.nn.log_softmax(trunk.logits(trunk.normed(x, jnp.zeros(len(x), jnp.int32))))
+
+    p, q = lax.stop_gradient(logprobs({})), logprobs(tuning)
+    real = jnp.ravel(batch.target_segments) > 0
+    return jnp.where(real, (jnp.exp(p) * (p - q)).sum(-1), 0).sum() / jnp.maximum(real.sum(), 1)
+
+
 def _all_tokens(trunk: Trunk, prefix: jax.Array, batch: Batch) -> Stream:
     """Returns the stream of all tokens of a batch."""
     columns = jnp.broadcast_to(jnp.arange(batch.tokens.shape[1]), batch.tokens.shape)
     mask = _mask(batch, batch.segments, columns, len(prefix))
-    return Stream(trunk.embedded(batch.tokens), batch.positions, batch.slots, mask)
+    before = jnp.broadcast_to(jnp.arange(len(prefix)), (len(batch.tokens), len(prefix)))
+    columns_at = jnp.concatenate([before, batch.positions], axis=1)
+    return Stream(trunk.embedded(batch.tokens), batch.positions, batch.slots, columns_at, mask)
 
 
 def _given(batch: Batch, dtype: jnp.dtype) -> KeyValues | None:
@@ -212,7 +266,7 @@ def _decoder(
 ) -> tuple[Trunk, Bank]:
     """Returns the layers that the heads run through, and their adapters: the trunk's layers, or a full head's own."""
     if not method.full:
-        return trunk, stacked(heads, method, frozen["embed"].dtype)
+        return trunk, stacked(heads, method.scale, frozen["embed"].dtype)
     own = {name: jnp.squeeze(leaf, 0).astype(frozen[name].dtype) for name, leaf in heads.items()}
     return Trunk(config, frozen | own), {}
 

@@ -16,6 +16,7 @@ from icarus_jax.training import data as train_data
 from icarus_jax.training import packing
 from icarus_jax.training import step as train
 from icarus_jax.training.heads import Method, init_heads
+from icarus_jax.training.mesh import batch_sharding, make_mesh, place_params
 from icarus_jax.training.two_stream import token_logprobs
 from icarus_jax.weights.checkpoint import load_trunk
 from icarus_jax.weights.peft import load_adapter
@@ -179,11 +180,11 @@ OPTIMISER = train.Optimiser(steps=5, lr=1e-2, warmup=1, clip=0.5)
 def steps(trunk, method, heads, batches, mesh=None):
     """Trains over [accumulate, B, ..] batches; (heads, losses f32[steps, A])."""
     state, losses = train.init_state(heads, OPTIMISER), []
-    params = params_of(trunk) if mesh is None else train.place_params(trunk.params, mesh)
+    params = params_of(trunk) if mesh is None else place_params(trunk.params, mesh)
     if mesh is not None:
         state = jax.device_put(state, jax.NamedSharding(mesh, jax.P()))
     for batch in batches:
-        placed = batch if mesh is None else jax.device_put(batch, train.batch_sharding(mesh, stacked=True))
+        placed = batch if mesh is None else jax.device_put(batch, batch_sharding(mesh, stacked=True))
         state, metrics = train.train_step(
             trunk.config, method, OPTIMISER, state, params, jnp.asarray(PREFIX), placed, jnp.uint32(0)
         )
@@ -233,13 +234,13 @@ def test_other_meshes_train_as_one_device(trunk):
     batches = [stacked(packed(make_examples(24, seed=s), rows=8, length=24)[:1]) for s in range(4)]
     _, want = steps(trunk, method, random_heads(trunk, method), batches)
     assert want[-1] != want[0]
-    data = train.make_mesh()
+    data = make_mesh()
     assert data.shape == {"data": 8, "model": 1}
     model = jax.sharding.Mesh(np.array(jax.devices()[:2]).reshape(1, 2), ("data", "model"))
     for mesh in (data, model):
         _, got = steps(trunk, method, random_heads(trunk, method), batches, mesh)
         np.testing.assert_allclose(got, want, atol=1e-4)
-    placed = train.place_params(trunk.params, model)
+    placed = place_params(trunk.params, model)
     assert placed["down"].addressable_shards[0].data.shape[1] * 2 == trunk.params["down"].shape[1]
 
 
