@@ -9,8 +9,8 @@
     python launch/compile_check.py --config=multi.py:llama8b --topology=v5e:2x4
                                                          the sizes of a trunk are enough for this program
 
-The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b and smollm2, with 8 untrained heads unless N says
-otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
+The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b, qwen3-30b-a3b and smollm2, with 8 untrained heads
+unless N says otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
 """
 
 import re
@@ -27,6 +27,7 @@ MODELS = {
     "llama70b": ("llama-3.1-70b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
     "qwen3-8b": ("qwen3-8b", {**CHIPS, "mesh": "1x8", "num_pages": 8192}),
     "qwen3-14b": ("qwen3-14b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
+    "qwen3-30b-a3b": ("qwen3-30b-a3b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
     "smollm2": ("smollm2-135m", {**CHIPS, "num_pages": 4096}),
 }
 ARGUMENTS = f"N (1 to 999 random heads), N,isolated, MODEL, MODEL,N and MODEL,N,isolated (MODEL: {', '.join(MODELS)})"

@@ -1,8 +1,8 @@
 """Frozen configuration of models, heads and the engine.
 
 Axis letters (docs/design.md, section 3): T writer rows, R reader rows, B = T + R rows, S rows with logits, P pages per
-sequence, L layers, N query heads, K KV heads, G = N / K, H head dim, D model, F MLP, V vocabulary, A adapter slots,
-r rank.
+sequence, L layers, N query heads, K KV heads, G = N / K, H head dim, D model, F MLP, E experts, V vocabulary, A adapter
+slots, r rank.
 """
 
 from __future__ import annotations
@@ -15,7 +15,12 @@ LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # proj
 KV_TARGETS = ("k_proj", "v_proj")
 TARGETS = (*KV_TARGETS, *LORA_TARGETS)
 KERNELS = ("auto", "xla", "cpu", "tpu", "gpu")
-DTYPES = ("float32", "bfloat16")  # of weights, activations and K/V
+ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # of the MLP's gate, under Hugging Face's names
+DTYPES = ("float32", "bfloat16")  # of weights and activations
+# Of KV pages: what engine.kv_dtype says -> the dtype.
+KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
+AS_STORED = "as_stored"
+WEIGHTS = ("", "int8", "fp8", AS_STORED)  # how weights of matrix products are kept; "": in dtype
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +30,11 @@ class RopeScaling:
     Attributes:
         kind: 'linear' (every frequency is divided by `factor`), 'llama3', 'yarn', 'dynamic' or 'longrope'.
         factor: By how much frequencies are divided, or the context is longer than before.
-        low_freq_factor: Of 'llama3'.
-        high_freq_factor: Of 'llama3'.
+        low_freq_factor, high_freq_factor: Of 'llama3'.
         original_max_position_embeddings: Of all but 'linear': the context length in tokens before scaling.
         attention_factor: Of 'yarn' and 'longrope': what cos and sin are multiplied by.
-        beta_fast: Of 'yarn'.
-        beta_slow: Of 'yarn'.
-        truncate: Of 'yarn'.
+        beta_fast, beta_slow, truncate: Of 'yarn'.
+        llama_4_scaling_beta: By how much queries behind the original length grow (layers.py); None: not (Ministral 3).
         short_factor: Of 'longrope': what each frequency is divided by if no sequence exceeds the original length.
         long_factor: Of 'longrope': likewise, if sequences do.
         max_model_len: Of 'dynamic' and 'longrope', whose frequencies depend on it: the length of the longest sequence.
@@ -47,6 +50,7 @@ class RopeScaling:
     beta_fast: float = 32.0
     beta_slow: float = 1.0
     truncate: bool = True
+    llama_4_scaling_beta: float | None = None
     short_factor: tuple[float, ...] = ()
     long_factor: tuple[float, ...] = ()
     max_model_len: int | None = None
@@ -54,7 +58,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """The sizes and options of a decoder-only transformer with RMSNorm, rotary positions and a SwiGLU MLP.
+    """The sizes and options of a decoder-only transformer with RMSNorm, rotary positions and a gated MLP.
 
     The options say what a family does; the forward pass never asks for the family.
 
@@ -62,7 +66,7 @@ class ModelConfig:
         family: The family's name, one of weights.families.FAMILIES.
         vocab_size: V.
         hidden_size: D.
-        intermediate_size: F.
+        intermediate_size: F; of each expert, where there are experts.
         num_layers: L.
         num_heads: N, the query heads.
         num_kv_heads: K.
@@ -73,24 +77,39 @@ class ModelConfig:
         rope_theta: The base of the rotary frequencies.
         rope_scaling: Their scaling; None for none.
         partial_rotary_factor: The part of H, from its first lane on, that is rotated (Phi-4-mini).
+        rope_interleaved: Whether neighbouring lanes are rotated, not the halves of the rotated part (GLM-4).
         nope_layers: The layers that do not rotate q and k (SmolLM3).
+        local_rope_theta: The base in the layers with a window, which have no scaling (Gemma 3); None: rope_theta.
+
+    Windows:
+        sliding_window: How many positions a row sees, up to its own; None: all.
+        full_attention_layers: The layers without a window, of a model that has one (Gemma).
 
     Norms:
         rms_norm_eps: What RMSNorm adds to the mean square.
         pre_norm: Whether attention and MLP begin with RMSNorm (all but OLMo 2).
-        post_norm: Whether RMSNorm is applied to what they add to the residual stream (OLMo 2).
+        post_norm: Whether RMSNorm is applied to what they add to the residual stream (OLMo 2, GLM-4).
         qk_norm: Whether RMSNorm is applied to q and k before the rotation, over H (Qwen3).
         qk_norm_whole: Whether it is that over the lanes of all attention heads together (OLMo 2).
 
     Weights:
         tie_word_embeddings: Whether the embeddings are the weights of the logits too.
-        qkv_bias: Whether q, k and v have a bias (Qwen2).
+        qkv_bias: Whether q, k and v have a bias (Qwen2, GLM-4).
+
+    Mixture of experts (Qwen3-MoE):
+        num_experts: E, the experts of each layer; None: a layer has one MLP.
+        num_experts_per_tok, norm_topk_prob: To how many of them a row is sent; whether their weights add up to 1.
 
     Multipliers (Granite):
         embedding_multiplier: Of the embeddings.
         attention_multiplier: Of the attention scores; None: H ** -0.5.
         residual_multiplier: Of what attention and MLP add to the residual stream.
         logits_scaling: What the logits are divided by.
+
+    Others (Gemma):
+        hidden_act: The activation of the MLP's gate, one of ACTIVATIONS.
+        attn_logit_softcapping: The soft cap of the attention scores; None for none.
+        final_logit_softcapping: That of the logits.
     """
 
     family: str
@@ -104,7 +123,11 @@ class ModelConfig:
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     partial_rotary_factor: float = 1.0
+    rope_interleaved: bool = False
     nope_layers: tuple[int, ...] = ()
+    local_rope_theta: float | None = None
+    sliding_window: int | None = None
+    full_attention_layers: tuple[int, ...] = ()
     rms_norm_eps: float = 1e-5
     pre_norm: bool = True
     post_norm: bool = False
@@ -113,10 +136,16 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    num_experts: int | None = None
+    num_experts_per_tok: int | None = None
+    norm_topk_prob: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
+    hidden_act: str = "silu"
+    attn_logit_softcapping: float | None = None
+    final_logit_softcapping: float | None = None
 
     def __post_init__(self):
         if self.num_heads % self.num_kv_heads:
@@ -141,7 +170,7 @@ class ModelConfig:
     def context_length(self) -> int:
         """The most tokens of a sequence. 'linear' and 'dynamic' lengthen it; in all others it is counted already."""
         scaling = self.rope_scaling
-        if scaling is None or scaling.kind in ("llama3", "longrope"):
+        if scaling is None or scaling.kind in ("llama3", "longrope") or self.local_rope_theta:
             return self.max_position_embeddings
         if scaling.kind == "yarn":  # some files count it in max_position_embeddings, others (Qwen) do not
             return max(self.max_position_embeddings, int(scaling.factor * scaling.original_max_position_embeddings))
@@ -149,20 +178,27 @@ class ModelConfig:
 
     @property
     def target_shapes(self) -> dict[str, tuple[int, int]]:
-        """The (din, dout) of each projection in TARGETS."""
+        """The (din, dout) of each projection in TARGETS that the model has. Experts are none."""
         d, f = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         attention = {"q_proj": (d, q), "k_proj": (d, kv), "v_proj": (d, kv), "o_proj": (q, d)}
-        return attention | {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)}
+        return attention | ({} if self.num_experts else {"gate_proj": (d, f), "up_proj": (d, f), "down_proj": (f, d)})
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """The projections of LORA_TARGETS that the model has."""
+        return tuple(target for target in LORA_TARGETS if target in self.target_shapes)
 
     def serving(self, max_model_len: int) -> ModelConfig:
         """Returns the model as it serves sequences of at most `max_model_len` tokens.
 
         Scalings of the kinds 'dynamic' and 'longrope' choose frequencies by the length of a sequence. Keys in the cache
-        were rotated by one choice, so that it cannot change as a sequence grows: the longest one's counts for all.
+        were rotated by one choice, so that it cannot change as a sequence grows: the longest one's counts for all. A
+        window that no sequence is longer than hides nothing, and is left out.
         """
         scaling = self.rope_scaling and dataclasses.replace(self.rope_scaling, max_model_len=max_model_len)
-        return dataclasses.replace(self, rope_scaling=scaling)
+        window = self.sliding_window if (self.sliding_window or 0) < max_model_len else None
+        return dataclasses.replace(self, rope_scaling=scaling, sliding_window=window)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,7 +237,10 @@ class EngineConfig:
         max_num_batched_tokens: The most writer rows of one step. Longer prompts are prefilled in chunks.
         max_model_len: The most tokens of a prompt and its output together.
         dtype: The dtype of weights and activations, one of DTYPES.
-        kv_dtype: The dtype of the KV pages, one of DTYPES.
+        weights: How the weights of matrix products are kept, one of WEIGHTS: in 8 bits, with a scale for each output
+            channel; 'as_stored': in the blocks of a GGUF file, on a single CPU device; '': in `dtype`.
+        kv_dtype: The dtype of the KV pages, one of KV_DTYPES. For those of 8 bits the engine calibrates scales when it
+            starts (engine/kv_scales.py).
         kernels: The implementation of the ops, one of KERNELS. 'auto': the one written for the platform.
         enable_prefix_caching: Whether pages are kept for later prompts.
         max_loras: A, the adapter slots on the device. If there are more heads, they take turns. 0: one slot for each
@@ -220,6 +259,7 @@ class EngineConfig:
     max_num_batched_tokens: int = 512
     max_model_len: int = 2048
     dtype: str = "float32"
+    weights: str = ""
     kv_dtype: str = "float32"
     kernels: str = "auto"
     enable_prefix_caching: bool = True
@@ -235,9 +275,11 @@ class EngineConfig:
             value = getattr(self, field.name)
             if field.type == "int" and value < 1 and not field.name.startswith("max_lora"):
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
-        for name in ("dtype", "kv_dtype"):
-            if (value := getattr(self, name)) not in DTYPES:
-                raise ValueError(f"engine.{name}={value!r}; it is one of {', '.join(DTYPES)}")
+        for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"engine.{name}={value!r}; it is one of {', '.join(known)}")
+        if self.weights not in WEIGHTS:
+            raise ValueError(f"engine.weights={self.weights!r}; it is one of {', '.join(map(repr, WEIGHTS))}")
         if self.kernels not in KERNELS:
             raise ValueError(f"engine.kernels={self.kernels!r}; it is one of {', '.join(KERNELS)}")
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):

@@ -38,7 +38,7 @@ def main(config: ConfigDict) -> None:
             form = adapter_files.convert(_ADAPTER.value, _OUTPUT.value)
             print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
             return
-        trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype)
+        trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype, config.trunk.adapter)
         checkpoint.save_orbax(trunk, _OUTPUT.value)
     print(f"{_OUTPUT.value} holds {config.trunk.source}")
 

@@ -98,8 +98,11 @@ def fingerprints(config: ConfigDict) -> dict[str, Any]:
         The dtypes, the trunk, and each head with its kind. Local files are described by a hash of their contents.
     """
     heads = {name: f"{head.kv} {_contents(head.path, cli.HOME / head.path)}" for name, head in config.heads.items()}
-    formats = f"{config.engine.dtype}, KV {config.engine.kv_dtype}"
+    weights = f", weights {config.engine.weights}" if config.engine.weights else ""
+    formats = f"{config.engine.dtype}{weights}, KV {config.engine.kv_dtype}"
     trunk = _contents(config.trunk.source, Path(config.trunk.source).expanduser())
+    if config.trunk.adapter:
+        trunk += f" {_contents(config.trunk.adapter, Path(config.trunk.adapter).expanduser())}"
     return {"formats": formats, config.trunk.name: trunk, **heads}
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from icarus_jax.evaluation.batch_worker import BatchWorker
     from icarus_jax.server.auth import Keys
     from icarus_jax.server.head_loader import HeadLoader
+    from icarus_jax.server.head_resolver import HeadResolver
     from icarus_jax.server.limits import Limits
 
 _HEADS = cli.define_heads()
@@ -33,6 +34,7 @@ def main(config: ConfigDict) -> None:
     """Builds the engine and serves until a signal comes."""
     cli.add_heads(config, _HEADS.value or ())
     keys, limits = access(config.server)
+    check_adapters(config)
     app = cli.build(config)
     from icarus_jax.evaluation.batch_routes import BatchRoutes
     from icarus_jax.server import access_log
@@ -46,6 +48,7 @@ def main(config: ConfigDict) -> None:
     hosts = host_names(config.server.allowed_hosts, keys, config.server.allow_remote_without_keys)
     watcher = watching(app.loader, config.server.watch_heads)
     worker = batches(config.server.batch_folder, app.engine.config.max_num_seqs)
+    resolver = resolving(app.loader, config.server)
     app.start()
     api = server.create_app(
         app.engine,
@@ -57,6 +60,7 @@ def main(config: ConfigDict) -> None:
         origins,
         hosts,
         parser,
+        resolver,
         extra=[BatchRoutes(worker)],
         lifespan=worker.lifespan if worker else None,
     )
@@ -85,6 +89,45 @@ def access(section: ConfigDict) -> tuple[Keys, Limits]:
     with usage_errors("config.server.tool_call_parser"):
         choose_format("", section.tool_call_parser)
     return keys, Limits(section.max_waiting_requests, section.max_waiting_tokens, shared=len(keys.tenants) > 1)
+
+
+def check_adapters(config: ConfigDict) -> None:
+    """Checks what says which adapters are loaded while the server runs, before anything is loaded.
+
+    Args:
+        config: The config.
+
+    Raises:
+        UsageError: A value makes no sense, or there would be no adapter slot for heads that come later.
+    """
+    from icarus_jax.server.head_places import HeadPlaces
+    from icarus_jax.weights.adapter_cache import is_remote
+
+    section, prefix = config.server, config.server.adapter_resolver
+    for name in ("adapter_cache_bytes", "max_cpu_loras"):
+        if section[name] < 1:
+            raise UsageError(f"config.server.{name} is {section[name]}; it must be at least 1")
+    for name in ("head_folders", "adapter_resolver"):
+        with usage_errors(f"config.server.{name}"):
+            HeadPlaces(place for place in section[name].split(",") if place)
+    if prefix and not is_remote(prefix) and not Path(prefix).expanduser().is_dir():
+        raise UsageError(f"config.server.adapter_resolver: there is no folder {prefix}")
+    if prefix and not (config.engine.max_loras or config.heads):
+        raise UsageError("config.server.adapter_resolver needs adapter slots: --config.engine.max_loras=N")
+
+
+def resolving(loader: HeadLoader, section: ConfigDict) -> HeadResolver | None:
+    """Makes what loads heads when they are first named; None if the config does not ask for it.
+
+    Args:
+        loader: Loads the heads.
+        section: config.server.
+    """
+    from icarus_jax.server.head_resolver import HeadResolver
+
+    if not section.adapter_resolver:
+        return None
+    return HeadResolver(loader, section.adapter_resolver, section.max_cpu_loras)
 
 
 def watching(loader: HeadLoader, folder: str) -> contextlib.AbstractContextManager:

@@ -28,6 +28,7 @@ FOLDER = Path(__file__).parent
 KERNELS = {  # name of the FFI target, which is also the C++ symbol -> source file
     "icarus_paged_attention": FOLDER / "paged_attention" / "cpu.cc",
     "icarus_linear": FOLDER / "linear" / "cpu.cc",
+    "icarus_linear_quantised": FOLDER / "linear" / "cpu_quantised.cc",
     "icarus_lora": FOLDER / "lora" / "cpu.cc",
 }
 HEADER = FOLDER / "cpu_kernels.h"

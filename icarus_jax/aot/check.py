@@ -8,23 +8,33 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
 from jax.stages import Lowered
 
-from icarus_jax.aot.cost import Account, account, gpu_complaint, pool_complaint, shard_bytes, shard_shape
+from icarus_jax.aot.cost import (
+    Account,
+    account,
+    gpu_complaint,
+    idle_expert_bytes,
+    pool_complaint,
+    shard_bytes,
+    shard_shape,
+)
 from icarus_jax.aot.topology import Topology, compiling_for
-from icarus_jax.config import TARGETS, EngineConfig, ModelConfig
+from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket, make_buckets
+from icarus_jax.engine.kv_scales import abstract_scales, needs_scales
 from icarus_jax.engine.programs import Programs
 from icarus_jax.models.block import PROJECTIONS
-from icarus_jax.models.head_bank import HeadBank, make_bank
-from icarus_jax.models.sharding import MeshLayout, make_mesh_layout
-from icarus_jax.models.trunk import Trunk
+from icarus_jax.models.head_bank import abstract_bank, make_bank
+from icarus_jax.models.sharding import make_mesh_layout
+from icarus_jax.models.trunk import Trunk, abstract_weights
+from icarus_jax.simulator.roofline import row_weights
 from icarus_jax.weights.params import param_shapes
+from pallas_kernels.linear import Quantised
 from pallas_kernels.paged_attention import SequenceRows, build_work, pages_read
 
 RESERVED = 0.03  # share of a device's memory for the runtime; a guess
@@ -65,25 +75,6 @@ class Compiled:
     complaint: str
 
 
-def abstract_bank(layout: MeshLayout, make: Callable[[], HeadBank | None]) -> HeadBank | None:
-    """Makes a head bank of shapes and shardings instead of arrays.
-
-    Args:
-        layout: The mesh, and where the factors lie on it.
-        make: A function that makes the bank; None if there are no heads.
-
-    Returns:
-        The bank that `make` returns, with a jax.ShapeDtypeStruct for each array.
-    """
-    bank = nnx.eval_shape(make)
-    for target in TARGETS if bank is not None else ():
-        if (lora := getattr(bank, target)) is not None:
-            pair = lora.a.get_value(), lora.b.get_value()
-            for side, x, sharding in zip("ab", pair, layout.factors(target, *(x.shape for x in pair)), strict=True):
-                setattr(lora, side, nnx.Param(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)))
-    return bank
-
-
 class Check:
     """The programs of a plan on a topology, and what they cost.
 
@@ -111,11 +102,9 @@ class Check:
         self.plan, self.topology = plan, topology
         model, engine = plan.model, plan.engine
         self.layout = layout = make_mesh_layout(engine, model.num_kv_heads, topology.devices)
-
-        def abstract(name: str, shape: tuple[int, ...]) -> Any:
-            return jax.ShapeDtypeStruct(shape, engine.dtype, sharding=layout.held(name, shape))
-
-        trunk = Trunk(model, {name: abstract(name, shape) for name, shape in param_shapes(model).items()})
+        trunk = Trunk(model, abstract_weights(param_shapes(model), layout, engine))
+        if needs_scales(engine):
+            trunk.kv_scales = nnx.Param(abstract_scales(model, layout))
         bank = abstract_bank(layout, lambda: make_bank(model, engine, len(plan.ranks), plan.ranks, plan.adapt_writers))
         self.programs = Programs(trunk, bank, engine, plan.adapt_writers, layout)
         self.buckets = make_buckets(engine, bank is not None, self.programs.kernels)
@@ -168,14 +157,22 @@ class Check:
         model = self.plan.model
         outside = 2.0 * bucket.logits * model.hidden_size * self.vocab_shard if bucket else 0.0
         turns = model.num_layers if bucket else 1
-        stacks = [shard_shape(self.programs.weights[0]["blocks"][name].get_value()) for name in PROJECTIONS]
-        found = account(compiled, shard_shape(self.programs.kv_pages), turns, outside, stacks)
+        found = account(compiled, shard_shape(self.programs.kv_pages), turns, outside, self.stacks())
+        if bucket and self.counted:
+            idle = idle_expert_bytes(self.programs.weights[0]["blocks"])
+            found = dataclasses.replace(found, inside=found.inside - idle)
         complaint = pool_complaint(found, self.pool_bytes)
         if bucket and self.programs.kernels == "gpu":
             complaint = complaint or gpu_complaint(found)
         if found.memory > self.usable:
             complaint = f"needs {found.memory / 1e9:.2f} GB of {self.usable / 1e9:.2f}"
         return Compiled(name, bucket, found, complaint)
+
+    def stacks(self) -> list[tuple[int, ...]]:
+        """Returns the shapes [L, din, dout, ..] of the projections' weights on one device."""
+        blocks = self.programs.weights[0]["blocks"]
+        weights = [blocks[name].get_value() for name in PROJECTIONS if name in blocks]
+        return [shard_shape(w.values if isinstance(w, Quantised) else w) for w in weights]
 
     # ---- memory
 
@@ -220,7 +217,7 @@ class Check:
     def fewest_flops(self, bucket: Bucket) -> float:
         """Returns the FLOPs of a device in a step's products with the trunk's weights."""
         model = self.plan.model
-        matrices = sum(din * dout for din, dout in model.target_shapes.values()) * model.num_layers
+        matrices = row_weights(model) * model.num_layers
         rows = (bucket.writers + bucket.readers) * matrices / self.layout.mesh.size
         return 2 * (rows + bucket.logits * model.hidden_size * self.vocab_shard)
 

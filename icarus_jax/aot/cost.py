@@ -12,6 +12,7 @@ import jax
 import numpy as np
 
 from icarus_jax.aot import hlo_text, launches
+from icarus_jax.weights.params import EXPERTS
 
 COLLECTIVE = re.compile(
     r"= .*? (all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast)(?:-start)?\("
@@ -78,6 +79,18 @@ def shard_shape(array: jax.ShapeDtypeStruct) -> tuple[int, ...]:
 def shard_bytes(tree: Any) -> int:
     """Returns the bytes of a tree of abstract arrays on one device."""
     return sum(int(np.prod(shard_shape(x))) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def idle_expert_bytes(blocks: Any) -> int:
+    """Returns the bytes of the experts of all layers but one on one device; 0 for a model without experts.
+
+    XLA's own estimate of a product with a layer's experts has all of the stack that they are read from.
+
+    Args:
+        blocks: The weights of all layers.
+    """
+    stacks = [blocks[name].get_value() for name in EXPERTS if name in blocks]
+    return sum(shard_bytes(stack) * (stack.shape[0] - 1) // stack.shape[0] for stack in stacks)
 
 
 def account(

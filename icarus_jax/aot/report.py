@@ -105,8 +105,9 @@ def head_lines(name: str, check: Check, topology: Topology) -> Iterator[str]:
     """Yields the first lines: what is served, where, and the memory of weights, adapters and pages on one device."""
     engine, chip = check.plan.engine, topology.chip
     kinds = f"{len(check.plan.ranks)} heads" + (", adapters on writers too" if check.plan.adapt_writers else "")
+    weights = f"{engine.dtype}, weights {engine.weights}" if engine.weights else engine.dtype
     yield (
-        f"{name} ({engine.dtype}, KV {engine.kv_dtype}, pages of {engine.page_size}, {kinds}) on {engine.mesh} of "
+        f"{name} ({weights}, KV {engine.kv_dtype}, pages of {engine.page_size}, {kinds}) on {engine.mesh} of "
         f"{topology.name}, kernels: {check.programs.kernels}. COMPILED, NOT RUN."
     )
     yield (

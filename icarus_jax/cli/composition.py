@@ -9,7 +9,6 @@ import dataclasses
 import functools
 import logging
 import sys
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ml_collections import ConfigDict
@@ -17,7 +16,7 @@ from tqdm import tqdm
 
 from icarus_jax.cli.flags import hint
 from icarus_jax.cli.paths import home_path
-from icarus_jax.config import KV_KINDS, EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.config import AS_STORED, KV_KINDS, EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.errors import UsageError, usage_errors
 
 if TYPE_CHECKING:
@@ -88,14 +87,19 @@ def build(config: ConfigDict) -> App:
     from icarus_jax.models import full_heads
     from icarus_jax.server.head_loader import HeadLoader
     from icarus_jax.weights import checkpoint, peft, tokenizer
+    from icarus_jax.weights.adapter_cache import AdapterCache
 
     enable_compilation_cache()  # before the first program: joining other hosts runs one
     with usage_errors("config.distributed"):
         multihost.initialize(**config.distributed)
     with usage_errors():
-        trunk = checkpoint.open_trunk(config.trunk.source, engine.dtype)
+        if config.trunk.adapter and engine.weights == AS_STORED:
+            raise ValueError("a trunk with an adapter in it is not as it is stored: set engine.weights=int8, or ''")
+        stored = "float32" if engine.weights else engine.dtype  # quantised from the numbers as they are stored
+        trunk = checkpoint.open_trunk(config.trunk.source, stored, config.trunk.adapter)
         text = tokenizer.load_tokenizer(trunk.path)
     heads: dict = {}
+    cache = AdapterCache(config.server.adapter_cache_bytes)
     for name, head in config.heads.items():
         with usage_errors(f"head {name!r}"):
             path = home_path(head.path)
@@ -103,14 +107,24 @@ def build(config: ConfigDict) -> App:
                 own = full_heads.load_full_head(path, head.kv, trunk, engine.dtype)
                 heads[name] = HeadConfig(name, path, head.kv), own
             else:
-                heads[name] = peft.read_head(name, path, head.kv, trunk.config, trunk_identity=trunk.identity)
+                identity = trunk.identity
+                heads[name] = peft.read_head(name, path, head.kv, trunk.config, trunk_identity=identity, cache=cache)
+    if engine.weights and heads:
+        log.warning(
+            "engine.weights=%s: the heads (%s) were trained on weights of another precision, and may answer somewhat "
+            "worse than with their own; launch/evaluate.py measures by how much",
+            engine.weights,
+            ", ".join(heads),
+        )
     check_context(engine, trunk.config)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
     with usage_errors():
         made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
-    folders = [Path(folder).expanduser() for folder in config.server.head_folders.split(",") if folder]
-    return App(made, text, eos_ids, HeadLoader(made, config.trunk.name, trunk.identity, sources, folders))
+    folders = [folder for folder in config.server.head_folders.split(",") if folder]
+    with usage_errors("config.server.head_folders"):
+        loader = HeadLoader(made, config.trunk.name, trunk.identity, sources, folders, cache)
+    return App(made, text, eos_ids, loader)
 
 
 def enable_compilation_cache() -> None:

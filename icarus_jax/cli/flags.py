@@ -45,7 +45,9 @@ def run(main: Callable[[ConfigDict], None], default_config: str) -> None:
 
 def define_heads() -> flags.FlagHolder[list[str] | None]:
     """Defines the flag --heads. Its value is for `add_heads`."""
-    text = "NAME=PATH[:KV],...: PATH: a PEFT folder, or random:SEED; KV: shared (default), activated or isolated"
+    text = (
+        "NAME=PATH[:KV],...: PATH: a folder, hf://.., gs://.. or random:SEED; KV: shared (default), activated, isolated"
+    )
     return flags.DEFINE_list("heads", None, text)
 
 
@@ -54,7 +56,8 @@ def add_heads(config: ConfigDict, items: Iterable[str]) -> None:
 
     Args:
         config: The config.
-        items: The heads, each as 'NAME=PATH' or 'NAME=PATH:KV'. A relative PATH is relative to the working directory.
+        items: The heads, each as 'NAME=PATH' or 'NAME=PATH:KV'. A relative PATH is relative to the working directory;
+            what lies in a store ('hf://..', 'gs://..') stays as it is.
 
     Raises:
         UsageError: An item has another form.
@@ -66,7 +69,7 @@ def add_heads(config: ConfigDict, items: Iterable[str]) -> None:
                 f"--heads={item}: not of the form NAME=PATH or NAME=PATH:isolated (NAME: letters, digits, - and _)"
             )
         name, path, kv = match.groups()
-        if not path.startswith("random:"):
+        if not path.startswith("random:") and "://" not in path:
             path = str(Path(path).expanduser().absolute())
         with config.unlocked():
             config.heads[name] = ConfigDict({"path": path, "kv": kv or "shared"})

@@ -17,9 +17,10 @@ def home_path(path: str) -> str:
     """Returns the path of a head in a config, made absolute.
 
     Args:
-        path: A path, which is relative to HOME if it is not absolute; or 'random:SEED', which stays as it is.
+        path: A path, which is relative to HOME if it is not absolute; or 'random:SEED', or what lies in a store
+            ('hf://..', 'gs://..'), which stay as they are.
     """
-    return path if path.startswith("random:") else str(HOME / path)
+    return path if path.startswith("random:") or "://" in path else str(HOME / path)
 
 
 def program(name: str) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import functools
 from collections.abc import Mapping, Sequence
 
+from flax import nnx
+
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
+from icarus_jax.engine.kv_scales import calibrate, needs_scales
 from icarus_jax.engine.runner import Runner
 from icarus_jax.models.full_heads import FullHead, PairedTrunk, make_trunk
 from icarus_jax.models.head_bank import Factors, make_bank
@@ -37,6 +40,8 @@ def make_runner(
     layout = make_mesh_layout(config, model_config.num_kv_heads)
     place = functools.partial(place_weights, layout=layout, config=config)
     trunk, adapters = make_trunk(model_config.serving(config.max_model_len), params, heads, place)
+    if needs_scales(config):
+        trunk.kv_scales = nnx.Param(calibrate(trunk, config, layout))
     adapt_writers = config.writer_adapters or any(head.kv != "shared" for head, _ in adapters)
     ranks = [a.shape[-1] for _, factors in adapters for a, _ in factors.values()]
     num_heads = 0 if isinstance(trunk, PairedTrunk) else len(adapters)

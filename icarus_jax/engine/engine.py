@@ -58,7 +58,8 @@ class Engine:
         self._registry = Registry(trunk_name, runner.num_slots)
         self.model_config: ModelConfig = runner.model
         self.eos_ids = frozenset(eos_ids)
-        self.scheduler = Scheduler(config, runner.num_slots)
+        window = None if runner.model.full_attention_layers else runner.model.sliding_window
+        self.scheduler = Scheduler(config, runner.num_slots, window=window)
         self.stats = EngineStats(pages_total=config.num_pages)
         self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}

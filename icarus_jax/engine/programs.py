@@ -18,7 +18,7 @@ from flax import nnx
 from jax import lax
 from jax.stages import Lowered
 
-from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.config import KV_DTYPES, EngineConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket
 from icarus_jax.engine.sample_inputs import VARIANTS, mask_shape, packed_width, unpack
 from icarus_jax.engine.sampler import Samples, sample
@@ -85,7 +85,8 @@ class Programs:
         abstract = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=layout.as_held(x))  # noqa: E731
         self.weights = jax.tree.map(abstract, (trunk_state, bank_state))
         shape = (model.num_layers, config.num_pages, model.num_kv_heads, config.page_size, 2 * model.head_dim)
-        self.kv_pages = jax.ShapeDtypeStruct(shape, config.kv_dtype, sharding=layout.named(KV_PAGES_AXES, shape))
+        dtype, sharding = np.dtype(KV_DTYPES[config.kv_dtype]), layout.named(KV_PAGES_AXES, shape)
+        self.kv_pages = jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
         self.logits = layout.named(("samples", "vocab"), (1, model.vocab_size))
         most = max(SCORE_ROWS, config.max_num_seqs)
         self.last_tokens = jax.ShapeDtypeStruct((most,), np.int32, sharding=layout.named())
@@ -236,10 +237,10 @@ def _compare_pages(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax
         For each pair whether they are equal, bool[n]; their largest difference, f32[n]; the largest magnitude in a,
         f32[n].
     """
-    most = lambda x: jnp.abs(x.astype(jnp.float32)).max()  # noqa: E731
+    most = lambda x: jnp.abs(x).max()  # noqa: E731
 
     def compare(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        left, right = (_page(kv_pages, i) for i in pair)
+        left, right = (_page(kv_pages, i).astype(jnp.float32) for i in pair)  # int8 would overflow
         return (left == right).all(), most(left - right), most(left)
 
     return lax.map(compare, (a, b))

@@ -16,7 +16,9 @@ from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.scheduling.scheduler import Scheduler
 from icarus_jax.scheduling.sequence import Sequence, Status
 
-TOLERANCE = 1e-3  # the largest difference that counts as rounding, as a share of the page's largest magnitude
+# The largest difference that counts as rounding, as a share of the page's largest magnitude, by engine.kv_dtype. In
+# pages of fewer bits, a small difference can move a value by a whole step.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 2e-2, "int8": 5e-2, "fp8": 0.2}
 
 
 @dataclasses.dataclass
@@ -66,11 +68,12 @@ class ReuseCheck:
             ended = work.start + work.num_write == len(work.seq.tokens)
             if reused is None or not ended or not work.counts:
                 continue
+            tolerance = TOLERANCE[self.scheduler.config.kv_dtype]
             table = work.seq.page_table if work.seq.status is Status.RUNNING else []  # it may have lost its pages
             for identical, difference, scale in self.runner.compare_pages(reused[: len(table)], table):
                 self.stats.reuse_pages_checked += 1
                 self.stats.reuse_pages_identical += identical
-                self.stats.reuse_pages_different += not difference <= TOLERANCE * scale  # NaN counts as different
+                self.stats.reuse_pages_different += not difference <= tolerance * scale  # NaN counts as different
             self._end(work.seq)
 
     def give_up(self) -> bool:

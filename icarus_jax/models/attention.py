@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from icarus_jax.models.sharding import KV_PAGES_AXES, MeshLayout
+from icarus_jax.models.sharding import KV_PAGES_AXES, KV_SCALES_AXES, MeshLayout
 from pallas_kernels.kv_append import kv_append
 from pallas_kernels.paged_attention import WorkList, paged_attention
 from pallas_kernels.paged_attention.work import Array
@@ -29,8 +29,11 @@ def append_and_attend(
     v: Array,
     kv_cells: Array,
     work: WorkList,
+    kv_scales: Array | None = None,
+    window: Array | None = None,
     *,
     scale: float,
+    soft_cap: float | None = None,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Stores K and V of the writer rows, then lets all rows attend.
@@ -44,7 +47,10 @@ def append_and_attend(
         v: [B, K, H], likewise.
         kv_cells: i32[T], where each writer row stores its K/V: page * page_size + offset; -1 = nowhere.
         work: Which rows attend to which pages.
+        kv_scales: f32[L, K, 2, H], what K ([:, :, 0]) and V ([:, :, 1]) are divided by before they are stored. None: 1.
+        window: i32[], how many positions a row sees, up to its own. None: all.
         scale: The factor of the attention scores.
+        soft_cap: Their soft cap. None: there is none.
         implementation: The implementation of the ops.
 
     Returns:
@@ -54,17 +60,24 @@ def append_and_attend(
     rows = PartitionSpec(None, layout.rules.kv_heads, None)
     everywhere = PartitionSpec()
     pages = layout.spec(KV_PAGES_AXES, kv_pages.shape)
+    scales = None if kv_scales is None else layout.spec(KV_SCALES_AXES, kv_scales.shape)
     on_one_device = functools.partial(
-        _on_one_device, layout, lanes, kv_pages.shape[3], scale=scale, implementation=implementation
+        _on_one_device,
+        layout,
+        lanes,
+        kv_pages.shape[3],
+        scale=scale,
+        soft_cap=soft_cap,
+        implementation=implementation,
     )
     sharded = jax.shard_map(
         on_one_device,
         mesh=layout.mesh,
-        in_specs=(pages, everywhere, rows, rows, rows, everywhere, everywhere),
+        in_specs=(pages, everywhere, rows, rows, rows, everywhere, everywhere, scales, everywhere),
         out_specs=(PartitionSpec(None, lanes), pages),
         check_vma=False,  # the kernels' loops and pallas_calls do not declare how they vary over the mesh
     )
-    return sharded(kv_pages, layer, q, k, v, kv_cells, work)
+    return sharded(kv_pages, layer, q, k, v, kv_cells, work, kv_scales, window)
 
 
 def _on_one_device(
@@ -78,11 +91,18 @@ def _on_one_device(
     v: jax.Array,
     kv_cells: jax.Array,
     work: WorkList,
+    kv_scales: jax.Array | None,
+    window: jax.Array | None,
     *,
     scale: float,
+    soft_cap: float | None,
     implementation: str,
 ) -> tuple[jax.Array, jax.Array]:
     """Appends, attends and merges on a device. Arrays are the device's shares; `page_size` is that of whole pages."""
+    if kv_scales is not None:
+        # (q * s) @ (k / s) is q @ k, and what was summed up of v / s is multiplied by s: the ops need no scales.
+        of_k, of_v = kv_scales[layer, :, 0], kv_scales[layer, :, 1]
+        q, k, v = _times(q, of_k), k / of_k, v / of_v
     offset = lax.axis_index(layout.rules.kv_tokens) * kv_pages.shape[3]  # of the first token of each page held here
     kv_pages = kv_append(
         kv_pages,
@@ -100,6 +120,8 @@ def _on_one_device(
         layer,
         work,
         scale=scale,
+        window=window,
+        soft_cap=soft_cap,
         page_stride=page_size,
         page_offset=offset,
         return_lse=True,
@@ -107,7 +129,15 @@ def _on_one_device(
     )
     if layout.token_shards > 1:
         out = _merge(layout, out, lse).astype(q.dtype)
+    if kv_scales is not None:
+        out = _times(out, of_v)
     return _own_lanes(layout, lanes, out.reshape(len(out), -1)), kv_pages
+
+
+def _times(rows: jax.Array, scales: jax.Array) -> jax.Array:
+    """Multiplies rows [B, n, H] by the scales f32[k, H] of the KV heads that their attention heads use."""
+    by_kv_head = rows.reshape(len(rows), len(scales), -1, rows.shape[-1])
+    return (by_kv_head * scales[:, None]).reshape(rows.shape).astype(rows.dtype)
 
 
 def _merge(layout: MeshLayout, out: jax.Array, lse: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""A transformer block over rows: RMSNorm, attention projections with rotary embedding, SwiGLU MLP, and adapters.
+"""A transformer block over rows: RMSNorm, attention projections with rotary embedding, a gated MLP, and adapters.
 
 A row is one token at one position. A block runs T writer rows and R reader rows together, B = T + R. The fused q, k, v
 projection also computes k and v of reader rows, which are then dropped: one matrix product over all rows costs less
@@ -7,7 +7,6 @@ than two.
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -17,128 +16,19 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.flatten_util import ravel_pytree
-from jax.sharding import PartitionSpec
 
 from icarus_jax.config import ModelConfig
-from icarus_jax.models.head_bank import TARGETS_OF, Adapters, LayerBank
-from icarus_jax.models.layers import Tables, rms_norm, rope
-from icarus_jax.models.sharding import PARAM_AXES, MeshLayout
-from pallas_kernels.linear import Panels, linear
-from pallas_kernels.lora import LowRank
+from icarus_jax.models.head_bank import Adapters
+from icarus_jax.models.layers import Tables, activation, rms_norm, rope
+from icarus_jax.models.moe import Experts, mixture
+from icarus_jax.models.products import MeshLinear, Stacked, product
+from icarus_jax.weights.params import EXPERTS
 from pallas_kernels.paged_attention.work import Array
 
 Pin = Callable[[jax.Array], jax.Array]  # sets how rows [B, D] lie on the mesh
 NORMS = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")  # weights of an RMSNorm
 PROJECTIONS = ("qkv", "o", "gate_up", "down")  # matrix products
-BLOCK_PARAMS = (*NORMS, *PROJECTIONS, "qkv_bias")
-
-
-@dataclasses.dataclass(frozen=True)
-class MeshLinear:
-    """The op `linear` on the mesh: each device multiplies by its part of a weight.
-
-    Where the weight is split by din, the parts are added up.
-
-    Attributes:
-        layout: The mesh.
-        implementation: The implementation of the op.
-    """
-
-    layout: MeshLayout
-    implementation: str
-
-    def __call__(
-        self, name: str, x: jax.Array, weights: jax.Array | Panels, layer: Array, adapters: LowRank | None = None
-    ) -> jax.Array:
-        """Multiplies rows by one layer of a projection, and adds what the rows' adapters add.
-
-        Args:
-            name: The projection, one of PROJECTIONS.
-            x: [B, din], the rows.
-            weights: [L, din, dout, ..]; on a single device also Panels.
-            layer: i32[], the layer.
-            adapters: The adapters of the projection, those of its first targets (TARGETS_OF); None for none.
-
-        Returns:
-            [B, dout, ..]; for Panels [B, dout].
-        """
-
-        def multiply(x: jax.Array, weights: jax.Array | Panels, layer: Array, adapters: LowRank | None) -> jax.Array:
-            if adapters is not None and name == "qkv" and not isinstance(weights, Panels):
-                adapters = dataclasses.replace(adapters, groups=weights.shape[2])  # the KV heads that are here
-            return linear(x, weights, layer, adapters, implementation=self.implementation)
-
-        if isinstance(weights, Panels) or self.layout.mesh.size == 1:
-            return multiply(x, weights, layer, adapters)
-        layers, din, *dout = self.layout.spec(PARAM_AXES[name], weights.shape)
-        (rows,) = self.layout.spec(("rows",), x.shape[:1])
-
-        def local(x: jax.Array, weights: jax.Array, layer: Array, adapters: LowRank | None) -> jax.Array:
-            out = multiply(x, weights, layer, adapters)
-            return lax.psum(out, din) if din else out
-
-        sharded = jax.shard_map(
-            local,
-            mesh=self.layout.mesh,
-            in_specs=(
-                PartitionSpec(rows, din),
-                PartitionSpec(layers, din, *dout),
-                PartitionSpec(),
-                self._specs(name, adapters, PartitionSpec(rows)),
-            ),
-            out_specs=PartitionSpec(rows, *dout),
-            check_vma=False,  # as for the other kernels: a pallas_call does not declare how it varies over the mesh
-        )
-        return sharded(x, weights, layer, adapters)
-
-    def _specs(self, name: str, adapters: LowRank | None, rows: PartitionSpec) -> LowRank | None:
-        """Returns how the adapters of a projection are split over the mesh."""
-        if adapters is None:
-            return None
-        pairs = zip(TARGETS_OF[name], adapters.a, adapters.b, strict=False)
-        split = [self.layout.factors(target, a.shape, b.shape) for target, a, b in pairs]
-        a, b = (tuple(sharding.spec for sharding in side) for side in zip(*split, strict=True))
-        return LowRank(a, b, rows, PartitionSpec())
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Stacked:
-    """A projection of one layer, which is not taken out of the stack of all layers' weights.
-
-    Attributes:
-        weights: [L, din, dout, ..], or Panels.
-        layer: i32[], the layer.
-        name: The projection, one of PROJECTIONS.
-        linear: The product.
-    """
-
-    weights: jax.Array | Panels
-    layer: Array
-    name: str = dataclasses.field(metadata={"static": True})
-    linear: MeshLinear = dataclasses.field(metadata={"static": True})
-
-
-def product(
-    x: Array, weight: nnx.Param | Stacked, bank: Adapters | None, slots: Array, first: int
-) -> tuple[jax.Array, Adapters | None]:
-    """Multiplies rows with a projection, and adds what the adapters add if the product's kernel does so.
-
-    Args:
-        x: [B, din], the rows.
-        weight: [din, dout, ..], the weights of one layer.
-        bank: The adapters; None for none.
-        slots: i32[B], the adapter slot of each row.
-        first: The first row that may use an adapter.
-
-    Returns:
-        [B, dout, ..], for Panels [B, dout]; and the adapters whose parts are still to be added, None for none.
-    """
-    if isinstance(weight, Stacked):
-        adapters = bank.within(weight.name, slots, first) if isinstance(bank, LayerBank) else None
-        out = weight.linear(weight.name, x, weight.weights, weight.layer, adapters)
-        return out, bank if adapters is None else None
-    return jnp.tensordot(x, weight[...], 1), bank  # the weight is not reshaped: it may be split by F on the mesh
+BLOCK_PARAMS = (*NORMS, *PROJECTIONS, "qkv_bias", "router", *EXPERTS)
 
 
 class Block(nnx.Module):
@@ -157,6 +47,10 @@ class Block(nnx.Module):
     mlp_norm: nnx.Param | None
     gate_up: nnx.Param
     down: nnx.Param
+    router: nnx.Param  # in place of gate_up and down, as the experts
+    experts_gate: nnx.Param
+    experts_up: nnx.Param
+    experts_down: nnx.Param
     mlp_post_norm: nnx.Param | None
 
     def __init__(self, params: dict[str, Any]):
@@ -172,12 +66,13 @@ class Block(nnx.Module):
             linear: The product with a projection.
         """
         stacks = {name: param.get_value() for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
-        layers = {name: stack[layer] for name, stack in stacks.items() if name not in PROJECTIONS}
+        products = [name for name in (*PROJECTIONS, *EXPERTS) if name in stacks]
+        layers = {name: stack[layer] for name, stack in stacks.items() if name not in products}
         # One small kernel takes out all the norms, as rms_norm uses them. Left to itself, XLA:GPU makes copies whose
         # addresses depend on the layer, and for them the host has to rewrite the CUDA graph of a layer before each one.
         vectors, unravel = ravel_pytree({name: layers[name].astype(jnp.float32) for name in NORMS if name in layers})
         block = Block(layers | unravel(lax.optimization_barrier(vectors)))
-        for name in PROJECTIONS:
+        for name in products:
             setattr(block, name, nnx.data(Stacked(stacks[name], layer, name, linear)))
         return block
 
@@ -226,7 +121,8 @@ class Block(nnx.Module):
         query, key, value = query.reshape(b, n, h), key.reshape(b, k, h), value.reshape(b, k, h)
         if not config.qk_norm_whole:
             query, key = _normed(config, query, self.q_norm), _normed(config, key, self.k_norm)
-        return rope(query, tables), rope(key, tables), value
+        query, key = (rope(x, tables, config.rope_interleaved) for x in (query, key))
+        return query, key, value
 
     def attention_output(
         self, config: ModelConfig, bank: Adapters | None, attended: jax.Array, slots: Array, first: int
@@ -249,7 +145,7 @@ class Block(nnx.Module):
         return _added(config, out, self.attn_post_norm)
 
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
-        """Computes what the SwiGLU MLP adds to the residual stream.
+        """Computes what the gated MLP, or the mixture of several, adds to the residual stream.
 
         Args:
             config: The trunk's sizes and options.
@@ -262,16 +158,27 @@ class Block(nnx.Module):
             [B, D].
         """
         x = _normed(config, x, self.mlp_norm)
+        if config.num_experts:
+            return _added(config, self._mixture(config, x), self.mlp_post_norm)
         gate_up, apart = product(x, self.gate_up, bank, slots, first)
         gate_up = gate_up.reshape(len(x), 2, config.intermediate_size)
         gate, up = gate_up[:, 0], gate_up[:, 1]
         if apart is not None:
             gate = apart.add("gate_proj", gate, x, slots, first)
             up = apart.add("up_proj", up, x, slots, first)
-        hidden = jax.nn.silu(gate) * up
+        hidden = activation(config, gate) * up
         out, bank = product(hidden, self.down, bank, slots, first)
         out = bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
         return _added(config, out, self.mlp_post_norm)
+
+    def _mixture(self, config: ModelConfig, x: jax.Array) -> jax.Array:
+        """Computes the mixture of experts of rows [B, D]."""
+        weights = [getattr(self, name) for name in EXPERTS]
+        router, first = self.router[...], weights[0]
+        if isinstance(first, Stacked):
+            experts, linear = Experts(*(weight.weights for weight in weights)), first.linear
+            return mixture(config, x, router, experts, first.layer, linear.layout, linear.implementation)
+        return mixture(config, x, router, Experts(*(weight[...][None] for weight in weights)), 0)
 
 
 def _normed(config: ModelConfig, x: jax.Array, weight: nnx.Param | None) -> jax.Array:

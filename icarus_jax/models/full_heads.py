@@ -20,9 +20,10 @@ import numpy as np
 from flax import nnx
 
 from icarus_jax.config import HeadConfig, ModelConfig
-from icarus_jax.models.block import BLOCK_PARAMS, Block, MeshLinear, Pin
+from icarus_jax.models.block import BLOCK_PARAMS, Block, Pin
 from icarus_jax.models.head_bank import Adapters, Factors
 from icarus_jax.models.layers import Tables, rms_norm
+from icarus_jax.models.products import MeshLinear
 from icarus_jax.models.sharding import Weight
 from icarus_jax.models.trunk import Trunk
 from icarus_jax.weights.checkpoint import TrunkCheckpoint, load_trunk, save_orbax

@@ -7,7 +7,7 @@ Slot 0 stands for the trunk and is not in the bank.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
@@ -18,7 +18,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jax.typing import DTypeLike
 
-from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
+from icarus_jax.config import TARGETS, EngineConfig, ModelConfig
 from icarus_jax.models.sharding import FACTOR_AXES, PARAM_AXES, MeshLayout
 from pallas_kernels.lora import LowRank, lora
 
@@ -66,9 +66,11 @@ class HeadBank(nnx.Module):
             targets: The projections that adapters may change.
         """
         self.num_slots, self.rank, self.targets = num_slots, rank, tuple(targets)
-        for target, shape in config.target_shapes.items():
-            a, b = ((config.num_layers, num_slots, rank, size) for size in shape)
-            factors = Lora(jnp.zeros(a, dtype), jnp.zeros(b, dtype)) if target in targets else None
+        for target in TARGETS:
+            factors = None
+            if target in targets:
+                a, b = ((config.num_layers, num_slots, rank, size) for size in config.target_shapes[target])
+                factors = Lora(jnp.zeros(a, dtype), jnp.zeros(b, dtype))
             setattr(self, target, nnx.data(factors))
 
 
@@ -89,8 +91,27 @@ def make_bank(
     """
     num_slots = config.max_loras or num_heads
     rank = config.max_lora_rank or max(ranks, default=DEFAULT_RANK)
-    targets = TARGETS if adapt_writers else LORA_TARGETS
+    targets = tuple(model.target_shapes) if adapt_writers else model.lora_targets
     return HeadBank(model, config.dtype, num_slots, rank, targets) if num_slots else None
+
+
+def abstract_bank(layout: MeshLayout, make: Callable[[], HeadBank | None]) -> HeadBank | None:
+    """Makes a head bank of shapes and shardings instead of arrays.
+
+    Args:
+        layout: The mesh, and where the factors lie on it.
+        make: A function that makes the bank; None if there are no heads.
+
+    Returns:
+        The bank that `make` returns, with a jax.ShapeDtypeStruct for each array.
+    """
+    bank = nnx.eval_shape(make)
+    for target in TARGETS if bank is not None else ():
+        if (lora := getattr(bank, target)) is not None:
+            pair = lora.a.get_value(), lora.b.get_value()
+            for side, x, sharding in zip("ab", pair, layout.factors(target, *(x.shape for x in pair)), strict=True):
+                setattr(lora, side, nnx.Param(jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)))
+    return bank
 
 
 class Adapters(Protocol):

@@ -51,6 +51,18 @@ QWEN3_8B = ModelConfig(
     qk_norm=True,
 )
 QWEN3_14B = dataclasses.replace(QWEN3_8B, hidden_size=5120, intermediate_size=17408, num_layers=40, num_heads=40)
+# The published intermediate_size, 6144, is that of layers without experts, of which there are none.
+QWEN3_30B_A3B = dataclasses.replace(
+    QWEN3_8B,
+    family="qwen3_moe",
+    hidden_size=2048,
+    intermediate_size=768,
+    num_layers=48,
+    num_kv_heads=4,
+    num_experts=128,
+    num_experts_per_tok=8,
+    norm_topk_prob=True,
+)
 
 MODELS: dict[str, ModelConfig] = {
     "smollm2-135m": SMOLLM2_135M,
@@ -59,4 +71,5 @@ MODELS: dict[str, ModelConfig] = {
     "llama-3.1-70b": LLAMA31_70B,
     "qwen3-8b": QWEN3_8B,
     "qwen3-14b": QWEN3_14B,
+    "qwen3-30b-a3b": QWEN3_30B_A3B,
 }

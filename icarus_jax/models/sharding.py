@@ -38,6 +38,7 @@ class Rules:
         rows: B, outside of attention.
         vocab: V.
         mlp: F.
+        experts: E.
         kv_heads: K.
         query_lanes: N * H, as attention takes them: each `page` device of a KV head needs all of its queries.
         attended_lanes: N * H, as the output projection takes them.
@@ -48,6 +49,7 @@ class Rules:
     rows: tuple[str, ...] = ("data",)
     vocab: tuple[str, ...] = ("model", "page")
     mlp: tuple[str, ...] = ("model", "page")
+    experts: tuple[str, ...] = ("model", "page")
     kv_heads: tuple[str, ...] = ("model",)
     query_lanes: tuple[str, ...] = ("model",)
     attended_lanes: tuple[str, ...] = ("model", "page")
@@ -71,6 +73,9 @@ PARAM_AXES = {
     "o": ("layers", "attended_lanes", "embed"),
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
+    "router": ("layers", "embed", "choices"),
+    **dict.fromkeys(("experts_gate", "experts_up"), ("layers", "experts", "embed", "expert_mlp")),
+    "experts_down": ("layers", "experts", "expert_mlp", "embed"),
 }
 # For each platform, the orders in which a weight's dimensions may lie in a device's memory, the outermost first. The
 # runtime chooses the order of weights and platforms that are not here. A TPU stores the last two dimensions in tiles of
@@ -99,6 +104,7 @@ FACTOR_AXES = {
     "down_proj": ("mlp", "embed"),
 }
 KV_PAGES_AXES = ("layers", "pages", "kv_heads", "kv_tokens", "head_dim")
+KV_SCALES_AXES = ("layers", "kv_heads", "two", "head_dim")
 
 
 Bank = TypeVar("Bank", bound=nnx.Module)
@@ -253,6 +259,24 @@ def make_mesh_layout(
     return layout
 
 
+def device_parts(sharding: NamedSharding, shape: tuple[int, ...]) -> list[tuple[jax.Device, tuple[slice, ...]]]:
+    """Lists the parts of an array that the devices of this process hold.
+
+    Args:
+        sharding: How the array is split.
+        shape: Its shape.
+
+    Returns:
+        Devices and their parts, a slice with a start and a stop for each axis. Equal parts are neighbours.
+    """
+
+    def bounded(index: Any) -> tuple[slice, ...]:
+        return tuple(slice(*part.indices(n)[:2]) for part, n in zip(index, shape, strict=True))
+
+    parts = sharding.addressable_devices_indices_map(shape).items()
+    return sorted(((d, bounded(index)) for d, index in parts), key=lambda item: [part.start for part in item[1]])
+
+
 def place(values: Weight | Restorable, sharding: NamedSharding, dtype: DTypeLike) -> jax.Array:
     """Puts a weight on its devices.
 
@@ -266,12 +290,10 @@ def place(values: Weight | Restorable, sharding: NamedSharding, dtype: DTypeLike
     if isinstance(values, Restorable):
         return values.restore(sharding, dtype)
     shape = tuple(values.shape)
-    parts = sharding.addressable_devices_indices_map(shape)
-    begin = lambda index: [part.indices(n)[0] for part, n in zip(index, shape, strict=True)]  # noqa: E731
     shards, last, piece = [], None, None
-    for device, index in sorted(parts.items(), key=lambda item: begin(item[1])):
-        if piece is None or begin(index) != last:
-            piece, last = None, begin(index)  # this part is freed before the next one is read
+    for device, index in device_parts(sharding, shape):
+        if piece is None or index != last:
+            piece, last = None, index  # this part is freed before the next one is read
             piece = np.asarray(values[index], dtype)
         shards.append(jax.block_until_ready(jax.device_put(piece, device)))
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

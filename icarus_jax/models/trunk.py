@@ -8,7 +8,7 @@ and store nothing.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -16,13 +16,18 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.config import AS_STORED, EngineConfig, ModelConfig
 from icarus_jax.models.attention import append_and_attend
-from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block, MeshLinear
+from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block
 from icarus_jax.models.head_bank import HeadBank, LayerBank
-from icarus_jax.models.layers import rms_norm, rope_tables, tables_of_layer
+from icarus_jax.models.layers import rms_norm, rope_tables, scaled_queries, soft_cap, tables_of_layer, window_of_layer
+from icarus_jax.models.products import MeshLinear
+from icarus_jax.models.quantising import abstract_quantised, place_quantised
 from icarus_jax.models.sharding import MeshLayout, Weight
-from pallas_kernels.linear import Panels, linear, pack, pack_transposed
+from icarus_jax.weights.gguf_blocks import read_blocks
+from icarus_jax.weights.params import EXPERTS
+from pallas_kernels.linear import Panels, Quantised, linear, multiply_table, pack, pack_blocks, pack_transposed
+from pallas_kernels.linear.quantised import KINDS
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
@@ -51,42 +56,98 @@ class Rows:
 
 def place_weights(
     params: Mapping[str, Weight], layout: MeshLayout, config: EngineConfig
-) -> dict[str, jax.Array | Panels]:
+) -> dict[str, jax.Array | Quantised | Panels]:
     """Puts a trunk's weights on the mesh.
 
-    On a single CPU device, the weights of matrix products are packed into Panels, as its kernel reads them. Weights are
-    placed one after the other, because the one that is being packed is in memory twice.
+    The weights of matrix products are quantised, or kept in the blocks of a GGUF file, if the config says so. On a
+    single CPU device, they are packed into Panels, as its kernels read them. Weights are placed one after the other,
+    because the one that is being packed is in memory twice.
 
     Args:
         params: The trunk's canonical parameters (weights/checkpoint.py).
         layout: The mesh.
-        config: The engine's sizes: the dtype, and the implementation of the ops.
-    """
-    packed = layout.mesh.size == 1 and layout.kernels(config.kernels) == "cpu"
-    vocabulary = "lm_head" if "lm_head" in params else "embed"  # logits are a product with its transpose
+        config: The engine's sizes: the dtype, how weights are quantised, and the implementation of the ops.
 
-    def put(name: str) -> jax.Array | Panels:
-        weight = layout.place_params({name: params[name]}, config.dtype)[name]
-        if packed and name in PROJECTIONS:
-            return jax.block_until_ready(pack(weight))
-        if packed and name == vocabulary:
-            return jax.block_until_ready(pack_transposed(weight))
-        return weight
+    Raises:
+        ValueError: The weights cannot be kept as the config says.
+    """
+    packed = _packed(layout, config)
+    _check_kept(params, layout, config)
+    vocabulary = logits_table(params)
+
+    def put(name: str) -> jax.Array | Quantised | Panels:
+        product = name in (*PROJECTIONS, vocabulary)
+        if product and config.weights == AS_STORED and (blocks := read_blocks(params[name])) is not None:
+            return jax.block_until_ready(pack_blocks(blocks.values, blocks.scales, blocks.minima))
+        if product and config.weights in KINDS:
+            weight: jax.Array | Quantised = place_quantised(name, params[name], layout, config.weights)
+        else:
+            weight = layout.place_params({name: params[name]}, config.dtype)[name]
+        if not (packed and product):
+            return weight
+        return jax.block_until_ready(pack_transposed(weight) if name == vocabulary else pack(weight))
 
     return {name: put(name) for name in params}
 
 
-def kernel_reads_layers(layout: MeshLayout, kernels: str) -> bool:
-    """Returns whether products read a layer's weights from the stack of all layers, without taking them out.
+def _packed(layout: MeshLayout, config: EngineConfig) -> bool:
+    """Returns whether the weights of matrix products are packed into Panels: on a single CPU device, in float32."""
+    return layout.mesh.size == 1 and layout.kernels(config.kernels) == "cpu" and config.dtype == "float32"
 
-    The kernels for GPUs and for a single CPU device do so. XLA takes each layer's weights out, in a layout that it
-    chooses: on a TPU without a copy, as part of the product.
+
+def _check_kept(params: Collection[str], layout: MeshLayout, config: EngineConfig) -> None:
+    """Raises ValueError if the weights of these parameters cannot be kept as the config says."""
+    if config.weights and not set(EXPERTS).isdisjoint(params):
+        raise ValueError(f"engine.weights={config.weights!r}: experts are kept in engine.dtype; engine.weights='' is")
+    if config.weights == AS_STORED and not _packed(layout, config):
+        raise ValueError(
+            f"engine.weights={AS_STORED!r} is for a single CPU device and engine.dtype='float32'; elsewhere there is "
+            "engine.weights='int8'"
+        )
+
+
+def logits_table(params: Collection[str]) -> str:
+    """Returns the name of the parameter [V, D] with whose transpose logits are a product.
 
     Args:
+        params: The names of the trunk's parameters.
+    """
+    return "lm_head" if "lm_head" in params else "embed"
+
+
+def abstract_weights(shapes: Mapping[str, tuple[int, ...]], layout: MeshLayout, config: EngineConfig) -> dict[str, Any]:
+    """Returns shapes, dtypes and shardings of what `place_weights` makes, on devices other than CPUs.
+
+    Args:
+        shapes: The shapes of the trunk's canonical parameters.
+        layout: The mesh.
+        config: The engine's sizes.
+
+    Raises:
+        ValueError: The weights cannot be kept as the config says.
+    """
+    _check_kept(shapes, layout, config)
+
+    def describe(name: str, shape: tuple[int, ...]) -> Any:
+        if config.weights and name in (*PROJECTIONS, logits_table(shapes)):
+            return abstract_quantised(name, shape, layout, config.weights)
+        return jax.ShapeDtypeStruct(shape, config.dtype, sharding=layout.held(name, shape))
+
+    return {name: describe(name, shape) for name, shape in shapes.items()}
+
+
+def kernel_reads_layers(config: ModelConfig, layout: MeshLayout, kernels: str) -> bool:
+    """Returns whether products read a layer's weights from the stack of all layers, without taking them out.
+
+    The kernels for GPUs and for a single CPU device do so, and those of experts everywhere. XLA takes each layer's
+    weights out, in a layout that it chooses: on a TPU without a copy, as part of the product.
+
+    Args:
+        config: The model's options.
         layout: The mesh.
         kernels: The implementation of the ops.
     """
-    return kernels == "gpu" or (kernels == "cpu" and layout.mesh.size == 1)
+    return bool(config.num_experts) or kernels == "gpu" or (kernels == "cpu" and layout.mesh.size == 1)
 
 
 class Trunk(nnx.Module):
@@ -94,10 +155,11 @@ class Trunk(nnx.Module):
 
     Attributes:
         config: The model's sizes and options.
-        embed: [V, D], the token embeddings; or Panels of their transpose.
+        embed: [V, D], the token embeddings, or Quantised; or Panels of their transpose.
         blocks: The weights of all layers.
         final_norm: [D], the weights of the last RMSNorm.
-        lm_head: [V, D], or Panels of its transpose; None if the embeddings take its place.
+        lm_head: [V, D], or Quantised; or Panels of its transpose; None if the embeddings take its place.
+        kv_scales: f32[L, K, 2, H], the scales of KV pages of 8 bits (engine/kv_scales.py); None for other pages.
     """
 
     def __init__(self, config: ModelConfig, params: dict[str, Any]):
@@ -112,11 +174,17 @@ class Trunk(nnx.Module):
         self.blocks = Block({name: params[name] for name in BLOCK_PARAMS if name in params})
         self.final_norm = nnx.Param(params["final_norm"])
         self.lm_head = nnx.data(None if config.tie_word_embeddings else nnx.Param(params["lm_head"]))
+        self.kv_scales: nnx.Param | None = nnx.data(None)
 
     def embedded(self, tokens: Array) -> jax.Array:
         """Embeds the tokens i32[B] as rows [B, D]."""
         embed = self.embed.get_value()
-        x = embed.columns(0, tokens) if isinstance(embed, Panels) else embed[tokens]
+        if isinstance(embed, Panels):
+            x = embed.columns(0, tokens)
+        elif isinstance(embed, Quantised):
+            x = embed.rows(tokens, self.final_norm[...].dtype)
+        else:
+            x = embed[tokens]
         multiplier = self.config.embedding_multiplier
         return x if multiplier == 1.0 else x * multiplier
 
@@ -132,14 +200,14 @@ class Trunk(nnx.Module):
     def logits(self, x: jax.Array) -> jax.Array:
         """Turns normalised rows [S, D] into logits f32[S, V]."""
         out, scaling = self._products(x), self.config.logits_scaling
-        return out if scaling == 1.0 else out / scaling
+        return soft_cap(out if scaling == 1.0 else out / scaling, self.config.final_logit_softcapping)
 
     def _products(self, x: jax.Array) -> jax.Array:
         """Multiplies rows [S, D] with every row of the logits' weights: f32[S, V]."""
         weight = (self.embed if self.lm_head is None else self.lm_head).get_value()
         if isinstance(weight, Panels):
             return linear(x, weight, 0, implementation="cpu")[:, : self.config.vocab_size]
-        return lax.dot_general(x, weight, (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32)
+        return multiply_table(x, weight)
 
     def __call__(
         self,
@@ -172,8 +240,9 @@ class Trunk(nnx.Module):
         first = 0 if adapt_writers or together else num_writers
         positions = jnp.maximum(rows.work.positions, 0)
         tables = rope_tables(config, positions)
+        kv_scales = None if self.kv_scales is None else self.kv_scales[...]
         block_def, block_state = nnx.split(self.blocks)
-        stay = kernel_reads_layers(layout, kernels)
+        stay = kernel_reads_layers(config, layout, kernels)
         multiply = MeshLinear(layout, kernels)
 
         def pin(x: jax.Array) -> jax.Array:
@@ -185,6 +254,7 @@ class Trunk(nnx.Module):
             adapters = LayerBank(bank, index, rows.active, kernels, layout) if bank is not None else None
             rotation = tables_of_layer(config, tables, index)
             q, k, v = block.attention_inputs(config, adapters, x, rows.slots, first, rotation, pin)
+            q = scaled_queries(config, q, positions)
             attended, kv = append_and_attend(
                 layout,
                 kv,
@@ -194,7 +264,10 @@ class Trunk(nnx.Module):
                 v,
                 rows.kv_cells,
                 rows.work,
+                kv_scales,
+                window_of_layer(config, index),
                 scale=config.attention_scale,
+                soft_cap=config.attn_logit_softcapping,
                 implementation=kernels,
             )
             x = pin(x + block.attention_output(config, adapters, attended, rows.slots, first))

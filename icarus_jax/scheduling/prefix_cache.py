@@ -18,13 +18,15 @@ class PrefixCache:
     Private sequences neither find cached pages nor leave any.
     """
 
-    def __init__(self, pool: PagePool):
+    def __init__(self, pool: PagePool, window: int | None = None):
         """Starts without sequences.
 
         Args:
             pool: The pool that keeps the pages.
+            window: How many positions a row sees, up to its own, in every layer. None: in some layer it sees all.
         """
         self._pool = pool
+        self._window = window
         self._pending: dict[bytes, int] = {}  # key of a page being computed -> id of the sequence that computes it
 
     def name_pages(self, seq: Sequence) -> None:
@@ -129,6 +131,33 @@ class PrefixCache:
         if tail and len(seq.page_keys) >= full and not seq.private:
             parent = seq.chain.parent(seq.page_keys, full)
             self._register(seq, full, parent, tail, page_key(parent, tail))
+
+    def free_unseen(self, seq: Sequence) -> None:
+        """Gives back the pages of a running sequence that no row of it will see again.
+
+        They stay cached until they are evicted, like those of a sequence that has ended: a later prompt begins with all
+        pages of its prefix, whether it sees them or not. A sequence keeps pages that its session will retain, or that
+        are to be compared (private), and those of a prompt whose log-probabilities are not known yet.
+        """
+        retained = seq.session is not None and seq.session.retain_s is not None
+        scored = seq.params.prompt_logprobs is not None and not seq.num_output
+        if self._window is None or seq.private or retained or scored:
+            return
+        # The position before num_stored is the first that a row may still have: its token is sampled from there.
+        unseen = max(0, seq.num_stored - self._window) // self._pool.page_size
+        self._pool.release(seq.page_table[seq.num_freed : unseen])
+        seq.num_freed = max(seq.num_freed, unseen)
+
+    def release(self, seq: Sequence, useful: bool) -> None:
+        """Takes all pages from a sequence.
+
+        Args:
+            seq: A sequence that runs no more.
+            useful: False: its pages are evicted before all others.
+        """
+        self._pool.release(seq.held_pages, useful)
+        seq.page_table, seq.num_freed = [], 0
+        self.forget(seq)
 
     def _register(self, seq: Sequence, i: int, parent: bytes, tokens: list[int], key: bytes) -> None:
         self._pool.register(seq.page_table[i], Content(parent, tuple(tokens), key, seq.model.name))

@@ -28,6 +28,7 @@ from icarus_jax.scheduling.sessions import Sessions
 from icarus_jax.scheduling.stats import SchedulerStats
 
 log = logging.getLogger(__name__)
+Clock = Callable[[], float]
 
 
 class Scheduler:
@@ -44,17 +45,20 @@ class Scheduler:
         stats: Counters.
     """
 
-    def __init__(self, config: EngineConfig, num_slots: int = 0, clock: Callable[[], float] = time.monotonic):
+    def __init__(
+        self, config: EngineConfig, num_slots: int = 0, clock: Clock = time.monotonic, window: int | None = None
+    ):
         """Makes a scheduler without sequences.
 
         Args:
             config: The engine's sizes.
             num_slots: The number of adapter slots.
             clock: Returns the time in seconds; sessions expire by it.
+            window: How many positions a row sees in every layer. None: in some layer it sees all.
         """
         self.config = config
         self.pool = PagePool(config.num_pages, config.page_size, config.enable_prefix_caching)
-        self.cache = PrefixCache(self.pool)
+        self.cache = PrefixCache(self.pool, window)
         self.slots = AdapterSlots(num_slots)
         self.sessions = Sessions(self.pool, clock)
         self.waiting: deque[Sequence] = deque()
@@ -236,6 +240,7 @@ class Scheduler:
         if seq.status is Status.RUNNING:  # else it has lost its pages since then; what was sampled still counts
             before, seq.num_stored = seq.num_stored, end
             self.cache.add_filled(seq, before)
+            self.cache.free_unseen(seq)
 
     def _accept(self, work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
         """Gives a sequence its token. If its grammar or its handoff rule fails, it alone is ended."""
@@ -291,6 +296,4 @@ class Scheduler:
         self.cache.add_tail(seq)
         self.running.remove(seq)
         self.slots.release(seq.model)
-        self.pool.release(seq.page_table, useful)
-        seq.page_table = []
-        self.cache.forget(seq)
+        self.cache.release(seq, useful)

@@ -57,6 +57,7 @@ class Sequence:
         cached_tokens: How many prompt tokens were cached when it was first admitted; None before that.
         overtaken: How many later arrivals were admitted while it was the first in line.
         page_table: Its pages, in order of position.
+        num_freed: How many of them, from the first on, it has given back: no row of it sees them any more.
         adapted_from: The first position whose K/V the model's own adapter makes; NEVER if the trunk makes all.
         chain: How its pages are named.
         page_keys: The keys of its full pages, as far as they have been needed.
@@ -89,6 +90,7 @@ class Sequence:
     cached_tokens: int | None = None
     overtaken: int = 0
     page_table: list[int] = dataclasses.field(default_factory=list)
+    num_freed: int = 0
     adapted_from: int = NEVER
     chain: Chain = dataclasses.field(default_factory=Chain)
     page_keys: list[bytes] = dataclasses.field(default_factory=list)
@@ -109,6 +111,11 @@ class Sequence:
         position uses.
         """
         return [self.model.slot] * num if self.model.kind == "shared" else self.writer_slots(start, num)
+
+    @property
+    def held_pages(self) -> list[int]:
+        """The pages that it holds."""
+        return self.page_table[self.num_freed :]
 
     def give_up_flight(self) -> None:
         """Gives up the results of the steps in flight. What they would have sampled is sampled again."""

@@ -9,9 +9,10 @@ efficiencies. It is a simulation, not a measurement: a tuned engine may reach th
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 
-from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
+from icarus_jax.config import ModelConfig
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import Chip
 
@@ -102,6 +103,33 @@ def load_of(plan: StepPlan) -> Load:
     return load
 
 
+def row_weights(model: ModelConfig) -> int:
+    """Returns the number of a layer's weights that a row is multiplied with."""
+    projections = sum(din * dout for din, dout in model.target_shapes.values())
+    if not model.num_experts:
+        return projections
+    chosen = model.num_experts_per_tok or 0
+    return projections + model.hidden_size * model.num_experts + chosen * _expert_weights(model)
+
+
+def layer_weights(model: ModelConfig, rows: float) -> float:
+    """Returns the number of a layer's weights that a step reads.
+
+    Args:
+        model: The model's sizes.
+        rows: The rows of the step. Of experts those are read that have a row, if each row's are as good as random.
+    """
+    if not model.num_experts:
+        return row_weights(model)
+    chosen = model.num_experts_per_tok or 0
+    read = model.num_experts * (1 - (1 - chosen / model.num_experts) ** rows)
+    return row_weights(model) + (read - chosen) * _expert_weights(model)
+
+
+def _expert_weights(model: ModelConfig) -> int:
+    return 3 * model.hidden_size * model.intermediate_size
+
+
 class Roofline:
     """The roofline of one model on several chips that split every weight (tensor parallelism).
 
@@ -138,13 +166,14 @@ class Roofline:
         self.model, self.chip, self.shards = model, chip, shards
         self.assumed = a = assumptions or Assumptions()
         self._rows = rows
-        shapes, layers = model.target_shapes, model.num_layers
-        self._matrix = layers * sum(i * o for i, o in (shapes[t] for t in TARGETS))  # weights of the projections
+        layers = model.num_layers
         self._vocab = model.vocab_size * model.hidden_size
-        self._lora = layers * rank * sum(sum(shapes[t]) for t in LORA_TARGETS)  # weights of one adapter
+        adapted = [model.target_shapes[target] for target in model.lora_targets]
+        self._lora = layers * rank * sum(map(sum, adapted))  # weights of one adapter
         d, f, q = _ROW_VECTORS
         heads = model.num_heads * model.head_dim
-        self._row_bytes = layers * a.weight_bytes * (d * model.hidden_size + f * model.intermediate_size + q * heads)
+        mlp = model.intermediate_size * (model.num_experts_per_tok or 1)
+        self._row_bytes = layers * a.weight_bytes * (d * model.hidden_size + f * mlp + q * heads)
         self.kv_token_bytes = 2 * layers * model.num_kv_heads * model.head_dim * a.kv_bytes
         # K/V is split by KV head. If there are more chips than KV heads, several chips store the same K/V.
         self._kv_shards = min(shards, model.num_kv_heads)
@@ -153,7 +182,8 @@ class Roofline:
     def weight_bytes(self) -> int:
         """Bytes of the whole model's weights, over all chips."""
         tables = 1 if self.model.tie_word_embeddings else 2
-        return self.assumed.weight_bytes * (self._matrix + tables * self._vocab)
+        layers = self.model.num_layers * layer_weights(self.model, math.inf)
+        return self.assumed.weight_bytes * (int(layers) + tables * self._vocab)
 
     def num_pages(self, page_size: int, adapters: int) -> int:
         """Computes how many pages fit in the memory that weights and adapters leave free.
@@ -196,8 +226,9 @@ class Roofline:
         """Returns the FLOPs and bytes of the products with weights: layers, adapters, logits."""
         writers, readers, logits = self._rows(load.writers, load.readers, load.logits)
         rows = writers + readers
-        flops = 2 * (self._matrix * rows + self._lora * load.adapted + self._vocab * logits)
-        read = self._matrix + (self._vocab if logits else 0) + load.adapters * self._lora
+        layers = self.model.num_layers
+        flops = 2 * (layers * row_weights(self.model) * rows + self._lora * load.adapted + self._vocab * logits)
+        read = layers * layer_weights(self.model, rows) + (self._vocab if logits else 0) + load.adapters * self._lora
         moved = self.assumed.weight_bytes * (read + logits * self.model.vocab_size) + rows * self._row_bytes
         return flops, moved
 

@@ -7,6 +7,8 @@ The canonical parameters, with the axis letters of config.py. A weight W has its
     qkv [L, D, K, G + 2, H]   qkv_bias [L, K, G + 2, H] (qkv_bias)   o [L, N * H, D]   gate_up [L, D, 2, F]
     down [L, F, D]   attn_norm, mlp_norm [L, D] (pre_norm)   attn_post_norm, mlp_post_norm [L, D] (post_norm)
     q_norm, k_norm [L, H] (qk_norm), or q_norm [L, N * H] and k_norm [L, K * H] (qk_norm_whole)
+    router [L, D, E], experts_gate, experts_up [L, E, D, F], experts_down [L, E, F, D], in place of gate_up and down
+    (num_experts)
 
 In brackets: the option of ModelConfig with which a model has them.
 
@@ -30,9 +32,11 @@ from etils import epath
 
 from icarus_jax.config import DTYPES, ModelConfig, RopeScaling
 from icarus_jax.weights import tokenizer as tokenizers
+from icarus_jax.weights.config_check import check_config
 from icarus_jax.weights.gguf import GgufTrunk
-from icarus_jax.weights.huggingface import HfTrunk
-from icarus_jax.weights.params import TensorSource, check_config, identify, param_shapes, stored_params
+from icarus_jax.weights.merging import merged
+from icarus_jax.weights.params import TensorSource, identify, param_shapes, stored_params
+from icarus_jax.weights.quantised import open_folder
 from icarus_jax.weights.reading import Stamp, read_json, stamp, unchanged, whole
 from icarus_jax.weights.sources import resolve
 
@@ -67,12 +71,13 @@ class TrunkCheckpoint:
         return self.identify()
 
 
-def open_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
+def open_trunk(source: str, dtype: str = "float32", adapter: str = "") -> TrunkCheckpoint:
     """Opens a trunk without reading its weights.
 
     Args:
         source: Any source that `sources.resolve` knows. It is downloaded if necessary.
         dtype: The dtype of the parameters when they are read: 'float32' or 'bfloat16'.
+        adapter: A LoRA that is merged into the weights (merging.py); empty for none.
 
     Returns:
         The trunk. A parameter is read from disk when it is indexed.
@@ -82,25 +87,28 @@ def open_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: weights are kept as {' or '.join(DTYPES)}")
+    if adapter:
+        return merged(open_trunk(source), adapter, dtype)
     path = resolve(source)
     if path.is_dir() and (path / METADATA).exists():
         return _open_orbax(path, dtype)
     if path.suffix == ".gguf":
         tensors: TensorSource = GgufTrunk(path)
     elif path.is_dir() and (path / "config.json").exists():
-        tensors = HfTrunk(path)
+        tensors = open_folder(path)
     else:
         raise ValueError(f"{path} is no trunk: a folder holds config.json (Hugging Face) or {METADATA} (Orbax)")
     params = stored_params(tensors, dtype, str(path))
     return TrunkCheckpoint(tensors.config, params, functools.cache(lambda: identify(params.values())), path)
 
 
-def load_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
+def load_trunk(source: str, dtype: str = "float32", adapter: str = "") -> TrunkCheckpoint:
     """Loads a trunk with all of its parameters in memory, as NumPy arrays.
 
     Args:
         source: Any source that `sources.resolve` knows. It is downloaded if necessary.
         dtype: The dtype of the parameters: 'float32' or 'bfloat16'.
+        adapter: A LoRA that is merged into the weights (merging.py); empty for none.
 
     Returns:
         The trunk.
@@ -108,7 +116,7 @@ def load_trunk(source: str, dtype: str = "float32") -> TrunkCheckpoint:
     Raises:
         ValueError: There is no such source, or its model or file is not supported. The message has one line.
     """
-    trunk = open_trunk(source, dtype)
+    trunk = open_trunk(source, dtype, adapter)
     whole = {name: values[(slice(None),) * len(values.shape)] for name, values in trunk.params.items()}
     return dataclasses.replace(trunk, params=whole)
 

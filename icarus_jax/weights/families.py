@@ -7,6 +7,7 @@ entry here sets. To add a family, add an entry to FAMILIES and to the tests (CON
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,16 +23,23 @@ class Family:
 
     Attributes:
         options: Reads the options of ModelConfig from a config.json. Sizes, rope and what all families have are read
-            elsewhere (huggingface.py, gguf.py).
+            elsewhere (huggingface.py, gguf.py); a size that is here goes before.
         defaults: What a config.json means that leaves these keys out.
         fused: A module whose rows are those of several others -> these modules, in the order of their rows.
+        renamed: A module under the name that the family's files give it -> its name in params.py.
+        architecture: GGUF's name of the family; empty: Hugging Face's `model_type`.
         neighbours: Whether GGUF files hold the rows of q and k for a rotation of neighbouring lanes (gguf.py).
+        norms_of_zero: Whether a norm's weight in Hugging Face's files is what it differs from 1 by; in GGUF files it is
+            the whole.
     """
 
     options: Callable[[Settings], dict[str, Any]] = lambda config: {}
     defaults: Settings = dataclasses.field(default_factory=dict)
     fused: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    architecture: str = ""
     neighbours: bool = False
+    norms_of_zero: bool = False
 
 
 def _granite(config: Settings) -> dict[str, Any]:
@@ -52,13 +60,83 @@ def _smollm3(config: Settings) -> dict[str, Any]:
     return {"nope_layers": tuple(layer for layer, rotates in enumerate(rotated[:layers]) if not rotates)}
 
 
-# By Hugging Face's `model_type`, which is GGUF's `general.architecture` too.
+def _glm4(config: Settings) -> dict[str, Any]:
+    return {**_phi3(config), "rope_interleaved": True, "post_norm": True, "qkv_bias": config["attention_bias"]}
+
+
+def _qwen3_moe(config: Settings) -> dict[str, Any]:
+    return {
+        "qk_norm": True,
+        "intermediate_size": config["moe_intermediate_size"],
+        "num_experts": config.get("num_experts") or config["num_local_experts"],
+        "num_experts_per_tok": config["num_experts_per_tok"],
+        "norm_topk_prob": config.get("norm_topk_prob", False),
+    }
+
+
+def _gemma2(config: Settings) -> dict[str, Any]:
+    return {
+        "post_norm": True,
+        "hidden_act": config.get("hidden_activation", "gelu_pytorch_tanh"),
+        "embedding_multiplier": math.sqrt(config["hidden_size"]),
+        "attention_multiplier": 1 / math.sqrt(config["query_pre_attn_scalar"]),
+        "attn_logit_softcapping": config.get("attn_logit_softcapping", 50.0),
+        "final_logit_softcapping": config.get("final_logit_softcapping", 30.0),
+    }
+
+
+def _gemma3(config: Settings) -> dict[str, Any]:
+    local = {"rope_theta": config.get("rope_local_base_freq", 10000.0)}
+    local |= (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    return {
+        **_gemma2({"final_logit_softcapping": None, **config, "attn_logit_softcapping": None}),
+        "qk_norm": True,
+        "local_rope_theta": float(local["rope_theta"]),
+    }
+
+
+_QWEN_WINDOW: Settings = {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28}
+_GEMMA_NORMS = {
+    "post_attention_layernorm": "post_self_attn_layernorm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+}
+_GEMMA: Settings = {  # what both of them mean by a config.json that leaves these out, as the larger Gemma 3 do
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "head_dim": 256,
+    "query_pre_attn_scalar": 256,
+    "sliding_window": 4096,
+    "tie_word_embeddings": True,
+}
+
+_MINISTRAL3_ROPE: Settings = {
+    "rope_type": "yarn",
+    "rope_theta": 1000000.0,
+    "factor": 16.0,
+    "original_max_position_embeddings": 16384,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+
+# By Hugging Face's `model_type`.
 FAMILIES: dict[str, Family] = {
     "llama": Family(neighbours=True),
     "mistral": Family(defaults={"sliding_window": 4096}),
     "ministral": Family(defaults={"sliding_window": 4096}),
-    "qwen2": Family(lambda config: {"qkv_bias": True}),
-    "qwen3": Family(lambda config: {"qk_norm": True}),
+    "ministral3": Family(defaults={"rope_parameters": _MINISTRAL3_ROPE}),
+    "qwen2": Family(lambda config: {"qkv_bias": True}, defaults=_QWEN_WINDOW),
+    "qwen3": Family(lambda config: {"qk_norm": True}, defaults=_QWEN_WINDOW),
+    "qwen3_moe": Family(
+        _qwen3_moe,
+        defaults={
+            "moe_intermediate_size": 768,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 8,
+            "use_sliding_window": False,
+        },
+        architecture="qwen3moe",
+    ),
     "granite": Family(_granite, neighbours=True),
     "phi3": Family(
         _phi3,
@@ -69,8 +147,60 @@ FAMILIES: dict[str, Family] = {
     "olmo2": Family(
         lambda config: {"pre_norm": False, "post_norm": True, "qk_norm": True, "qk_norm_whole": True},
         defaults={"rms_norm_eps": 1e-5},
+        renamed={"post_attention_layernorm": "post_self_attn_layernorm"},
+    ),
+    "glm4": Family(
+        _glm4,
+        defaults={"partial_rotary_factor": 0.5, "rms_norm_eps": 1.5625e-07, "attention_bias": True},
+        fused={"gate_up_proj": ("gate_proj", "up_proj")},
+        renamed={"post_mlp_layernorm": "post_feedforward_layernorm"},
+    ),
+    "gemma2": Family(
+        _gemma2,
+        defaults={**_GEMMA, "sliding_window_pattern": 2, "vocab_size": 256000, "max_position_embeddings": 8192},
+        renamed=_GEMMA_NORMS,
+        norms_of_zero=True,
+    ),
+    "gemma3_text": Family(
+        _gemma3,
+        defaults={
+            **_GEMMA,
+            "sliding_window_pattern": 6,
+            "vocab_size": 262208,
+            "max_position_embeddings": 131072,
+            "rope_theta": 1000000.0,
+        },
+        renamed=_GEMMA_NORMS,
+        architecture="gemma3",
+        norms_of_zero=True,
     ),
 }
+# Models that see images too -> the family of their language model, whose settings lie in `text_config`.
+WITH_VISION = {"gemma3": "gemma3_text"}
+ARCHITECTURES = {family.architecture or name: name for name, family in FAMILIES.items()}  # GGUF's names -> ours
+
+
+def window_options(config: Settings) -> dict[str, Any]:
+    """Reads which layers have a sliding window, as options of ModelConfig.
+
+    Args:
+        config: The content of a config.json. `layer_types` says it layer by layer; else `sliding_window_pattern` is a
+            list of whether layers have one, or says that every so many layers one has none; else the first
+            `max_window_layers` have none.
+    """
+    window = config.get("use_sliding_window", True) and config.get("sliding_window")
+    if not window:
+        return {}
+    layers = min(config["num_hidden_layers"], MOST_LAYERS)
+    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    if kinds is not None:
+        full = [layer for layer, kind in enumerate(kinds[:layers]) if kind == "full_attention"]
+    elif isinstance(pattern, list):
+        full = [layer for layer, slides in enumerate(pattern[:layers]) if not slides]
+    else:
+        first = config.get("max_window_layers", 0)
+        full = [layer for layer in range(layers) if layer < first or (pattern and (layer + 1) % pattern == 0)]
+    return {"sliding_window": window if len(full) < layers else None, "full_attention_layers": tuple(full)}
 
 
 def fused_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

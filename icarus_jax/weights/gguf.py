@@ -9,22 +9,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import gguf
 import numpy as np
 from etils import epath
 
-from icarus_jax.config import ModelConfig, RopeScaling
 from icarus_jax.weights.families import FAMILIES, unfused
-from icarus_jax.weights.gguf_file import GgufFile, GgufTensor, read_gguf
+from icarus_jax.weights.gguf_config import config_from_gguf
+from icarus_jax.weights.gguf_file import GgufTensor, read_gguf
 from icarus_jax.weights.reading import PIECE, unchanged, whole
-from icarus_jax.weights.rope import (
-    base_frequencies,
-    llama3_frequencies,
-    longrope_attention_factor,
-    yarn_attention_factor,
-)
 
 # Hugging Face's name -> llama.cpp's name, of the modules of a layer and of those outside of the layers.
 MODULES = {
@@ -40,19 +33,15 @@ MODULES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
 }
 TOP = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 _TO_HF = {gguf_name: hf for hf, gguf_name in MODULES.items()}
-# Norms behind attention and the MLP (OLMo 2).
-_TO_HF |= {"post_attention_norm": "post_attention_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
-# Options of config.json (families.py) -> llama.cpp's keys.
-OPTIONS = {
-    "embedding_multiplier": "embedding_scale",
-    "attention_multiplier": "attention.scale",
-    "residual_multiplier": "residual_scale",
-    "logits_scaling": "logit_scale",
-}
-YARN_KEYS = {"type", "factor", "finetuned", "original_context_length", "yarn_beta_fast", "yarn_beta_slow"}
+# Norms behind attention and the MLP.
+_TO_HF |= {"post_attention_norm": "post_self_attn_layernorm", "post_ffw_norm": "post_feedforward_layernorm"}
 ROPE_TENSORS = ("rope_freqs.weight", "rope_factors_long.weight", "rope_factors_short.weight")
 _TOP_TO_HF = {gguf_name: hf for hf, gguf_name in TOP.items()}
 
@@ -74,7 +63,7 @@ class GgufTrunk:
     def __init__(self, path: epath.PathLike):
         self._file = read_gguf(path)
         with whole(self._file.path, "holds no model that can be read"):
-            self.config = _config(self._file)
+            self.config = config_from_gguf(self._file)
         self._stored: dict[str, GgufTensor] = {}  # by Hugging Face's names
         for name, tensor in self._file.tensors.items():
             if name not in ROPE_TENSORS:
@@ -85,15 +74,23 @@ class GgufTrunk:
         self.names = frozenset(self._stored)
 
     def _unfused(self, name: str, tensor: GgufTensor) -> dict[str, GgufTensor]:
-        """Finds the tensors that lie in a tensor, one after the other, if its family has fused them."""
+        """Finds the tensors that lie in a tensor, one after the other: experts', or those that its family has fused."""
+        if ".experts." in name:
+            count, *shape = tensor.shape
+            if len(shape) != 2 or count != self.config.num_experts:
+                raise ValueError(f"{self._file.path}: {name} is {tensor.shape}, not one matrix for each expert")
+            one = dataclasses.replace(tensor, shape=tuple(shape), stored=tensor.stored[1:])
+            size = math.prod(one.stored)
+            parts = (dataclasses.replace(one, at=tensor.at + expert * size) for expert in range(count))
+            return {name.replace("experts", f"experts.{expert}"): part for expert, part in enumerate(parts)}
         module = name.split(".")[-2] if "." in name else name
         if module == "up_proj" and "gate_up_proj" in FAMILIES[self.config.family].fused:
             name, module = name.replace(module, "gate_up_proj"), "gate_up_proj"
-        parts = unfused(self.config, module)
-        if list(parts) == [module]:
+        modules = unfused(self.config, module)
+        if list(modules) == [module]:
             return {name: tensor}
         rows, row = tensor.stored
-        if rows != (expected := max(part.stop for part in parts.values())):
+        if rows != (expected := max(part.stop for part in modules.values())):
             raise ValueError(f"{self._file.path}: {name} has {rows} rows; the metadata ask for {expected}")
 
         def cut(where: slice) -> GgufTensor:
@@ -101,7 +98,7 @@ class GgufTrunk:
             shape, at = (count, tensor.shape[1]), tensor.at + where.start * row
             return dataclasses.replace(tensor, shape=shape, at=at, stored=(count, row))
 
-        return {name.replace(module, part): cut(where) for part, where in parts.items()}
+        return {name.replace(module, part): cut(where) for part, where in modules.items()}
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Returns the shape of a tensor in Hugging Face's layout: [out, in], or [out] of a vector."""
@@ -129,15 +126,35 @@ class GgufTrunk:
         *rows, columns = index  # the last axis is stored in blocks: read those that hold the wanted columns
         block, block_bytes = gguf.GGML_QUANT_SIZES[tensor.kind]
         first, last = columns.start // block, -(-columns.stop // block)
-        data = tensor.read((*rows, slice(first * block_bytes, last * block_bytes)))
+        data = self._rows(name, (*rows, slice(first * block_bytes, last * block_bytes)))
         try:
             values = gguf.quants.dequantize(data, tensor.kind)
         except NotImplementedError:
             raise ValueError(f"{self._file.path}: {name} is {tensor.kind.name}, which cannot be read") from None
-        values = values[..., columns.start - first * block : columns.stop - first * block]
+        return values[..., columns.start - first * block : columns.stop - first * block]
+
+    def _rows(self, name: str, index: tuple[slice, ...]) -> np.ndarray:
+        """Reads stored bytes of a tensor, with its rows in Hugging Face's order."""
+        data = self._stored[name].read(index)
         if FAMILIES[self.config.family].neighbours and name.split(".")[-2] in ("q_proj", "k_proj"):
-            values = _unpermute(values, values.shape[0] // self.config.head_dim)
-        return values
+            data = _unpermute(data, data.shape[0] // self.config.head_dim)
+        return data
+
+    def kind(self, name: str) -> gguf.GGMLQuantizationType:
+        """Returns the quantisation type of a tensor."""
+        return self._stored[name].kind
+
+    def raw(self, name: str) -> np.ndarray:
+        """Reads a matrix as it is stored: uint8[out, bytes of a row].
+
+        Args:
+            name: Hugging Face's name of the tensor.
+
+        Raises:
+            ValueError: The file has changed since it was opened.
+        """
+        with unchanged(self._file.path, self._file.stamp), whole(self._file.path, f"cannot be read: {name}"):
+            return self._rows(name, tuple(slice(0, size) for size in self._stored[name].stored))
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
         """Yields the stored bytes of a tensor in pieces along its first axis, of about PIECE bytes each."""
@@ -167,7 +184,7 @@ def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     llama.cpp's convert_hf_to_gguf.py.
 
     Args:
-        values: [heads * H, D], whole attention heads in llama.cpp's order.
+        values: [heads * H, ..], whole attention heads in llama.cpp's order, as numbers or as they are stored.
         heads: The number of attention heads in `values`.
 
     Returns:
@@ -175,100 +192,3 @@ def _unpermute(values: np.ndarray, heads: int) -> np.ndarray:
     """
     out, width = values.shape
     return values.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
-
-
-def _config(file: GgufFile) -> ModelConfig:
-    arch = file.metadata.get("general.architecture")
-    if arch not in FAMILIES:
-        raise ValueError(f"{file.path}: the architecture {arch!r} is not supported; {', '.join(FAMILIES)} are")
-
-    def get(key: str, *default: Any) -> Any:
-        if (value := file.metadata.get(f"{arch}.{key}", *default)) is None and not default:
-            raise ValueError(f"{file.path}: the metadata lacks {arch}.{key}")
-        return value
-
-    heads, width = get("attention.head_count"), get("embedding_length")
-    head_dim = get("attention.key_length", width // heads if isinstance(heads, int) else None)
-    for key, plain in (
-        ("expert_count", 0),
-        ("attention.value_length", head_dim),
-    ):
-        if (value := get(key, plain)) != plain:
-            raise ValueError(f"{file.path}: {arch}.{key}={value} is not supported; only {plain} is")
-    window = get("attention.sliding_window", 0)
-    if 0 < window < get("context_length"):
-        raise ValueError(f"{file.path}: {arch}.attention.sliding_window={window} is not supported")
-    kv_heads = get("attention.head_count_kv", heads)
-    if not (isinstance(heads, int) and isinstance(kv_heads, int)):
-        raise ValueError(f"{file.path}: a number of attention heads that differs by layer is not supported")
-    theta = float(get("rope.freq_base", 10000.0))
-    if "token_embd.weight" not in file.tensors:
-        raise ValueError(f"{file.path}: there is no tensor token_embd.weight (a vocabulary only?)")
-    settings = {"num_hidden_layers": get("block_count"), **_options(file, arch)}
-    settings["partial_rotary_factor"] = get("rope.dimension_count", head_dim) / head_dim
-    options = FAMILIES[arch].options(settings)
-    if settings["partial_rotary_factor"] != options.get("partial_rotary_factor", 1.0):
-        raise ValueError(f"{file.path}: {arch}.rope.dimension_count is not supported; only {head_dim} is")
-    return ModelConfig(
-        family=arch,
-        vocab_size=file.tensors["token_embd.weight"].shape[0],
-        hidden_size=width,
-        intermediate_size=get("feed_forward_length"),
-        num_layers=get("block_count"),
-        num_heads=heads,
-        num_kv_heads=kv_heads,
-        head_dim=head_dim,
-        rope_theta=theta,
-        rope_scaling=_rope_scaling(file, arch, theta, head_dim),
-        rms_norm_eps=_decimal(get("attention.layer_norm_rms_epsilon")),
-        max_position_embeddings=get("context_length"),
-        tie_word_embeddings="output.weight" not in file.tensors,
-        **options,
-    )
-
-
-def _options(file: GgufFile, arch: str) -> dict[str, float]:
-    """Returns the options of config.json that the metadata have."""
-    metadata = {name: file.metadata.get(f"{arch}.{key}") for name, key in OPTIONS.items()}
-    return {name: _decimal(value) for name, value in metadata.items() if value is not None}
-
-
-def _decimal(value: float) -> float:
-    """Returns the number that was meant. The file holds a float32: six digits give back a decimal such as 1e-5."""
-    return float(f"{value:.6g}")
-
-
-def _rope_scaling(file: GgufFile, arch: str, theta: float, head_dim: int) -> RopeScaling | None:
-    prefix = f"{arch}.rope.scaling."
-    given = {key.removeprefix(prefix): value for key, value in file.metadata.items() if key.startswith(prefix)}
-    kind, original = given.get("type", "none"), given.get("original_context_length", 0)
-    if "rope_factors_long.weight" in file.tensors:
-        short, long = (tuple(map(float, _values(file, f"rope_factors_{name}.weight"))) for name in ("short", "long"))
-        scaling = RopeScaling("longrope", file.metadata[f"{arch}.context_length"] / original, 1.0, 4.0, original)
-        factor = _decimal(given.get("attn_factor", longrope_attention_factor(scaling)))
-        return dataclasses.replace(scaling, attention_factor=factor, short_factor=short, long_factor=long)
-    if kind == "linear":
-        return RopeScaling("linear", float(given["factor"]))
-    if kind == "yarn":
-        if more := given.keys() - YARN_KEYS:
-            raise ValueError(f"{file.path}: {prefix}{min(more)} is not supported with yarn")
-        factor = float(given["factor"])
-        betas = float(given.get("yarn_beta_fast", 32)), float(given.get("yarn_beta_slow", 1))
-        return RopeScaling(kind, factor, 1.0, 4.0, original, yarn_attention_factor(factor), *betas)
-    if kind != "none":
-        raise ValueError(f"{file.path}: the rope scaling {kind!r} is not supported; linear, yarn, Llama 3.1's are")
-    if "rope_freqs.weight" not in file.tensors:
-        return None
-    # llama.cpp stores no parameters of Llama 3.1's scaling, only what it divides each frequency by. The largest divisor
-    # is the factor. The other parameters must be the published ones (RopeScaling's defaults).
-    divisors = _values(file, "rope_freqs.weight")
-    scaling = RopeScaling("llama3", float(divisors.max()))
-    freq = base_frequencies(theta, head_dim)
-    if not np.allclose(divisors, freq / llama3_frequencies(freq, scaling), rtol=1e-4):
-        raise ValueError(f"{file.path}: rope_freqs.weight is no Llama 3 scaling that we know; it is not supported")
-    return scaling
-
-
-def _values(file: GgufFile, name: str) -> np.ndarray:
-    tensor = file.tensors[name]
-    return gguf.quants.dequantize(tensor.read(), tensor.kind)

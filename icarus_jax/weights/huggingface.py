@@ -9,8 +9,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -19,10 +21,12 @@ import safetensors
 from etils import epath
 
 from icarus_jax.config import ModelConfig, RopeScaling
-from icarus_jax.weights.families import FAMILIES, unfused
+from icarus_jax.weights.families import FAMILIES, WITH_VISION, unfused, window_options
 from icarus_jax.weights.reading import PIECE, read_array, read_json, stamp, unchanged, whole
 from icarus_jax.weights.rope import KINDS, longrope_attention_factor, yarn_attention_factor
 
+# How the tensors of a language model begin in a model that sees images too, of transformers 5 and 4.
+LANGUAGE_MODEL = re.compile(r"model\.language_model\.|language_model\.model\.")
 INDEX = "model.safetensors.index.json"
 # The dtypes of weights that can be read, under the names that safetensors files have for them.
 FLOATS = {"F32": np.dtype("float32"), "F16": np.dtype("float16"), "BF16": np.dtype(ml_dtypes.bfloat16)}
@@ -41,7 +45,9 @@ class HfTrunk:
     """The weights of a model folder. It implements params.TensorSource.
 
     Args:
-        folder: A folder with config.json and safetensors files.
+        folder: A folder with config.json and safetensors files. Of a model that sees images too, its language model
+            is read.
+        dtypes: The dtypes of tensors that can be read, under the names that safetensors files have for them.
 
     Attributes:
         config: The model's sizes and options.
@@ -51,9 +57,11 @@ class HfTrunk:
         ValueError: A file is missing or broken, or the model is not supported.
     """
 
-    def __init__(self, folder: epath.Path):
-        self._folder = folder
-        self.config = config_from_hf(read_json(folder / "config.json"), str(folder))
+    def __init__(self, folder: epath.Path, dtypes: Mapping[str, np.dtype] = MappingProxyType(FLOATS)):
+        self._folder, self._dtypes = folder, dtypes
+        settings = read_json(folder / "config.json")
+        self.config = config_from_hf(settings, str(folder))
+        self._sees_images = settings["model_type"] in WITH_VISION
         self._stamps = {file: stamp(file) for file in self._shards()}
         self._where: dict[str, _Stored] = {}
         for file in self._stamps:
@@ -66,17 +74,25 @@ class HfTrunk:
         self.names = frozenset(name for name in self._where if not name.endswith("rotary_emb.inv_freq"))
 
     def _unfused(self, name: str, stored: _Stored) -> dict[str, _Stored]:
-        """Finds the tensors that lie in a tensor, one after the other, if its family has fused them."""
+        """Finds the tensors that a tensor is, or that lie in it one after the other if its family has fused them."""
+        if self._sees_images:
+            if not LANGUAGE_MODEL.match(name):
+                return {}
+            name = LANGUAGE_MODEL.sub("model.", name, count=1)
         module = name.split(".")[-2] if "." in name else name
+        if own := FAMILIES[self.config.family].renamed.get(module):
+            return {name.replace(module, own): stored}
         parts = unfused(self.config, module)
         if list(parts) == [module]:
             return {name: stored}
+        if math.prod(stored.shape) == 1:  # the scale of all of them (quantised.py)
+            return {name.replace(module, part): stored for part in parts}
         rows, columns = stored.shape
         if rows != (expected := max(part.stop for part in parts.values())):
             raise ValueError(f"{stored.file}: {name} has {rows} rows; the config asks for {expected}")
-        if stored.dtype not in FLOATS:
-            raise ValueError(f"{stored.file}: {name} is {stored.dtype}; weights are {', '.join(FLOATS)}")
-        size = columns * FLOATS[stored.dtype].itemsize
+        if stored.dtype not in self._dtypes:
+            raise ValueError(f"{stored.file}: {name} is {stored.dtype}; weights are {', '.join(self._dtypes)}")
+        size = columns * self._dtypes[stored.dtype].itemsize
         return {
             name.replace(module, part): stored._replace(
                 at=stored.at + where.start * size, shape=(where.stop - where.start, columns)
@@ -110,16 +126,18 @@ class HfTrunk:
             index: A slice for each axis, with a start and a stop.
 
         Returns:
-            The values, in one of the dtypes FLOATS.
+            The values, in one of the dtypes.
 
         Raises:
             ValueError: The tensor has another dtype, or the file has changed since it was opened.
         """
         file, at, shape, kind = self._where[name]
-        if kind not in FLOATS:
-            raise ValueError(f"{self._folder}: {name} is {kind}; weights are {', '.join(FLOATS)}")
+        if kind not in self._dtypes:
+            raise ValueError(f"{self._folder}: {name} is {kind}; weights are {', '.join(self._dtypes)}")
         with unchanged(file, self._stamps[file]), whole(file, f"cannot be read: {name}"):
-            return read_array(file, at, shape, FLOATS[kind], index)
+            values = read_array(file, at, shape, self._dtypes[kind], index)
+        of_zero = FAMILIES[self.config.family].norms_of_zero and name.split(".")[-2].endswith("norm")
+        return 1 + values.astype(np.float32) if of_zero else values
 
     def stored(self, name: str) -> Iterator[np.ndarray]:
         """Yields a tensor in pieces along its first axis, of about PIECE bytes each, in the stored dtype."""
@@ -137,7 +155,7 @@ def _tensors(file: epath.Path) -> dict[str, _Stored]:
         header = json.loads(opened.read(size))
     header.pop("__metadata__", None)
     return {
-        name: _Stored(file, 8 + size + info["data_offsets"][0], tuple(info["shape"]), info["dtype"])
+        name: _Stored(file, 8 + size + info["data_offsets"][0], tuple(info["shape"]) or (1,), info["dtype"])
         for name, info in header.items()
     }
 
@@ -161,6 +179,8 @@ def config_from_hf(config: dict[str, Any], where: str) -> ModelConfig:
 
 def _config(config: dict[str, Any], where: str) -> ModelConfig:
     name = config.get("model_type", "")
+    if name in WITH_VISION:
+        name, config = WITH_VISION[name], {**config["text_config"], "model_type": WITH_VISION[name]}
     if name not in FAMILIES:
         raise ValueError(f"{where}: model_type {repr(name)[:80]} is not supported; {', '.join(FAMILIES)} are")
     config = {**FAMILIES[name].defaults, **config}
@@ -173,7 +193,6 @@ def _config(config: dict[str, Any], where: str) -> ModelConfig:
             family=name,
             vocab_size=config["vocab_size"],
             hidden_size=config["hidden_size"],
-            intermediate_size=config["intermediate_size"],
             num_layers=config["num_hidden_layers"],
             num_heads=heads,
             num_kv_heads=config.get("num_key_value_heads") or heads,
@@ -183,7 +202,7 @@ def _config(config: dict[str, Any], where: str) -> ModelConfig:
             rms_norm_eps=config.get("rms_norm_eps", 1e-6),
             max_position_embeddings=config["max_position_embeddings"],
             tie_word_embeddings=config.get("tie_word_embeddings", False),
-            **options,
+            **{"intermediate_size": config["intermediate_size"], **window_options(config), **options},
         )
         _refuse_unsupported(config, model, where)
         return model
@@ -193,18 +212,19 @@ def _config(config: dict[str, Any], where: str) -> ModelConfig:
 
 def _refuse_unsupported(config: dict[str, Any], model: ModelConfig, where: str) -> None:
     """Raises ValueError if the config asks for something that the forward pass does not do."""
-    window = config.get("use_sliding_window", True) and config.get("sliding_window")
-    layer_types = set(config.get("layer_types") or ()) - {"full_attention"}
-    if window and window >= model.context_length:  # nothing lies outside of it
-        window, layer_types = None, layer_types - {"sliding_attention"}
+    layer_types = set(config.get("layer_types") or ()) - {"full_attention", "sliding_attention"}
     rotary = _rope(config).get("partial_rotary_factor", 1.0)
+    local = (config.get("rope_parameters") or {}).get("sliding_attention") or {}
+    plain = model.local_rope_theta is not None and local.get("rope_type", "default") == "default"
     for name, value, unsupported in (
-        ("sliding_window", config.get("sliding_window"), window),
         ("layer_types", sorted(layer_types), layer_types),
-        ("attention_bias", True, config.get("attention_bias")),
+        ("attention_bias", True, config.get("attention_bias") and not model.qkv_bias),
         ("mlp_bias", True, config.get("mlp_bias")),
-        ("hidden_act", config.get("hidden_act"), config.get("hidden_act", "silu") != "silu"),
-        ("quantization_config", "{...}", config.get("quantization_config")),
+        ("mlp_only_layers", config.get("mlp_only_layers"), config.get("mlp_only_layers")),
+        ("decoder_sparse_step", config.get("decoder_sparse_step"), config.get("decoder_sparse_step", 1) != 1),
+        ("hidden_act", config.get("hidden_act"), config.get("hidden_act", model.hidden_act) != model.hidden_act),
+        ("use_bidirectional_attention", True, config.get("use_bidirectional_attention")),
+        ("rope_parameters.sliding_attention", local, local and not plain),
         ("partial_rotary_factor", rotary, rotary != model.partial_rotary_factor),
     ):
         if unsupported:
@@ -215,10 +235,11 @@ def _rope(config: dict[str, Any]) -> dict[str, Any]:
     """Returns rope's settings in one dict.
 
     transformers 5 writes them as rope_parameters. Older versions write rope_theta, partial_rotary_factor and
-    rope_scaling.
+    rope_scaling. Where layers with a window have settings of their own, those of the others count here.
     """
     older = {key: config[key] for key in ("rope_theta", "partial_rotary_factor") if key in config}
-    return {**older, **(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    newer = config.get("rope_parameters") or {}
+    return {**older, **(config.get("rope_scaling") or {}), **(newer.get("full_attention") or newer)}
 
 
 def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], where: str) -> RopeScaling | None:
@@ -255,4 +276,5 @@ def _rope_scaling(config: dict[str, Any], rope: dict[str, Any], where: str) -> R
         beta_fast=float(rope.get("beta_fast") or 32),
         beta_slow=float(rope.get("beta_slow") or 1),
         truncate=rope.get("truncate", True),
+        llama_4_scaling_beta=rope.get("llama_4_scaling_beta"),
     )

@@ -8,17 +8,17 @@ from __future__ import annotations
 import concurrent.futures
 import dataclasses
 import hashlib
+import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401  (makes NumPy know bfloat16)
 import numpy as np
 
 from icarus_jax.config import ModelConfig
-from icarus_jax.weights.families import FAMILIES
-from icarus_jax.weights.rope import KINDS
+from icarus_jax.weights.config_check import check_config
 
 # Parameter -> the tensors that one layer of it consists of (Hugging Face's names) -> the part of the layer that the
 # tensor fills.
@@ -37,17 +37,22 @@ LAYER_TENSORS: dict[str, dict[str, Any]] = {
     "q_norm": {"self_attn.q_norm.weight": np.s_[:]},
     "k_norm": {"self_attn.k_norm.weight": np.s_[:]},
     "o": {"self_attn.o_proj.weight": np.s_[:]},
-    "attn_post_norm": {"post_attention_layernorm.weight": np.s_[:]},  # of a family without mlp_norm
+    "attn_post_norm": {"post_self_attn_layernorm.weight": np.s_[:]},
     "mlp_norm": {"post_attention_layernorm.weight": np.s_[:]},
     "mlp_post_norm": {"post_feedforward_layernorm.weight": np.s_[:]},
     "gate_up": {"mlp.gate_proj.weight": np.s_[:, 0], "mlp.up_proj.weight": np.s_[:, 1]},
     "down": {"mlp.down_proj.weight": np.s_[:]},
+    "router": {"mlp.gate.weight": np.s_[:]},
+    "experts_gate": {"mlp.experts.{expert}.gate_proj.weight": np.s_[:]},
+    "experts_up": {"mlp.experts.{expert}.up_proj.weight": np.s_[:]},
+    "experts_down": {"mlp.experts.{expert}.down_proj.weight": np.s_[:]},
 }
-# Parameter -> the axis of one layer that corresponds to the rows of its tensors [out, in]; of vectors it is axis 0.
-ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1}
+EXPERTS = ("experts_gate", "experts_up", "experts_down")  # parameters with an axis of experts behind that of layers
+# Parameter -> the axis of one layer (of one expert in it) that corresponds to the rows of its tensors [out, in]; of
+# vectors it is axis 0.
+ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1, "router": 1} | dict.fromkeys(EXPERTS, 1)
 # Parameter outside of the layers -> its tensor.
 TENSORS = {"embed": "model.embed_tokens.weight", "final_norm": "model.norm.weight", "lm_head": "lm_head.weight"}
-_MOST = 1 << 31  # every size of a model is below it
 
 
 class TensorSource(Protocol):
@@ -82,61 +87,6 @@ class TensorSource(Protocol):
         ...
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < _MOST
-
-
-def _whole(value: Any, least: int = 1) -> bool:
-    return type(value) is int and least <= value < _MOST
-
-
-# The type of a field of ModelConfig or RopeScaling -> whether a value can be one, and what is one in words.
-_RIGHT: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "bool": (lambda value: isinstance(value, bool), "true or false"),
-    "int": (_whole, "a whole number above 0"),
-    "int | None": (lambda value: value is None or _whole(value), "a whole number above 0 or null"),
-    "float": (_number, "a number above 0"),
-    "float | None": (lambda value: value is None or _number(value), "a number above 0 or null"),
-    "tuple[int, ...]": (lambda value: all(_whole(item, 0) for item in value), "a list of whole numbers"),
-    "tuple[float, ...]": (lambda value: all(map(_number, value)), "a list of numbers above 0"),
-}
-
-
-def check_config(config: ModelConfig, where: str) -> None:
-    """Checks that the sizes and options that a file gives are numbers that a model can have.
-
-    Args:
-        config: The model's sizes and options, as a file has them.
-        where: The name of the file, for error messages.
-
-    Raises:
-        ValueError: One of them cannot be. The message names it.
-    """
-    if config.family not in FAMILIES:
-        raise ValueError(f"{where}: the family {config.family!r} is not supported; {', '.join(FAMILIES)} are")
-    scaling = config.rope_scaling
-    if scaling and scaling.kind not in KINDS:
-        raise ValueError(f"{where}: rope scaling {scaling.kind!r} is not supported; {', '.join(KINDS)} are")
-    for part in (config, scaling) if scaling else (config,):
-        for field in dataclasses.fields(part):
-            right, words = _RIGHT.get(str(field.type), (None, ""))
-            if right and not right(value := getattr(part, field.name)):
-                raise ValueError(f"{where}: {field.name} is {repr(value)[:80]}; it is {words}")
-    if config.head_dim % 2:
-        raise ValueError(f"{where}: head_dim is {config.head_dim}; it is an even number")
-    if config.rotary_dim % 2 or not 0 < config.rotary_dim <= config.head_dim:
-        raise ValueError(
-            f"{where}: partial_rotary_factor is {config.partial_rotary_factor}; it is a part of head_dim="
-            f"{config.head_dim}, an even number of lanes"
-        )
-    if scaling and scaling.kind == "yarn" and config.rope_theta <= 1:
-        raise ValueError(f"{where}: rope_theta is {config.rope_theta}; with yarn it is above 1")
-    if scaling and scaling.kind == "longrope":
-        for name in ("short_factor", "long_factor"):
-            if len(getattr(scaling, name)) != config.rotary_dim // 2:
-                raise ValueError(f"{where}: {name} is a list of {config.rotary_dim // 2} numbers, for half the lanes")
-
-
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Returns the shapes of a model's canonical parameters, by name (see checkpoint.py)."""
     c, layers, group = config, config.num_layers, config.group_size + 2
@@ -145,9 +95,14 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "final_norm": (c.hidden_size,),
         "qkv": (layers, c.hidden_size, c.num_kv_heads, group, c.head_dim),
         "o": (layers, c.num_heads * c.head_dim, c.hidden_size),
-        "gate_up": (layers, c.hidden_size, 2, c.intermediate_size),
-        "down": (layers, c.intermediate_size, c.hidden_size),
     }
+    if c.num_experts:
+        shapes["router"] = (layers, c.hidden_size, c.num_experts)
+        shapes["experts_gate"] = shapes["experts_up"] = (layers, c.num_experts, c.hidden_size, c.intermediate_size)
+        shapes["experts_down"] = (layers, c.num_experts, c.intermediate_size, c.hidden_size)
+    else:
+        shapes["gate_up"] = (layers, c.hidden_size, 2, c.intermediate_size)
+        shapes["down"] = (layers, c.intermediate_size, c.hidden_size)
     if not c.tie_word_embeddings:
         shapes["lm_head"] = (c.vocab_size, c.hidden_size)
     if c.qkv_bias:
@@ -166,8 +121,8 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 class StoredParam:
     """A parameter on disk: `param[index]` reads that part of it into memory, cast to `dtype`.
 
-    Within a layer, `index` may cut the first axis, which is the tensors' columns, and the axis in ROWS. It must take
-    every other axis whole: only then is the part a rectangle of rows and columns of a tensor.
+    Within a layer, or an expert of it, `index` may cut the first axis, which is the tensors' columns, and the axis in
+    ROWS. It must take every other axis whole: only then is the part a rectangle of rows and columns of a tensor.
 
     Attributes:
         name: The canonical name.
@@ -187,29 +142,37 @@ class StoredParam:
             return self.tensors.read(TENSORS[self.name], tuple(parts)).astype(self.dtype, copy=False)
         values = np.empty([part.stop - part.start for part in parts], self.dtype)
 
-        def fill(layer: int, tensor: str, place: Any) -> None:
-            slot = values[layer - parts[0].start][place]  # [in, *out], or [*out] of a vector
-            stored = self.tensors.read(_tensor(layer, tensor), self._region(slot.shape, parts[1:]))
+        def fill(at: tuple[int, ...], tensor: str, place: Any) -> None:
+            slot = values[tuple(i - part.start for i, part in zip(at, parts, strict=False))][place]
+            # The slot is [in, *out], or [*out] of a vector.
+            stored = self.tensors.read(_tensor(at, tensor), self._region(slot.shape, parts[self._stacked :]))
             slot[...] = stored.T.reshape(slot.shape)
 
         # Threads help because NumPy releases the interpreter's lock. Each one holds a part of a tensor in memory, so
         # there are few of them.
         with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-            layers, tensors = range(parts[0].start, parts[0].stop), LAYER_TENSORS[self.name].items()
-            list(pool.map(lambda job: fill(*job), [(i, *tensor) for i in layers for tensor in tensors]))
+            pieces = itertools.product(*(range(part.start, part.stop) for part in parts[: self._stacked]))
+            tensors = LAYER_TENSORS[self.name].items()
+            list(pool.map(lambda job: fill(*job), [(at, *tensor) for at in pieces for tensor in tensors]))
         return values
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Returns the shapes of the tensors that the parameter consists of, by name."""
         if self.name in TENSORS:
             return {TENSORS[self.name]: self.shape}
-        layer = np.broadcast_to(np.int8(0), self.shape[1:])
+        layer = np.broadcast_to(np.int8(0), self.shape[self._stacked :])
         whole = [slice(0, n) for n in layer.shape]
         shapes = {
             tensor: tuple(part.stop for part in self._region(layer[place].shape, whole))
             for tensor, place in LAYER_TENSORS[self.name].items()
         }
-        return {_tensor(i, tensor): shape for i in range(self.shape[0]) for tensor, shape in shapes.items()}
+        pieces = itertools.product(*map(range, self.shape[: self._stacked]))
+        return {_tensor(at, tensor): shape for at in pieces for tensor, shape in shapes.items()}
+
+    @property
+    def _stacked(self) -> int:
+        """The leading axes along which a parameter has tensors of its own: layers, and experts where it has them."""
+        return 2 if self.name in EXPERTS else 1
 
     def _region(self, slot: tuple[int, ...], parts: Sequence[slice]) -> tuple[slice, ...]:
         """Returns which part of a tensor [out, in] (or [out]) fills a slot of this shape [in, *out] (or [*out]).
@@ -222,8 +185,9 @@ class StoredParam:
         return (rows, parts[0]) if axis else (rows,)
 
 
-def _tensor(layer: int, name: str) -> str:
-    return f"model.layers.{layer}.{name}"
+def _tensor(at: tuple[int, ...], name: str) -> str:
+    """Returns the whole name of a layer's tensor; at: the layer, and the expert where the name has a place for one."""
+    return f"model.layers.{at[0]}.{name.format(expert=at[-1])}"
 
 
 def stored_params(tensors: TensorSource, dtype: str, where: str) -> dict[str, StoredParam]:
@@ -242,8 +206,9 @@ def stored_params(tensors: TensorSource, dtype: str, where: str) -> dict[str, St
     """
     config = tensors.config
     check_config(config, where)
-    if config.num_layers > len(tensors.names):  # a number like this is not worth a list of what is missing
-        raise ValueError(f"{where}: it has no tensors for the {config.num_layers} layers of its config")
+    pieces = config.num_layers * (config.num_experts or 1)
+    if pieces > len(tensors.names):  # a number like this is not worth a list of what is missing
+        raise ValueError(f"{where}: it has no tensors for the {pieces} layers, or experts, of its config")
     params = {name: StoredParam(name, shape, dtype, tensors) for name, shape in param_shapes(config).items()}
     expected = {tensor: shape for param in params.values() for tensor, shape in param.tensor_shapes().items()}
     if missing := expected.keys() - tensors.names:

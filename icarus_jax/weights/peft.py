@@ -20,11 +20,13 @@ import safetensors.numpy
 
 from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, HeadConfig, ModelConfig
 from icarus_jax.weights import adapter_files, peft_format
+from icarus_jax.weights.adapter_cache import AdapterCache
 from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
 from icarus_jax.weights.peft_format import INVOCATION
 
 MARK = "icarus"  # our key in adapter_config.json: {"kv": "shared", "trunk": identity}. PEFT ignores it with a warning
 RANDOM_RANK = 16  # of 'random:SEED'
+CACHE = AdapterCache()  # of adapters in stores, unless another one is given
 
 # Warnings of Adapter.check.
 _ON_FROM_THE_START = (
@@ -106,13 +108,14 @@ class Adapter:
             log.warning(_READS_THE_TRUNKS_KV, self.name, "(says its mark)" if self.kv_trained else "probably")
 
 
-def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
+def load_adapter(source: str, model_config: ModelConfig, cache: AdapterCache = CACHE) -> Adapter:
     """Loads an adapter.
 
     Args:
-        source: A PEFT folder or an Orbax checkpoint (see adapter_files.py), or 'random:SEED' or 'random:SEED:RANK' for
-            an untrained adapter.
+        source: A PEFT folder or an Orbax checkpoint (see adapter_files.py), local or in a store (see adapter_cache.py),
+            or 'random:SEED' or 'random:SEED:RANK' for an untrained adapter.
         model_config: The trunk's configuration.
+        cache: Keeps copies of what lies in a store.
 
     Returns:
         The adapter, with PEFT's scaling applied to B.
@@ -120,12 +123,17 @@ def load_adapter(source: str, model_config: ModelConfig) -> Adapter:
     Raises:
         ValueError: There is no such adapter, it is not supported, or it does not fit the trunk. The message has one
             line.
+        OSError: Its store has no such adapter, or does not answer.
     """
     if source.startswith("random:"):
         if not (match := re.fullmatch(r"random:(\d+)(?::([1-9]\d*))?", source)):
             raise ValueError(f"adapter {source!r}: a random adapter is written 'random:SEED' or 'random:SEED:RANK'")
         return random_adapter(int(match[1]), int(match[2] or RANDOM_RANK), model_config)
-    folder = pathlib.Path(source).expanduser()
+    with cache.local(source) as folder:
+        return _load(folder, model_config)
+
+
+def _load(folder: pathlib.Path, model_config: ModelConfig) -> Adapter:
     config, tensors = adapter_files.read(folder)
     peft_format.check_config(config, folder)
     pieces = peft_format.read_pieces(tensors, folder, model_config)
@@ -165,6 +173,7 @@ def read_head(
     *,
     trunk_identity: str | None = None,
     pinned: bool = False,
+    cache: AdapterCache = CACHE,
 ) -> tuple[HeadConfig, Mapping[str, tuple[np.ndarray, np.ndarray]]]:
     """Loads an adapter as a head of the engine.
 
@@ -176,14 +185,16 @@ def read_head(
         model_config: The trunk's configuration.
         trunk_identity: The identity of the trunk that is loaded. None: do not compare it.
         pinned: Whether the head never leaves its adapter slot.
+        cache: Keeps copies of what lies in a store.
 
     Returns:
         The head's configuration, and its weights by target: A f32[L, din, r] and B f32[L, r, dout].
 
     Raises:
         ValueError: The adapter cannot be loaded, or cannot be served as `kv`.
+        OSError: Its store has no such adapter, or does not answer.
     """
-    adapter = load_adapter(source, model_config)
+    adapter = load_adapter(source, model_config, cache)
     kv = kv or adapter.kv_trained or "isolated"
     adapter.check(kv, trunk_identity)
     tokens = adapter.invocation_tokens if kv == "activated" else ()
@@ -201,16 +212,18 @@ def adapter_rank(source: str) -> int:
 
     Raises:
         ValueError: There is no such adapter, or it is not supported.
+        OSError: Its store has no such adapter, or does not answer.
     """
     if match := re.fullmatch(r"random:\d+(?::([1-9]\d*))?", source):
         return int(match[1] or RANDOM_RANK)
-    config, _ = adapter_files.read(source)
-    peft_format.check_config(config, pathlib.Path(source).expanduser())
+    with CACHE.local(source) as folder:
+        config, _ = adapter_files.read(folder)
+        peft_format.check_config(config, folder)
     return peft_format.read_rank(config)
 
 
 def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
-    """Makes an untrained adapter on LORA_TARGETS, for load tests.
+    """Makes an untrained adapter on the model's lora_targets, for load tests.
 
     Its weights are large enough that its text differs from the trunk's and from that of other seeds.
 
@@ -224,7 +237,7 @@ def random_adapter(seed: int, rank: int, model_config: ModelConfig) -> Adapter:
     """
     rng = np.random.default_rng(seed)
     weights = {}
-    for target in LORA_TARGETS:
+    for target in model_config.lora_targets:
         din, dout = model_config.target_shapes[target]
         a = rng.standard_normal((model_config.num_layers, din, rank), np.float32) / math.sqrt(din)
         b = rng.standard_normal((model_config.num_layers, rank, dout), np.float32) * (0.45 / math.sqrt(rank))

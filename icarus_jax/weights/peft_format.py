@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from icarus_jax.config import TARGETS, ModelConfig
+from icarus_jax.config import ModelConfig
 from icarus_jax.weights.adapter_files import CONFIG_FILE, Tensors
 from icarus_jax.weights.families import fused_shapes, unfused
 
@@ -36,10 +36,10 @@ MAX_RANK = 1 << 14  # no projection is as narrow as this
 MAX_ALPHA = 1e6
 # Settings with which an adapter is more than A and B, and what each one adds.
 _UNSUPPORTED = (
-    ("use_dora", "DoRA"),
+    ("use_dora", "DoRA, which also scales the trunk's own products"),
     ("modules_to_save", "fully trained modules"),
     ("trainable_token_indices", "trained embeddings"),
-    ("target_parameters", "adapters on bare parameters"),
+    ("target_parameters", "adapters on bare parameters, such as experts"),
     ("lora_bias", "a bias on B"),
     ("layer_replication", "repeated layers"),
     ("fan_in_fan_out", "transposed weights"),
@@ -200,7 +200,7 @@ def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> 
     Raises:
         ValueError: A tensor does not belong to a projection of the trunk, has another shape, or lacks its partner.
     """
-    shapes = {target: config.target_shapes[target] for target in TARGETS} | fused_shapes(config)
+    shapes = config.target_shapes | fused_shapes(config)
     sides: dict[tuple[int, str], dict[str, np.ndarray]] = {}
     for key, tensor in tensors.items():
         match = _KEY.fullmatch(key)
@@ -208,15 +208,14 @@ def read_pieces(tensors: Tensors, folder: pathlib.Path, config: ModelConfig) -> 
             raise ValueError(
                 f"adapter {folder}: cannot use the tensor {key[:200]}; tensors are named "
                 f"base_model.model.{module_name(0, 'q_proj')}.lora_A.weight, and targets are {', '.join(shapes)}"
+                f"{'; adapters on experts are not supported' if config.num_experts else ''}"
             )
         layer, target, side = int(match[1]), match[3], match[4]
         if layer >= config.num_layers:
             raise ValueError(f"adapter {folder}: {key} is of a layer that the trunk, of {config.num_layers}, lacks")
         pair = sides.setdefault((layer, target), {})
         if side in pair:
-            raise ValueError(
-                f"adapter {folder}: {module_name(layer, target)} has two lora_{side}; {key} is one of them"
-            )
+            raise ValueError(f"adapter {folder}: {module_name(layer, target)} has two lora_{side}, {key} is one")
         with np.errstate(over="ignore"):  # what becomes infinite is refused later
             pair[side] = tensor.T.astype(np.float32)
     if not sides:

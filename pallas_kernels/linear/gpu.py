@@ -7,6 +7,8 @@ a tile, within the fusion that uses the product.
 
 The adapters' first step is a launch of its own (lora/gpu.py). In their second one a tile starts with what they add to
 it, of several parts each with its share of the slots in use.
+
+Weights in 8 bits are converted block by block, as they are multiplied; the scales multiply the finished tile.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from jaxtyping import Float, Int
 
 from pallas_kernels.arrays import Array
 from pallas_kernels.interpret import interpret_params
+from pallas_kernels.linear.quantised import Quantised
 from pallas_kernels.lora import LowRank
 from pallas_kernels.lora.gpu import add_up, down
 
@@ -45,15 +48,20 @@ def _parts(tiles: int, blocks: int) -> int:
     return max(1, min(pl.cdiv(PROGRAMS, tiles), blocks // FEWEST_BLOCKS))
 
 
-def _kernel(layer_ref: Any, x_ref: Any, w_ref: Any, *refs: Any, block_m: int, block_k: int, groups: int) -> None:
+def _kernel(
+    layer_ref: Any, x_ref: Any, w_ref: Any, scales_ref: Any, *refs: Any, block_m: int, block_k: int, groups: int
+) -> None:
     *adapters, out_ref = refs
     tile, column_tile, part = (pl.program_id(axis) for axis in range(3))
     parts, rows, dout = out_ref.shape
-    din, layer, compute = x_ref.shape[1], layer_ref[0], jnp.promote_types(x_ref.dtype, w_ref.dtype)
+    din, layer, compute = x_ref.shape[1], layer_ref[0], _compute_dtype(x_ref, w_ref, scales_ref)
     row, column = tile * block_m + jnp.arange(block_m), column_tile * COLUMNS + jnp.arange(COLUMNS)
     total = jnp.zeros((block_m, COLUMNS), jnp.float32)
     if adapters:
         total = add_up(total, row, column, (part, parts), dout, groups, (layer_ref, *adapters))
+    if scales_ref is not None:
+        scales = triton.load(scales_ref.at[layer, column], mask=column < dout, other=1.0)[None]
+        total = total / scales  # what the adapters add is not to be multiplied by them
     row, column = row[:, None], column[None]
     blocks = pl.cdiv(din, block_k)
 
@@ -68,17 +76,25 @@ def _kernel(layer_ref: Any, x_ref: Any, w_ref: Any, *refs: Any, block_m: int, bl
 
     first, end = lax.div(part * blocks, parts), lax.div((part + 1) * blocks, parts)
     total = lax.fori_loop(first, end, add, total)
+    if scales_ref is not None:
+        total = total * scales
     triton.store(out_ref.at[part, row, column], total.astype(out_ref.dtype), mask=(row < rows) & (column < dout))
+
+
+def _compute_dtype(x: Any, w: Any, scales: Any) -> Any:
+    """Returns the dtype in which rows and weights are multiplied."""
+    return jnp.dtype(x.dtype) if scales is not None else jnp.promote_types(x.dtype, w.dtype)
 
 
 def linear(
     x: Float[Array, "B din"],
-    w: Float[Array, "L din dout"],
+    w: Float[Array, "L din dout"] | Quantised,
     layer: Int[Array, ""] | int,
     adapters: LowRank | None = None,
 ) -> Float[jax.Array, "B dout"]:
     """Computes the public op (api.py) for weights [L, din, dout]."""
-    (rows, din), dout, compute = x.shape, w.shape[2], jnp.promote_types(x.dtype, w.dtype)
+    w, scales = (w.values, w.scales) if isinstance(w, Quantised) else (w, None)
+    (rows, din), dout, compute = x.shape, w.shape[2], _compute_dtype(x, w, scales)
     if not rows:
         return jnp.zeros((0, dout), compute)
     most = FEWEST_ROWS if compute == jnp.float32 else MOST_ROWS
@@ -110,5 +126,5 @@ def linear(
         ),
         interpret=interpret_params("gpu"),
         name="linear",
-    )(scalar, x, w, *low_rank)
+    )(scalar, x, w, scales, *low_rank)
     return out[0] if parts == 1 else out.sum(0).astype(compute)

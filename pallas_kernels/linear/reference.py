@@ -6,20 +6,23 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from pallas_kernels.arrays import Array
+from pallas_kernels.linear.quantised import Quantised
 from pallas_kernels.lora import LowRank
 from pallas_kernels.lora.reference import lora
 
 
 def linear(
     x: Float[Array, "B din"],
-    w: Float[Array, "L din dout"],
+    w: Float[Array, "L din dout"] | Quantised,
     layer: Int[Array, ""] | int,
     adapters: LowRank | None = None,
 ) -> Float[np.ndarray, "B dout"]:
     """Computes the public op (api.py) for weights [L, din, dout]."""
-    x, w = np.asarray(x), np.asarray(w)
-    x64 = x.astype(np.float64)
-    out = x64 @ w[int(layer)].astype(np.float64)
+    x, x64 = np.asarray(x), np.asarray(x, np.float64)
+    values = w.values if isinstance(w, Quantised) else w
+    out = x64 @ np.asarray(values[int(layer)]).astype(np.float64)
+    if isinstance(w, Quantised):
+        out *= np.asarray(w.scales[int(layer)])
     if adapters is not None:
         blocks, start = out.reshape(len(x), adapters.groups, -1), 0
         for a, b in zip(adapters.a, adapters.b, strict=True):

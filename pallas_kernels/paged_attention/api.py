@@ -18,8 +18,8 @@ from pallas_kernels.paged_attention.work import Runs, WorkList
 for _node in (Runs, WorkList):
     jax.tree_util.register_dataclass(_node, data_fields=[f.name for f in dataclasses.fields(_node)], meta_fields=[])
 
-# Implementations that compute partial results: attend(q, kv_pages, layer, runs, kv_scales, page_offset, spec). They all
-# have the signature and contract of xla.attend.
+# Implementations that compute partial results: attend(q, kv_pages, layer, runs, kv_scales, page_offset, window, spec).
+# They all have the signature and contract of xla.attend.
 ATTEND: dict[str, Callable[..., Partial]] = {"xla": xla.attend}
 IMPLEMENTATIONS = ("reference", "cpu", "gpu", "tpu", *ATTEND)  # the first four compute whole results
 
@@ -31,7 +31,7 @@ def paged_attention(
     work: WorkList,
     *,
     scale: float,
-    window: int | None = None,
+    window: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,
@@ -57,7 +57,8 @@ def paged_attention(
         layer: i32[]. The index of the layer to read.
         work: The work list for these B rows, from `build_work`.
         scale: The factor of the scores, usually H ** -0.5.
-        window: A row sees only the last `window` positions up to its own (sliding-window attention). None: all.
+        window: i32[]. A row sees only the last `window` positions up to its own (sliding-window attention). It may
+            differ from layer to layer: one larger than any position is none. None: no layer has a window.
         soft_cap: Scores become `soft_cap * tanh(scores / soft_cap)` (Gemma 2, arXiv 2408.00118, section 2). None:
             scores are not capped.
         kv_scales: f32[L, K, 2]. The factors by which stored K ([..., 0]) and V ([..., 1]) are multiplied. None: 1.
@@ -92,23 +93,32 @@ def paged_attention(
         name = "xla"
     out: Array
     lse: Array
-    spec = AttentionSpec(scale, window, soft_cap, page_stride or kv_pages.shape[3])
+    spec = AttentionSpec(scale, soft_cap, page_stride or kv_pages.shape[3])
     if name == "reference":
         out, lse = reference.paged_attention(
-            q, kv_pages, layer, work, kv_scales=kv_scales, page_offset=page_offset, **dataclasses.asdict(spec)
+            q,
+            kv_pages,
+            layer,
+            work,
+            window=window,
+            kv_scales=kv_scales,
+            page_offset=page_offset,
+            **dataclasses.asdict(spec),
         )
     elif name == "cpu":
-        out, lse = cpu.paged_attention(q, kv_pages, layer, work, page_offset, spec)
+        out, lse = cpu.paged_attention(q, kv_pages, layer, work, page_offset, window, spec)
         out = out.astype(q.dtype)
     elif name == "gpu":
-        out, lse = gpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, spec)
+        out, lse = gpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, window, spec)
     elif name == "tpu":
-        out, lse = tpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, spec)
+        out, lse = tpu.paged_attention(q, kv_pages, layer, work, kv_scales, page_offset, window, spec)
     else:
         q, kv_pages, layer, work, kv_scales = jax.tree.map(jnp.asarray, (q, kv_pages, layer, work, kv_scales))
         grouped = q.reshape(b, kv_pages.shape[2], -1, h)
         parts = [
-            by_row(ATTEND[name](grouped, kv_pages, layer, runs, kv_scales, page_offset, spec), runs.rows.shape[1])
+            by_row(
+                ATTEND[name](grouped, kv_pages, layer, runs, kv_scales, page_offset, window, spec), runs.rows.shape[1]
+            )
             for runs in (work.items, work.tiles)
             if runs.rows.shape[0]
         ]

@@ -1,13 +1,13 @@
-// Paged attention on CPUs, called through XLA's foreign function interface: the whole op (api.py), for float32 pages.
+// Paged attention on CPUs, called through XLA's foreign function interface: the whole op (api.py), for pages of float32,
+// int8 and float8_e4m3fn without scales.
 //
 // A unit of work is one run and one KV head; XLA's own threads share the units. A unit walks the run's pages in blocks
-// of tokens. For each block it copies K transposed and V as it is, and computes scores and weighted sums as two small
-// matrix products with an online softmax between them. Then each row's partial results are merged by their log-sum-exp.
+// of tokens. For each block it copies K transposed and V as it is, both as float32, and computes scores and weighted
+// sums as two small matrix products with an online softmax between them. Then each row's partial results are merged by their log-sum-exp.
 
 #include <algorithm>
 #include <climits>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <vector>
 
@@ -29,7 +29,7 @@ struct Runs {
 };
 
 struct Pool {
-  const float* layer;  // [num_pages, K, page_size, 2H]
+  const void* layer;  // [num_pages, K, page_size, 2H]
   int kv_heads, page_size, h, offset;
 };
 
@@ -49,13 +49,32 @@ Vec Exp(Vec x) {
   return x < low ? Splat(0.0f) : p * reinterpret_cast<Vec&>(power);
 }
 
+struct Float8 {  // float8_e4m3fn
+  unsigned char bits;
+};
+
+const std::vector<float> kFloat8Values = [] {
+  std::vector<float> values(256);
+  for (int i = 0; i < 256; ++i) {
+    const int exponent = i >> 3 & 15, mantissa = i & 7;
+    const float size = exponent ? std::ldexp(8 + mantissa, exponent - 10) : std::ldexp(mantissa, -9);
+    values[i] = (i & 127) == 127 ? NAN : i & 128 ? -size : size;
+  }
+  return values;
+}();
+
+float Value(float x) { return x; }
+float Value(signed char x) { return x; }
+float Value(Float8 x) { return kFloat8Values[x.bits]; }
+
 // Memory that a thread keeps from one unit to the next.
 struct Scratch {
   std::vector<float> queries, keys, values, scores;
 };
 
 // Computes the partial results of one run and KV head: acc [lanes, width], m [lanes] and l [lanes]. There are
-// rows * group lanes, and width is H rounded up to whole panels.
+// rows * group lanes, and width is H rounded up to whole panels. The pages hold values of type T.
+template <typename T>
 void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int head, const float* q, int num_rows,
             int group, int width, float* acc, float* m, float* l) {
   static thread_local Scratch scratch;
@@ -81,7 +100,8 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
   // None of these rows sees a token of the run from `length` on, or in its first `unseen` pages.
   const int start = runs.start[run], length = std::min(runs.length[run], last + 1 - start);
   const int stored = std::min(runs.num_pages, (length + spec.page_stride - 1) / spec.page_stride) * pool.page_size;
-  const int unseen = spec.window && used ? std::max(0, first - spec.window + 1 - start) / spec.page_stride : 0;
+  const int window = spec.window > last ? 0 : spec.window;  // one that long hides nothing
+  const int unseen = window && used ? std::max(0, first - window + 1 - start) / spec.page_stride : 0;
   int places[kBlock];  // KV positions of the block's tokens; INT_MAX where no row sees it
   bool seen[kBlock];   // whether any row sees the token
   for (int begin = unseen * pool.page_size; begin < stored; begin += kBlock) {
@@ -91,10 +111,10 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
       const int page = (begin + t) / pool.page_size, cell = (begin + t) % pool.page_size;
       const int token = page * spec.page_stride + pool.offset + cell, place = start + token;
       seen[t] = t < tokens && token < length;
-      if (seen[t] && spec.window) {
+      if (seen[t] && window) {
         seen[t] = false;
         for (int r = 0; r < used && !seen[t]; ++r)
-          seen[t] = positions[r] >= place && place > positions[r] - spec.window;
+          seen[t] = positions[r] >= place && place > positions[r] - window;
       }
       places[t] = seen[t] ? place : INT_MAX;
       live += seen[t];
@@ -108,10 +128,10 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
         continue;
       }
       const int page = runs.pages[(size_t)run * runs.num_pages + (begin + t) / pool.page_size];
-      const float* from = pool.layer + (((size_t)page * pool.kv_heads + head) * pool.page_size +
-                                        (begin + t) % pool.page_size) * 2 * h;
-      for (int d = 0; d < h; ++d) key[d * kPanel] = from[d];
-      std::memcpy(value, from + h, h * sizeof(float));
+      const T* from = (const T*)pool.layer + (((size_t)page * pool.kv_heads + head) * pool.page_size +
+                                              (begin + t) % pool.page_size) * 2 * h;
+      for (int d = 0; d < h; ++d) key[d * kPanel] = Value(from[d]);
+      for (int d = 0; d < h; ++d) value[d] = Value(from[h + d]);
       std::fill(value + h, value + width, 0.0f);
     }
     float* scores = scratch.scores.data();
@@ -120,7 +140,7 @@ void Attend(const Spec& spec, const Pool& pool, const Runs& runs, int run, int h
     for (int lane = 0; lane < used * group; ++lane) {
       float* s = scores + lane * kBlock;
       const int position = positions[lane / group];
-      const Ints until = Splat(position), from = Splat(spec.window ? position - spec.window : INT_MIN);
+      const Ints until = Splat(position), from = Splat(window ? position - window : INT_MIN);
       if (spec.soft_cap)
         for (int t = 0; t < padded; ++t) s[t] = spec.soft_cap * std::tanh(s[t] / spec.soft_cap);
       Vec highest = Splat(m[lane]);
@@ -159,8 +179,8 @@ Runs MakeRuns(Integers& rows, Integers& positions, Integers& pages, Integers& st
           (int)rows.dimensions()[1], (int)pages.dimensions()[1]};
 }
 
-ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, int window, int page_stride, Floats q,
-                          Floats kv_pages, Integers layer, Integers page_offset, Integers item_rows,
+ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, int page_stride, Floats q,
+                          ffi::AnyBuffer kv_pages, Integers layer, Integers page_offset, Integers window, Integers item_rows,
                           Integers item_positions, Integers item_pages, Integers item_start, Integers item_length,
                           Integers num_items, Integers tile_rows, Integers tile_positions, Integers tile_pages,
                           Integers tile_start, Integers tile_length, Integers num_tiles, Integers parts,
@@ -169,9 +189,12 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, 
   const int num_rows = (int)q.dimensions()[0], kv_heads = (int)shape[2], h = (int)shape[4] / 2;
   const int group = (int)q.dimensions()[1] / kv_heads, width = (h + kPanel - 1) / kPanel * kPanel;
   const size_t layer_size = shape[1] * shape[2] * shape[3] * shape[4];
-  const Spec spec{scale, soft_cap, window, page_stride};
-  const Pool pool{kv_pages.typed_data() + layer.typed_data()[0] * layer_size, kv_heads, (int)shape[3], h,
-                  page_offset.typed_data()[0]};
+  const Spec spec{scale, soft_cap, window.typed_data()[0], page_stride};
+  const auto dtype = kv_pages.element_type();
+  const auto attend = dtype == ffi::S8 ? Attend<signed char> : dtype == ffi::F32 ? Attend<float> : Attend<Float8>;
+  const size_t layer_bytes = layer_size * (dtype == ffi::F32 ? sizeof(float) : 1);
+  const Pool pool{(const char*)kv_pages.untyped_data() + layer.typed_data()[0] * layer_bytes, kv_heads, (int)shape[3],
+                  h, page_offset.typed_data()[0]};
   // Tiles come first because they take longest.
   const Runs both[] = {MakeRuns(tile_rows, tile_positions, tile_pages, tile_start, tile_length, num_tiles),
                        MakeRuns(item_rows, item_positions, item_pages, item_start, item_length, num_items)};
@@ -192,7 +215,7 @@ ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, 
     const int kind = unit >= both[0].num * kv_heads, index = unit - kind * both[0].num * kv_heads;
     float *acc, *m, *l;
     place(kind, index * lanes[kind], acc, m, l);
-    Attend(spec, pool, both[kind], index / kv_heads, index % kv_heads, q.typed_data(), num_rows, group, width, acc, m,
+    attend(spec, pool, both[kind], index / kv_heads, index % kv_heads, q.typed_data(), num_rows, group, width, acc, m,
            l);
   });
 
@@ -233,10 +256,10 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(icarus_paged_attention, PagedAttention,
                                   .Ctx<ffi::ThreadPool>()
                                   .Attr<float>("scale")
                                   .Attr<float>("soft_cap")
-                                  .Attr<int32_t>("window")
                                   .Attr<int32_t>("page_stride")
                                   .Arg<Floats>()
-                                  .Arg<Floats>()
+                                  .Arg<ffi::AnyBuffer>()
+                                  .Arg<Integers>()
                                   .Arg<Integers>()
                                   .Arg<Integers>()
                                   .Arg<Integers>()

@@ -1,4 +1,4 @@
-"""Paged attention on CPUs: the whole op in C++ (cpu.cc), for float32 pages.
+"""Paged attention on CPUs: the whole op in C++ (cpu.cc), for pages of float32, int8 and float8_e4m3fn without scales.
 
 The plain XLA implementation (xla.py) is a loop of many small steps. On a CPU it takes three to four times as long.
 """
@@ -8,12 +8,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 
 from pallas_kernels import cpu_library
 from pallas_kernels.arrays import Array
 from pallas_kernels.paged_attention.partial import AttentionSpec
 from pallas_kernels.paged_attention.work import WorkList
+
+DTYPES = [jnp.dtype(dtype) for dtype in (jnp.float32, jnp.int8, jnp.float8_e4m3fn)]  # of the pages
 
 
 def supports(kv_pages: Array, kv_scales: Array | None) -> bool:
@@ -24,27 +26,29 @@ def supports(kv_pages: Array, kv_scales: Array | None) -> bool:
         kv_scales: The scales [L, K, 2], or None.
 
     Returns:
-        True if the pages are float32 without scales and the kernels could be compiled.
+        True if the pages have one of DTYPES and no scales, and the kernels could be compiled.
     """
-    return kv_pages.dtype == jnp.float32 and kv_scales is None and cpu_library.available()
+    return kv_pages.dtype in DTYPES and kv_scales is None and cpu_library.available()
 
 
 def paged_attention(
     q: Float[Array, "B N H"],
-    kv_pages: Float[Array, "L num_pages K page_size 2*H"],
+    kv_pages: Real[Array, "L num_pages K page_size 2*H"],
     layer: Int[Array, ""] | int,
     work: WorkList,
     page_offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
     spec: AttentionSpec,
 ) -> tuple[Float[jax.Array, "B N H"], Float[jax.Array, "B N"]]:
     """Computes the public op (api.py) for pages that `supports` accepts.
 
     Args:
         q: [B, N, H]. The queries; they are converted to float32.
-        kv_pages: f32[L, num_pages, K, page_size, 2H]. The pages.
+        kv_pages: [L, num_pages, K, page_size, 2H]. The pages, in one of DTYPES.
         layer: i32[]. The index of the layer.
         work: The work list.
         page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        window: i32[], or None. How many positions a row sees.
         spec: The options of the attention.
 
     Returns:
@@ -58,13 +62,13 @@ def paged_attention(
         kv_pages,
         scalar(layer),
         scalar(page_offset),
+        scalar(0 if window is None else window),
         *runs[0],
         *runs[1],
         work.parts,
         scalar(work.num_parts),
         scale=np.float32(spec.scale),
         soft_cap=np.float32(spec.soft_cap or 0),
-        window=np.int32(spec.window or 0),
         page_stride=np.int32(spec.page_stride),
     )
     return out, lse

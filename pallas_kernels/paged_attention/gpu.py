@@ -82,6 +82,7 @@ def _dot(a: Array, b: Array, contract: tuple[int, int]) -> jax.Array:
 def _attend(
     layer_ref: Any,
     offset_ref: Any,
+    window_ref: Any,
     q_ref: Any,
     kv_ref: Any,
     scales_ref: Any,
@@ -105,6 +106,7 @@ def _attend(
         num_rows, _, group, h = q_ref.shape
         page_size = kv_ref.shape[3]
         layer, offset, start = layer_ref[...], offset_ref[...], runs.start[run]
+        window = None if window_ref is None else window_ref[...]
         k_scale, v_scale = (1.0, 1.0) if scales_ref is None else (scales_ref[layer, head, i] for i in (0, 1))
 
         lane = lane_block * block_m + jnp.arange(block_m)
@@ -119,9 +121,9 @@ def _attend(
         # Tokens are counted from the run's start. Of these lanes, none sees any from `end` on, or before `begin`.
         end = jnp.clip(jnp.max(position) + 1 - start, 0, runs.length[run])
         first_block = jnp.int32(0)
-        if spec.window is not None:
+        if window is not None:
             least = jnp.min(jnp.where(live, position, jnp.iinfo(jnp.int32).max))
-            begin = jnp.maximum(least - (spec.window - 1) - start, 0)
+            begin = jnp.maximum(least - (window - 1) - start, 0)
             first_block = lax.div(lax.div(begin, spec.page_stride) * page_size, block_t)
         stored = lax.div(end + (spec.page_stride - 1), spec.page_stride) * page_size
         num_blocks = lax.div(stored + (block_t - 1), block_t)
@@ -151,8 +153,8 @@ def _attend(
                 scores = spec.soft_cap * jnp.tanh(scores / spec.soft_cap)
             values = half(h)
             seen = fetched[None] & (start + token[None] <= position[:, None])
-            if spec.window is not None:
-                seen &= start + token[None] > position[:, None] - spec.window
+            if window is not None:
+                seen &= start + token[None] > position[:, None] - window
                 # Before and between the rows' windows are cells that nobody sees: NaN times a weight of 0.
                 values = jnp.where(jnp.max(seen.astype(jnp.int32), 0)[:, None] > 0, values, 0)
             scores = jnp.where(seen, scores * LOG2E, NEG)
@@ -220,6 +222,7 @@ def paged_attention(
     work: WorkList,
     kv_scales: Float[Array, "L K 2"] | None,
     page_offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
     spec: AttentionSpec,
     *,
     items: Tuning = ITEMS,
@@ -236,6 +239,7 @@ def paged_attention(
         work: The work list. M, the second size of `parts`, is at least 2.
         kv_scales: f32[L, K, 2], or None for 1. The factors of the stored K and V.
         page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        window: i32[], or None. How many positions a row sees.
         spec: The options of the attention.
         items: How the work of the items is cut.
         tiles: How that of the tiles is.
@@ -262,6 +266,7 @@ def paged_attention(
     arguments = (
         jnp.asarray(layer, jnp.int32),
         jnp.asarray(page_offset, jnp.int32),
+        None if window is None else jnp.asarray(window, jnp.int32),
         q.reshape(b, kv_heads, group, h),
         kv_pages,
         kv_scales,

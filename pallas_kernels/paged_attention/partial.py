@@ -31,13 +31,11 @@ class AttentionSpec:
 
     Attributes:
         scale: The factor of the scores.
-        window: A row at position p sees KV positions above p - window; None: all up to p.
         soft_cap: Scores become `soft_cap * tanh(scores / soft_cap)`; None: scores are not capped.
         page_stride: The number of KV positions that a page spans over all shards.
     """
 
     scale: float
-    window: int | None
     soft_cap: float | None
     page_stride: int
 

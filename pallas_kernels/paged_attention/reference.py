@@ -26,7 +26,7 @@ def paged_attention(
     work: WorkList,
     *,
     scale: float,
-    window: int | None = None,
+    window: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
     kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,

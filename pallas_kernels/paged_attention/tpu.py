@@ -165,7 +165,7 @@ def _spread(x: jax.Array, width: int) -> jax.Array:
 
 
 def _seen_by(
-    row: Any, first_row: Any, rows: int, positions: Any, start: Any, length: Any, window: int | None
+    row: Any, first_row: Any, rows: int, positions: Any, start: Any, length: Any, window: Any
 ) -> tuple[Any, Any, Any]:
     """Finds which KV positions of a run a row sees.
 
@@ -176,7 +176,7 @@ def _seen_by(
         positions: i32[B]. The positions of all rows.
         start: i32[]. The run's first KV position.
         length: i32[]. The number of the run's KV positions.
-        window: The window of the attention.
+        window: i32[]. The window of the attention; None for none.
 
     Returns:
         (whether the row is one of the share that sees anything at all, `after`, `upto`): it sees the run's KV positions
@@ -190,7 +190,7 @@ def _seen_by(
 
 def _kernel(
     layer: Any,
-    page_offset: Any,
+    limits: Any,
     positions: Any,
     *refs: Any,
     kinds: tuple[Kind, ...],
@@ -199,6 +199,7 @@ def _kernel(
     value_lane: int,
 ) -> None:
     n = len(kinds)
+    window = limits[1] if limits.shape[0] > 1 else None
     scalars, q_ref, lists, (kv_hbm, out_ref, lse_ref, *scratch) = (
         refs[: 3 * n],
         refs[3 * n],
@@ -221,7 +222,7 @@ def _kernel(
 
         def add(place, found):
             least, most, least_after, most_after = found
-            live, after, upto = _seen_by(rows_ref[0, 0, place], first_row, rows, positions, start, length, spec.window)
+            live, after, upto = _seen_by(rows_ref[0, 0, place], first_row, rows, positions, start, length, window)
             return (
                 jnp.where(live, jnp.minimum(least, upto), least),
                 jnp.maximum(most, upto),
@@ -233,9 +234,9 @@ def _kernel(
         none = everything, jnp.int32(-1), everything, jnp.int32(-1)
         places = jnp.where(run < ref.num[0], kind.places, 0)
         lowest, highest, least_after, most_after = lax.fori_loop(0, places, add, none)
-        base = start + page_offset[0]
+        base = start + limits[0]
         first = full = jnp.int32(0)
-        if spec.window is not None:
+        if window is not None:
             first = jnp.maximum(lax.div(least_after + 1 - start, stride), 0)
             full = jnp.maximum(lax.div(most_after - base + stride, stride), 0)
         end = jnp.where(highest >= start, jnp.maximum(lax.div(highest - start, stride) + 1, first), first)
@@ -291,7 +292,7 @@ def _kernel(
                 row = ref.rows[0, 0, place]
                 lanes = pl.ds(place * group, group)
                 live, after, upto = _seen_by(
-                    row, share * rows, rows, positions, ref.start[run], ref.length[run], spec.window
+                    row, share * rows, rows, positions, ref.start[run], ref.length[run], window
                 )
                 act(row - share * rows, lanes, live, after, upto)
 
@@ -310,7 +311,7 @@ def _kernel(
             token = lax.broadcasted_iota(jnp.int32, (1, chunk), 1)
             position = span.base + page * stride + token + token // page_size * (stride - page_size)
             seen = position <= _spread(upto_ref[:padded], chunk)
-            if spec.window is not None:
+            if window is not None:
                 seen &= position > _spread(after_ref[:padded], chunk)
             # a product with ones counts the rows of each token, and turns lanes into sublanes
             ones = jnp.ones((padded, value_lanes), jnp.bfloat16)
@@ -433,6 +434,7 @@ def paged_attention(
     work: WorkList,
     kv_scales: Float[Array, "L K 2"] | None,
     page_offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
     spec: AttentionSpec,
 ) -> tuple[Float[jax.Array, "B N H"], Float[jax.Array, "B N"]]:
     """Computes the public op (api.py).
@@ -446,6 +448,7 @@ def paged_attention(
         work: The work list.
         kv_scales: f32[L, K, 2], or None for 1. The factors of the stored K and V.
         page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        window: i32[], or None. How many positions a row sees.
         spec: The options of the attention.
 
     Returns:
@@ -474,7 +477,8 @@ def paged_attention(
     grouped = q.reshape(b, kv_heads, n // kv_heads, h).astype(jnp.float32) * (key_scale * scale)
     grouped = grouped.astype(jnp.float32 if kv_pages.dtype == jnp.float32 else jnp.bfloat16)
     call = _call(tuple(kinds), spec, grouped, kv_pages, q.dtype, key_lanes, value_lane)
-    numbers = (layer, page_offset, *(a for runs in some_runs for a in (runs.num, runs.start, runs.length)))
+    limits = page_offset if window is None else jnp.stack([page_offset, window])
+    numbers = (layer, limits, *(a for runs in some_runs for a in (runs.num, runs.start, runs.length)))
     scalars = [jnp.asarray(a, jnp.int32).reshape(-1) for a in numbers]
     lists = [a[:, None] for runs in some_runs for a in (runs.rows, runs.rows, runs.pages, runs.pages)]
     out, lse = call(*scalars[:2], work.positions, *scalars[2:], grouped, *lists, kv_pages)
@@ -492,7 +496,10 @@ def _call(
     key_lanes: int,
     value_lane: int,
 ) -> Callable[..., Any]:
-    """Returns the `pallas_call`: (layer, page_offset, positions, *scalars, q, *lists, kv_pages) -> (out, lse)."""
+    """Returns the `pallas_call`: (layer, limits, positions, *scalars, q, *lists, kv_pages) -> (out, lse).
+
+    limits: i32[1], the page_offset; or i32[2], the page_offset and the window.
+    """
     num_rows, kv_heads, group, _ = q.shape
     page = kv_pages.shape[2:]
     page_bytes = math.prod(page) * kv_pages.dtype.itemsize
@@ -511,7 +518,7 @@ def _call(
     def by_run(index, size, ahead):
         kind = kinds[index]
 
-        def block(share, step, layer, page_offset, positions, *scalars):
+        def block(share, step, layer, limits, positions, *scalars):
             run = step - kind.begin + ahead
             following = jnp.where((run >= 0) & (run < kind.runs), run, 0) if ahead else jnp.maximum(run, 0)
             return jnp.minimum(following, jnp.maximum(scalars[3 * index][0] - 1, 0)), 0, 0

@@ -83,6 +83,7 @@ def _attend(
     width: int,
     kv_scales: Array | None,
     page_offset: Array,
+    window: Array | None,
     spec: AttentionSpec,
 ) -> _Sums:
     """Returns the sums over one block of `width` pages of each run: its block number `block`.
@@ -100,8 +101,8 @@ def _attend(
     live = (offset < runs.length[:, None]) & (page >= block * width)
     at = (runs.start[:, None] + offset)[:, None]  # [X, 1, C]
     seen = (at <= runs.positions[:, :, None]) & live[:, None]
-    if spec.window is not None:
-        seen &= at > runs.positions[:, :, None] - spec.window
+    if window is not None:
+        seen &= at > runs.positions[:, :, None] - window
     mask = seen.repeat(group, axis=1)[:, None]  # [X, 1, Q * G, C]
     tokens = _tokens(kv_pages, layer, pages, seen.any(1))
     batch = ((0, 1), (0, 1))
@@ -127,6 +128,7 @@ def attend(
     runs: Runs,
     kv_scales: Float[Array, "L K 2"] | None,
     page_offset: Int[Array, ""] | int,
+    window: Int[Array, ""] | int | None,
     spec: AttentionSpec,
 ) -> Partial:
     """Computes the partial results of all runs.
@@ -138,6 +140,7 @@ def attend(
         runs: The runs: the items or the tiles of a work list.
         kv_scales: f32[L, K, 2], or None for 1. The factors of the stored K and V.
         page_offset: i32[]. The place in a page of the first token that `kv_pages` holds.
+        window: i32[], or None. How many positions a row sees.
         spec: The options of the attention.
 
     Returns:
@@ -152,7 +155,7 @@ def attend(
 
     def few_pages(part: Runs, width: int) -> _Sums:
         return _attend(
-            gather_queries(q, part), kv_pages, layer, part, jnp.int32(0), width, kv_scales, page_offset, spec
+            gather_queries(q, part), kv_pages, layer, part, jnp.int32(0), width, kv_scales, page_offset, window, spec
         )
 
     def many_pages(part: Runs, rows: int) -> _Sums:
@@ -161,11 +164,16 @@ def attend(
 
         def add(block, state):
             return _combine(
-                state, _attend(queries, kv_pages, layer, part, block, BLOCK_PAGES, kv_scales, page_offset, spec)
+                state, _attend(queries, kv_pages, layer, part, block, BLOCK_PAGES, kv_scales, page_offset, window, spec)
             )
 
-        blocks = _ceil_div(part.length.max(), BLOCK_PAGES * spec.page_stride)
-        state = lax.fori_loop(0, blocks, add, _nothing((together, kv_heads, rows * group), h))
+        block = BLOCK_PAGES * spec.page_stride
+        blocks = _ceil_div(part.length.max(), block)
+        first: Array | int = 0
+        if window is not None:  # no row sees the blocks before
+            live = jnp.where(part.positions < 0, jnp.iinfo(jnp.int32).max, part.positions)
+            first = jnp.maximum((live.min(1) - window + 1 - part.start).min(), 0) // block
+        state = lax.fori_loop(first, blocks, add, _nothing((together, kv_heads, rows * group), h))
         rest = _nothing((together, kv_heads, (r - rows) * group), h)
         return _Sums(*(jnp.concatenate(pair, 2) for pair in zip(state, rest, strict=True)))
 

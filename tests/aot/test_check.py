@@ -15,9 +15,10 @@ import pytest
 
 from configs import multi
 from icarus_jax import cli
-from icarus_jax.aot import report
+from icarus_jax.aot import check as check_module
+from icarus_jax.aot import hlo_text, report
 from icarus_jax.aot.check import Check, Plan
-from icarus_jax.aot.cost import pool_complaint, shard_shape
+from icarus_jax.aot.cost import account, pool_complaint, shard_shape
 from icarus_jax.aot.hlo_text import estimated_cycles
 from icarus_jax.aot.topology import Topology, compiling_for, find_topology
 from icarus_jax.bench import kernel_cases, kernels
@@ -77,6 +78,20 @@ class TestTpu:
             assert 0.99 * fewest < done.account.bytes < MOST * fewest, name
 
 
+class TestExperts:
+    pytestmark = needs_libtpu
+
+    @pytest.mark.full
+    @pytest.mark.parametrize("chip", SHARDED)
+    def test_a_decode_step_of_qwen3_30b(self, chip):
+        """It fits, and reads a layer's experts where they lie in the stack of all: a copy is twice their bytes."""
+        check = Check(plan_of("qwen3-30b-a3b", "1x8"), find_topology(SHARDED[chip]))
+        done = check.compile(STEPS[0])
+        assert not done.complaint
+        fewest = check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
+        assert 0.99 * fewest < done.account.bytes < MOST * fewest
+
+
 class TestCycles:
     pytestmark = needs_libtpu
 
@@ -106,6 +121,73 @@ class TestWeightsInMemory:
             shape = r"\[[14]," + ",".join(map(str, layer)) + r"\]"
             assert re.search(rf"= bf16{shape}\S* parameter\(", text), name
             assert not re.search(rf"= bf16{shape}\S* (fusion|copy|transpose|reshape)\(", text), name
+
+
+@pytest.mark.parametrize(
+    "chip, kind",
+    [
+        pytest.param(chip, kind, marks=() if (chip, kind) == ("v5e", "int8") else pytest.mark.full)
+        for chip in SHARDED
+        for kind in ("int8", "fp8")
+    ],
+)
+class TestQuantisedWeights:
+    pytestmark = needs_libtpu
+
+    def test_a_step_reads_them_as_they_lie(self, monkeypatch, chip, kind):
+        """Beside its pages, a step reads at most 0.6 of the bytes that it reads in bfloat16. No weight is expanded."""
+        programs = []
+        monkeypatch.setattr(check_module, "account", lambda *args: (programs.append(args[0]), account(*args))[1])
+        plain, check = (Check(plan_of("llama8b", "1x8", weights=w), find_topology(SHARDED[chip])) for w in ("", kind))
+        before, done = plain.compile(STEPS[0]), check.compile(STEPS[0])
+        assert not done.complaint
+        assert set(done.account.collectives) <= EXPECTED["llama8b", "1x8"]
+        assert done.account.bytes < MOST * check.fewest_bytes(done.bucket, check.padded_pages(done.bucket))
+        assert check.step_bytes(done, 0) < 0.6 * plain.step_bytes(before, 0)
+        table = check.programs.weights[0]["lm_head"].get_value().values
+        weights = [*check.stacks(), *(stack[1:] for stack in check.stacks()), shard_shape(table)]
+        assert float_arrays(programs[0].as_text(), weights)  # of bfloat16 there are
+        assert not float_arrays(programs[1].as_text(), weights)
+
+
+@pytest.mark.parametrize(
+    "chip, kind",
+    [
+        pytest.param(chip, kind, marks=() if (chip, kind) == ("v5e", "int8") else pytest.mark.full)
+        for chip in SHARDED
+        for kind in ("int8", "fp8")
+    ],
+)
+class TestPagesOf8Bits:
+    pytestmark = needs_libtpu
+
+    def test_a_step_reads_half_the_bytes_of_kv(self, chip, kind):
+        """The kernels read them as they lie: a step has no more of anything else, and no copy of the pool."""
+        plain, check = (
+            Check(plan_of("llama8b", "1x8", num_layers=4, kv_dtype=dtype), find_topology(SHARDED[chip]))
+            for dtype in ("bfloat16", kind)
+        )
+        before, done = plain.compile(STEPS[0]), check.compile(STEPS[0])
+        assert not done.complaint and 2 * check.page_bytes == plain.page_bytes
+        assert done.account.collectives == before.account.collectives
+        read = check.padded_pages(done.bucket) * check.page_bytes
+        assert before.account.bytes - done.account.bytes > 0.99 * read
+
+
+def float_arrays(text: str, weights: list[tuple[int, ...]]) -> list[str]:
+    """The instructions outside of fusions that make floating-point numbers of a weight's shape, or of it turned."""
+    size = lambda shape: tuple(sorted(n for n in shape if n > 1))  # noqa: E731
+    sizes = set(map(size, weights))
+    computations, entry = hlo_text.parse(text)
+    run = [computations[entry], *hlo_text.opened(computations[entry], computations)]
+    return [
+        instruction.name
+        for computation in run
+        for instruction in computation.values()
+        for dtype, shape, _ in hlo_text.ARRAY.findall(instruction.result)
+        if instruction.opcode != "parameter"  # such as the embeddings, which are looked up only
+        if dtype in ("f32", "bf16") and size(int(n) for n in shape.split(",") if n) in sizes
+    ]
 
 
 STEPS = ("decode 64+64 rows, 64 logits", "mixed 512+64 rows, 64 logits", "prefill 512+0 rows, 8 logits")
@@ -229,7 +311,7 @@ def test_what_cannot_be_checked(changes, said):
 
 
 def test_arguments_of_the_config():
-    with pytest.raises(ValueError, match=r"'llama9b'.*llama8b, llama70b, qwen3-8b, qwen3-14b, smollm2"):
+    with pytest.raises(ValueError, match=r"'llama9b'.*llama70b, qwen3-8b, qwen3-14b, qwen3-30b-a3b, smollm2"):
         multi.get_config("llama9b")
     assert len(multi.get_config("llama8b").heads) == 8
     config = multi.get_config("qwen3-14b,3,isolated")

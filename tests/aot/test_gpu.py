@@ -76,6 +76,30 @@ def test_compiles_for_h100s(monkeypatch, argument, mesh, changes, step):
     assert_kernels(program.as_text(), step, check.layout.mesh.shape["page"] > 1)
 
 
+@needs_compiler
+@pytest.mark.parametrize("weights", ["int8", pytest.param("fp8", marks=pytest.mark.full)])
+def test_quantised_weights_are_read_where_they_lie(weights):
+    check = Check(plan_of("llama8b", "1x1", weights=weights, **TWO_LAYERS), find_topology("h100"))
+    done = check.compile(DECODE)
+    assert not done.complaint and not done.account.weight_copies
+    plain = Check(plan_of("llama8b", "1x1", **TWO_LAYERS), find_topology("h100"))
+    expanded = max(math.prod(stack[1:]) for stack in check.stacks())  # bytes of the largest weight of a layer
+    assert done.account.temporaries < expanded
+    assert check.weight_bytes < 0.75 * plain.weight_bytes  # of two layers; the table of embeddings is as it was
+
+
+@needs_compiler
+@pytest.mark.parametrize("kv_dtype", ["int8", pytest.param("fp8", marks=pytest.mark.full)])
+def test_pages_of_8_bits_are_read_where_they_lie(kv_dtype):
+    plain, check = (
+        Check(plan_of("llama8b", "1x1", kv_dtype=dtype, **TWO_LAYERS), find_topology("h100"))
+        for dtype in ("bfloat16", kv_dtype)
+    )
+    done = check.compile(DECODE)
+    assert not done.complaint and 2 * check.page_bytes == plain.page_bytes
+    assert check.pages_that_fit([done]) > 1.9 * plain.pages_that_fit([plain.compile(DECODE)])
+
+
 @pytest.fixture(scope="module")
 def decode():
     """The account of all 32 layers of Llama-3.1-8B on one H100, with pages that fit beside its weights."""

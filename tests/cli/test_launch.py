@@ -48,6 +48,10 @@ def test_help_is_short(program, tmp_path):
         (["--config.server.api_keys_file=no/such"], ["config.server.api_keys_file", "no/such"]),
         (["--config.server.key_weights=ann=2"], ["config.server.key_weights", "'ann'"]),
         (["--config.server.max_waiting_tokens=-1"], ["max_waiting_tokens is -1"]),
+        (["--config.server.max_cpu_loras=0"], ["max_cpu_loras is 0"]),
+        (["--config.server.adapter_resolver=no/such"], ["adapter_resolver", "no/such"]),
+        (["--config.server.head_folders=file:///tmp"], ["head_folders", "'file:///tmp'", "gs://"]),
+        (["--config=single.py", "--config.server.adapter_resolver=."], ["adapter_resolver", "max_loras=N"]),
         (["--config.engine.num_pages=4"], ["num_pages=4", "at least 128"]),
         (["--config=multi.py:1", "--config.heads.h0.kv=mine"], ["'h0'", "'mine'", "shared, activated, isolated"]),
         (["--haeds=a=b"], ["haeds", "heads"]),
@@ -110,6 +114,9 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
         "drain_seconds": 120.0,
         "head_folders": "",
         "watch_heads": "",
+        "adapter_resolver": "",
+        "max_cpu_loras": 256,
+        "adapter_cache_bytes": 16 << 30,
         "api_keys_file": "",
         "admin_keys_file": "",
         "key_weights": "",
@@ -142,13 +149,15 @@ def test_a_users_own_config_wins_by_its_path(elsewhere):
 
 def test_heads_from_the_command_line(elsewhere):
     config = cli.load_config("multi.py:1")
-    cli.add_heads(config, ["h0=random:7:isolated", "new=some/folder", "far=/abs/folder:shared"])
+    cli.add_heads(config, ["h0=random:7:isolated", "new=some/folder", "far=/abs/folder:shared", "hub=hf://o/n@v1/x"])
     assert {name: dict(head) for name, head in config.heads.items()} == {
         "h0": {"path": "random:7", "kv": "isolated"},
         "new": {"path": str(elsewhere / "some" / "folder"), "kv": "shared"},
         "far": {"path": "/abs/folder", "kv": "shared"},
+        "hub": {"path": "hf://o/n@v1/x", "kv": "shared"},
     }
-    assert cli.served_names(config) == ["smollm2-135m-instruct", "h0", "new", "far"]
+    assert cli.home_path(config.heads.hub.path) == "hf://o/n@v1/x"
+    assert cli.served_names(config) == ["smollm2-135m-instruct", "h0", "new", "far", "hub"]
     assert config.is_locked
 
 

@@ -118,12 +118,12 @@ VARIANTS = {
 def layers_of(batch: Batch, tuning: gpu.Tuning, work: WorkList) -> Call:
     """A call of our attention in all layers, each with the result of the one before as its queries."""
     q, kv = batch.arrays()
-    spec = AttentionSpec(H**-0.5, None, None, batch.page)
+    spec = AttentionSpec(H**-0.5, None, batch.page)
 
     @jax.jit
     def layers(q: jax.Array, kv: jax.Array, work: WorkList) -> jax.Array:
         def layer(q: jax.Array, i: jax.Array) -> tuple[jax.Array, None]:
-            return gpu.paged_attention(q, kv, i, work, None, 0, spec, items=tuning, tiles=tuning)[0], None
+            return gpu.paged_attention(q, kv, i, work, None, 0, None, spec, items=tuning, tiles=tuning)[0], None
 
         return lax.scan(layer, q, jnp.arange(LAYERS))[0]
 
@@ -190,12 +190,12 @@ def measure_others(report: Report, copied: float) -> None:
     """Adds an item for each of the others, compared with our kernel."""
     for batch in (DECODE,) if TINY else (DECODE, _decode(page=64)):
         q, kv = batch.arrays()
-        spec = AttentionSpec(H**-0.5, None, None, batch.page)
+        spec = AttentionSpec(H**-0.5, None, batch.page)
 
         def stack(q: jax.Array) -> jax.Array:
             return q.reshape(-1, 2, K, G, H).swapaxes(1, 2).reshape(-1, K * 2 * G, H)
 
-        ours = jax.jit(gpu.paged_attention, static_argnums=6)(q, kv, 0, batch.work(), None, 0, spec)[0]
+        ours = jax.jit(gpu.paged_attention, static_argnums=7)(q, kv, 0, batch.work(), None, 0, None, spec)[0]
         want = np.asarray(stack(ours), np.float32)
         for other in OTHERS:
             with report.item(f"others, {other.__name__}, decode, page {batch.page}") as row:

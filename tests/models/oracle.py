@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from icarus_jax.weights.checkpoint import TrunkCheckpoint
+from icarus_jax.weights.rope import frequencies
 
 
 def _norm(x, weight, eps):
@@ -19,10 +20,43 @@ def _rope(x, config, layer):
     if layer in config.nope_layers:
         return x
     length, h = len(x), round(config.head_dim * config.partial_rotary_factor)
-    angles = np.arange(length)[:, None] / config.rope_theta ** (np.arange(0, h, 2) / h)
+    local = config.local_rope_theta is not None and layer not in config.full_attention_layers
+    theta = config.local_rope_theta if local else config.rope_theta
+    angles = np.arange(length)[:, None] / theta ** (np.arange(0, h, 2) / h)
+    if config.rope_scaling and not local:  # transformers judges the frequencies in test_families.py
+        angles = np.arange(length)[:, None] * frequencies(config)
     cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    if config.rope_interleaved:
+        a, b = x[..., :h:2], x[..., 1:h:2]
+        pairs = np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(*x.shape[:-1], h)
+        return np.concatenate([pairs, x[..., h:]], -1)
     a, b = x[..., : h // 2], x[..., h // 2 : h]
     return np.concatenate([a * cos - b * sin, b * cos + a * sin, x[..., h:]], -1)
+
+
+def _cap(x, cap):
+    return x if cap is None else cap * np.tanh(x / cap)
+
+
+def _activation(config, x):
+    if config.hidden_act == "silu":
+        return x / (1 + np.exp(-x))
+    return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
+
+
+def mixture(config, router, gate, up, down, x):
+    """The experts of one layer, row by row. gate, up [E, D, F], down [E, F, D]."""
+    out = np.zeros_like(x)
+    for row, logits in enumerate(x @ router):
+        weights = np.exp(logits - logits.max())
+        weights /= weights.sum()
+        chosen = np.argsort(-weights)[: config.num_experts_per_tok]
+        total = weights[chosen].sum() if config.norm_topk_prob else 1.0
+        for expert in chosen:
+            z = x[row] @ gate[expert]
+            z = z / (1 + np.exp(-z)) * (x[row] @ up[expert])
+            out[row] += weights[expert] / total * (z @ down[expert])
+    return out
 
 
 def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
@@ -51,15 +85,26 @@ def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
             q, k = norm("q_norm", l, q), norm("k_norm", l, k)
         made.append((_rope(k, c, l), v))
         keys, values = (np.repeat(a, group, axis=1) for a in (kv or made)[l])
-        scores = np.einsum("qnh,tnh->nqt", _rope(q, c, l), keys) * scale
-        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        q = _rope(q, c, l)
+        if c.rope_scaling and c.rope_scaling.llama_4_scaling_beta:
+            turns = np.floor(np.arange(length) / c.rope_scaling.original_max_position_embeddings)
+            q = q * (1 + c.rope_scaling.llama_4_scaling_beta * np.log(1 + turns))[:, None, None]
+        scores = np.einsum("qnh,tnh->nqt", q, keys) * scale
+        seen, at = np.tri(length, dtype=bool), np.arange(length)
+        if c.sliding_window and l not in c.full_attention_layers:
+            seen = seen & (at > at[:, None] - c.sliding_window)
+        scores = np.where(seen, _cap(scores, c.attn_logit_softcapping), -np.inf)
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         a = np.einsum("nqt,tnh->qnh", weights / weights.sum(-1, keepdims=True), values).reshape(length, -1)
         x = x + c.residual_multiplier * norm("attn_post_norm", l, a @ p["o"][l] + delta("o_proj", l, a))
         y = norm("mlp_norm", l, x)
+        if c.num_experts:
+            mixed = mixture(c, *(p[name][l] for name in ("router", "experts_gate", "experts_up", "experts_down")), y)
+            x = x + c.residual_multiplier * norm("mlp_post_norm", l, mixed)
+            continue
         gate = y @ p["gate_up"][l][:, 0] + delta("gate_proj", l, y)
         up = y @ p["gate_up"][l][:, 1] + delta("up_proj", l, y)
-        z = gate / (1 + np.exp(-gate)) * up
+        z = _activation(c, gate) * up
         x = x + c.residual_multiplier * norm("mlp_post_norm", l, z @ p["down"][l] + delta("down_proj", l, z))
     return x, made
 
@@ -75,7 +120,7 @@ def logits(trunk: TrunkCheckpoint, tokens, adapter=None, *, shared: bool = True,
     head = trunk.params["embed" if trunk.config.tie_word_embeddings else "lm_head"]
     norm = np.asarray(trunk.params["final_norm"], np.float64)
     x = _norm(x, norm, trunk.config.rms_norm_eps) @ np.asarray(head, np.float64).T
-    return x / trunk.config.logits_scaling
+    return _cap(x / trunk.config.logits_scaling, trunk.config.final_logit_softcapping)
 
 
 def greedy(trunk: TrunkCheckpoint, prompt, steps: int, adapter=None, *, shared=True, decoder=None) -> list[int]:

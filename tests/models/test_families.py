@@ -19,9 +19,18 @@ from tests.engine.harness import SMALL, drain, make_engine, submit
 from tests.models import oracle
 from tests.models.test_trunk import engine_logits
 
-# What PEFT adapts, where a family has fused modules: of a head that reads the trunk's K/V, and of one with its own.
-TARGETS = {"phi3": ("o_proj", "gate_up_proj", "down_proj")}
-WRITERS = {"phi3": ("qkv_proj", *TARGETS["phi3"])}
+# What PEFT adapts, where a family has fused modules or experts: of a head that reads the trunk's K/V, and of one with
+# its own.
+TARGETS = {
+    "phi3": ("o_proj", "gate_up_proj", "down_proj"),
+    "glm4": ("q_proj", "o_proj", "gate_up_proj", "down_proj"),
+    "qwen3_moe": ("q_proj", "o_proj"),
+}
+WRITERS = {
+    "phi3": ("qkv_proj", *TARGETS["phi3"]),
+    "glm4": ("k_proj", "v_proj", *TARGETS["glm4"]),
+    "qwen3_moe": ("k_proj", "v_proj", *TARGETS["qwen3_moe"]),
+}
 WIDE = EngineConfig(page_size=4, num_pages=128, max_num_seqs=4, max_num_batched_tokens=128, max_model_len=128)
 LLAMA_ROPES = {
     "yarn": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 64},
@@ -103,7 +112,10 @@ def test_the_oracle_matches_transformers(family, tmp_path):
     [
         ("smollm3", {"kernels": "gpu"}),
         ("olmo2", {"mesh": "1x2"}),  # its norms of q and k run over lanes that the devices share
+        ("qwen3_moe", {"mesh": "2x4"}),  # two devices share a KV head, eight the experts
         pytest.param("olmo2", {"kernels": "gpu"}, marks=pytest.mark.full),
+        pytest.param("glm4", {"kernels": "gpu"}, marks=pytest.mark.full),
+        pytest.param("qwen3_moe", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("granite", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("phi3", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("smollm3", {"mesh": "2x2"}, marks=pytest.mark.full),

@@ -13,9 +13,10 @@ import pytest
 from flax import nnx
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, EngineConfig, ModelConfig
-from icarus_jax.models.block import BLOCK_PARAMS, Block, MeshLinear
+from icarus_jax.models.block import BLOCK_PARAMS, Block
 from icarus_jax.models.head_bank import HeadBank, LayerBank, fit_factors, load_slot
 from icarus_jax.models.layers import rope_tables
+from icarus_jax.models.products import MeshLinear
 from icarus_jax.models.sharding import make_mesh_layout
 from icarus_jax.weights.params import param_shapes
 

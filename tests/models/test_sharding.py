@@ -27,8 +27,9 @@ from icarus_jax.engine.programs import Programs
 from icarus_jax.engine.runner import Runner
 from icarus_jax.models import sharding
 from icarus_jax.models.attention import append_and_attend
-from icarus_jax.models.block import PROJECTIONS, MeshLinear
+from icarus_jax.models.block import PROJECTIONS
 from icarus_jax.models.head_bank import HeadBank
+from icarus_jax.models.products import MeshLinear
 from icarus_jax.models.sharding import KV_PAGES_AXES, make_mesh_layout
 from icarus_jax.models.trunk import Trunk, place_weights
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk, save_orbax

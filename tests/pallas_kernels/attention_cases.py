@@ -94,7 +94,7 @@ def problem(layout: Layout, case: tuple[Seq, ...], seed: int = 0) -> Problem:
         tables.append(table + [int(free.pop()) for _ in range(-(-seq.length // page) - len(table))])
     values = rng.standard_normal((num_pages, layout.k, page, 2 * layout.h)).astype(np.float32)
     if layout.dtype == "int8":
-        values = np.clip(np.round(values * 40), -127, 127)
+        values = np.clip(np.round(values * (40 if layout.scaled else 2)), -128, 127)
     visible = np.zeros((num_pages, page), bool)
     sequences, writer, reader = [], 0, sum(s.writers for s in case)
     assert reader + sum(s.readers for s in case) + 3 <= layout.rows, "three padding rows at least"

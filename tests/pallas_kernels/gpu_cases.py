@@ -37,7 +37,7 @@ class Case:
 
     @property
     def spec(self) -> AttentionSpec:
-        return AttentionSpec(self.h**-0.5, self.window, self.soft_cap, self.page_stride or self.page_size)
+        return AttentionSpec(self.h**-0.5, self.soft_cap, self.page_stride or self.page_size)
 
 
 DECODE = (
@@ -127,10 +127,10 @@ def build(case: Case) -> tuple[tuple[Any, ...], tuple[np.ndarray, np.ndarray]]:
     kv = np.where(hidden, 99 if case.kv_dtype == INT8 else np.nan, values).astype(case.kv_dtype)
     q = rng.standard_normal((b, case.kv_heads * case.group, case.h)).astype(case.dtype)
     scales = rng.uniform(0.02, 0.05, (2, case.kv_heads, 2)).astype(np.float32) if case.scales else None
-    want = reference.paged_attention(
-        q, kv, LAYER, work, kv_scales=scales, page_offset=case.page_offset, **dataclasses.asdict(case.spec)
-    )
-    return (q, kv, np.int32(LAYER), work, scales, np.int32(case.page_offset)), want
+    options = {"kv_scales": scales, "page_offset": case.page_offset, "window": case.window}
+    want = reference.paged_attention(q, kv, LAYER, work, **options, **dataclasses.asdict(case.spec))
+    window = None if case.window is None else np.int32(case.window)
+    return (q, kv, np.int32(LAYER), work, scales, np.int32(case.page_offset), window), want
 
 
 def _work(runs: Runs, b: int) -> WorkList:

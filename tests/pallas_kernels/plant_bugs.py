@@ -111,7 +111,7 @@ ATTENTION = [
     ),
     tpu(
         "attention: the shard's offset is forgotten",
-        "base = start + page_offset[0]",
+        "base = start + limits[0]",
         "base = start",
         tests=(OP, "shards and tpu"),
     ),
@@ -144,7 +144,7 @@ GPU_ATTENTION = [
     gpu("gpu: stale V is not zeroed", "0)[:, None] > 0, values, 0)", "0)[:, None] >= 0, values, 0)"),
     gpu("gpu: the maximum is not carried over", "old = jnp.exp2(m - high)", "old = jnp.ones_like(m)"),
     gpu("gpu: the last block is left out", "stored + (block_t - 1)", "stored"),
-    gpu("gpu: the window is one too long", "position[:, None] - spec.window", "position[:, None] - spec.window - 1"),
+    gpu("gpu: the window is one too long", "position[:, None] - window", "position[:, None] - window - 1"),
     gpu("gpu: the shard's offset is forgotten", "* spec.page_stride + offset + cell", "* spec.page_stride + cell"),
     gpu("gpu: the log-sum-exp stays in units of log 2", "(m + jnp.log2(total)) / LOG2E", "(m + jnp.log2(total))"),
     gpu("gpu: a row in one run is merged", "pl.when(count != 1)", "pl.when(count != 0)"),
@@ -184,6 +184,12 @@ XLA_ATTENTION = [
         "xla: the last block of a tile",
         "blocks = _ceil_div(part.length.max(),",
         "blocks = _ceil_div(part.length.max() - 1,",
+    ),
+    xla(
+        "xla: blocks before the window are not skipped right",
+        "part.start).min(), 0) // block",
+        "part.start).min(), 0) // block + 1",
+        tests=(OP, "window and xla"),
     ),
 ]
 
@@ -354,6 +360,11 @@ cpu_attention = functools.partial(
 cpu_linear = functools.partial(
     Bug, file="pallas_kernels/linear/cpu.cc", tests=("tests/pallas_kernels/test_linear.py", "cpu")
 )
+cpu_quantised = functools.partial(
+    Bug,
+    file="pallas_kernels/linear/cpu_quantised.cc",
+    tests=("tests/pallas_kernels/test_quantised_panels.py", "matches or exact or depend or size"),
+)
 cpu_lora = functools.partial(Bug, file="pallas_kernels/lora/cpu.cc", tests=("tests/pallas_kernels/test_lora.py", "cpu"))
 CPU = [
     cpu_attention("cpu: a row does not see itself", "(place <= until)", "(place < until)"),
@@ -366,6 +377,15 @@ CPU = [
     cpu_linear("cpu: always the first layer", "layer.typed_data()[0] * panels * size", "0"),
     cpu_linear("cpu: later rows computed of the first ones", "(size_t)row * din + d", "d"),
     cpu_linear("cpu: the last panel of a share left out", "panel < last; ++panel", "panel < last - 1; ++panel"),
+    cpu_quantised("cpu: 4-bit weights without minima not centred", "(HasMinima ? 0 : 8)", "0"),
+    cpu_quantised("cpu: minima left out", "if (HasMinima) {", "if (false) {"),
+    cpu_quantised("cpu: minima times the integers' sum", "to.scale[r] * sum;", "sum;"),
+    cpu_quantised("cpu: single precision read as half", "if (!half) return", "if (false) return"),
+    cpu_quantised("cpu: always the first layer of blocks", "layer.typed_data()[0] * panels * blocks", "0"),
+    cpu_quantised("cpu: inputs rounded down", "* inverse + shift;", "* inverse - 0.4f + shift;"),
+    cpu_quantised("cpu: an input that is not a number counts as 0", "spoilt += v * 0.0f;", ""),
+    cpu_quantised("cpu: the last rows computed of the first tile", "tile * R + r, rows - 1", "r, rows - 1"),
+    cpu_quantised("cpu: a tile between two groups left out", "group += kGroup)", "group += kGroup + 1)"),
     cpu_lora("cpu: always the first layer's adapters", "(size_t)layer.typed_data()[0] * num_slots", "0"),
     cpu_lora("cpu: the trunk's rows adapted", "slot <= 0 || slot", "slot < 0 || slot"),
     cpu_lora(

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import paged_attention as op
-from pallas_kernels.paged_attention import tpu
+from pallas_kernels.paged_attention import cpu, tpu
 from pallas_kernels.paged_attention.api import ATTEND
 from pallas_kernels.paged_attention.partial import NEG, AttentionSpec
 from tests.pallas_kernels.attention_cases import (
@@ -48,9 +48,9 @@ def small_blocks(request, monkeypatch):
 
 @functools.cache
 def program(layout: Layout, implementation: str):
-    """One compiled program for all cases of a layout."""
+    """One compiled program for all cases of a layout, and for all its windows."""
 
-    def run(q, kv_pages, layer, work, kv_scales, page_offset):
+    def run(q, kv_pages, layer, work, kv_scales, page_offset, window):
         return op.paged_attention(
             q,
             kv_pages,
@@ -60,14 +60,15 @@ def program(layout: Layout, implementation: str):
             page_offset=page_offset,
             return_lse=True,
             implementation=implementation,
-            **layout.spec,
+            **{**layout.spec, "window": window},
         )
 
     return jax.jit(run)
 
 
 def attend(layout: Layout, p: Problem, implementation: str, page_offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    args = (p.q, p.kv_pages, np.int32(LAYER), p.work, p.kv_scales, np.int32(page_offset))
+    window = None if layout.window is None else np.int32(layout.window)  # traced: layers may differ in it
+    args = (p.q, p.kv_pages, np.int32(LAYER), p.work, p.kv_scales, np.int32(page_offset), window)
     if implementation == "reference":
         out, lse = op.paged_attention(
             *args[:4],
@@ -78,7 +79,7 @@ def attend(layout: Layout, p: Problem, implementation: str, page_offset: int = 0
             **layout.spec,
         )
     else:
-        out, lse = program(layout, implementation)(*args)
+        out, lse = program(dataclasses.replace(layout, window=None), implementation)(*args)
     return np.asarray(out, np.float32), np.maximum(np.asarray(lse, np.float32), np.float32(-1e30))
 
 
@@ -105,6 +106,28 @@ def test_matches_the_oracle(layout, implementation, case):
 @pytest.mark.parametrize("layout", [ODD, dataclasses.replace(ODD, window=None)], ids=["window", "causal"])
 def test_sizes_that_fill_no_tile(layout, implementation, case):
     check(layout, attend(layout, problem(layout, case), implementation), wanted(layout, case))
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("case", [CASES[name] for name in SOME_CASES], ids=SOME_CASES)
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_pages_of_8_bits_without_scales(dtype, implementation, case):
+    """As the engine has them; on CPUs the C++ kernel reads them, and these are float32 queries."""
+    layout = dataclasses.replace(LAYOUTS["h64-page16"], dtype=dtype)
+    p = problem(layout, case)
+    assert cpu.supports(p.kv_pages, None) and not cpu.supports(p.kv_pages, np.ones((2, 2, 2)))
+    check(layout, attend(layout, p, implementation), wanted(layout, case))
+
+
+def test_a_cpu_knows_every_float8():
+    """One row that sees one token: what it gives is that token's V."""
+    layout = Layout(1, 1, 256, 16, "float8_e4m3fn", rows=4)
+    p = problem(layout, (Seq(1, 1, 0),))
+    every = np.arange(256, dtype=np.uint8).view(p.kv_pages.dtype)
+    page = int(p.sequences[0].page_table[0])
+    p.kv_pages[LAYER, page, 0, 0] = np.concatenate([np.zeros_like(every), every])
+    out, _ = attend(layout, p, "cpu")
+    np.testing.assert_array_equal(out[0, 0], every.astype(np.float32).astype(p.q.dtype).astype(np.float32))
 
 
 @pytest.mark.parametrize("implementation", (*ANY_SIZES, "gpu"))
@@ -138,6 +161,18 @@ def test_shards_of_every_page_merge_to_the_whole(layout, implementation, case):
 
 
 SMALL = Layout(2, 1, 64, 16, tiling=(8, 8), rows=20, tile_rows=8)
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+def test_one_program_serves_layers_with_windows_and_without(implementation):
+    case = (Seq(400, 6, 1), Seq(300))
+    program.cache_clear()
+    for window in (24, 1 << 30):
+        layout = dataclasses.replace(SMALL, window=window)
+        check(layout, attend(layout, problem(layout, case), implementation), wanted(layout, case))
+    assert program(SMALL, implementation)._cache_size() == 1
+
+
 SIMULATED = {  # one kernel each: the simulator keeps the races of the last
     "items": (dataclasses.replace(SMALL, tiles=False), (Seq(300), Seq(129, 1, 0), Seq(1), Seq(208), Seq(40, 0, 1))),
     "items, window": (dataclasses.replace(SMALL, tiles=False, window=60), (Seq(416), Seq(300), Seq(230))),
@@ -170,9 +205,9 @@ def test_partial_results_of_rows_that_see_nothing(layout, implementation):
         length=i32([16, 30, 160, 32]),
         num=i32(3),  # the last run is none
     )
-    spec = AttentionSpec(0.125, layout.window, None, 16)
+    spec = AttentionSpec(0.125, None, 16)
     q = rng.standard_normal((12, 1, 2, 64)).astype(np.float32)
-    out, lse = jax.jit(functools.partial(ATTEND[implementation], spec=spec))(q, kv, 0, runs, None, 0)
+    out, lse = jax.jit(functools.partial(ATTEND[implementation], spec=spec))(q, kv, 0, runs, None, 0, layout.window)
     assert out.shape == (4, 1, 6, 64) and lse.shape == (4, 1, 6)
     sees = np.array([[0, 0, 1], [0, 0, 1], [1, 0, 1]], bool).repeat(2, axis=1)[:, None]
     np.testing.assert_array_equal(lse[:3] > -1e29, sees)

@@ -29,10 +29,10 @@ FAILED_ONCE = (142, 145)
 class Simulation:
     """Traffic of one seed: agents with sessions, fan-out, handoffs, aborts, reloads, pressure, and failing steps.
 
-    overlap: Steps are launched before the one before them is committed.
+    overlap: Steps are launched before the one before them is committed. window: Of every layer.
     """
 
-    def __init__(self, seed: int, overlap: bool):
+    def __init__(self, seed: int, overlap: bool, window: int | None = None):
         self.rng = rng = random.Random(seed)
         self.now = 0.0
         pages = rng.randint(14, 44)
@@ -44,7 +44,7 @@ class Simulation:
             max_model_len=min(48, 2 * pages),
             enable_prefix_caching=rng.random() < 0.9,
         )
-        self.scheduler = Scheduler(size, rng.randint(1, 4), clock=lambda: self.now)
+        self.scheduler = Scheduler(size, rng.randint(1, 4), clock=lambda: self.now, window=window)
         self.device = Device(self.scheduler, overlap)
         self.models = make_models()
         self.texts = [[rng.randrange(10) for _ in range(40)] for _ in range(3)]
@@ -193,7 +193,7 @@ class Simulation:
     def check(self) -> None:
         """What must hold between any two steps."""
         scheduler = self.scheduler
-        scheduler.pool.check([*(seq.page_table for seq in scheduler.running), *scheduler.sessions.tables])
+        scheduler.pool.check([*(seq.held_pages for seq in scheduler.running), *scheduler.sessions.tables])
         assert all(seq.status is Status.RUNNING for seq in scheduler.running)
         assert all(seq.status is Status.WAITING and not seq.page_table for seq in scheduler.waiting)
         slots = scheduler.slots
@@ -213,8 +213,8 @@ class InjectedFault(OutOfPages):
     """A fault of the test's own."""
 
 
-def simulate(seed: int, overlap: bool, steps: int = STEPS) -> Simulation:
-    simulation = Simulation(seed, overlap)
+def simulate(seed: int, overlap: bool, steps: int = STEPS, window: int | None = None) -> Simulation:
+    simulation = Simulation(seed, overlap, window)
     simulation.run(steps)
     return simulation
 
@@ -226,9 +226,18 @@ def test_traffic(seed, overlap):
     assert simulation.finished and simulation.failures
 
 
+@pytest.mark.parametrize("window", [1, 6])
+@pytest.mark.parametrize("seed", range(6))
+def test_traffic_of_a_model_with_windows(seed, window):
+    simulation = simulate(seed, overlap=seed % 2 == 1, window=window)
+    assert simulation.finished and simulation.failures
+
+
 @pytest.mark.full
 def test_100_000_steps():
-    simulations = [simulate(seed, seed % 2 == 1) for seed in range(100, 100 + 100_000 // STEPS)]
+    simulations = [
+        simulate(seed, seed % 2 == 1, window=(None, 5)[seed // 2 % 2]) for seed in range(100, 100 + 100_000 // STEPS)
+    ]
     assert sum(s.steps for s in simulations) >= 100_000
     assert sum(s.finished for s in simulations) > 10_000 and sum(s.failures for s in simulations) > 1_000
 

@@ -94,7 +94,10 @@ class Device:
 
     def results(self, work: Work, text: list[int], made) -> list[SampleRow]:
         seq, end, size = work.seq, work.start + work.num_write, self.scheduler.config.page_size
-        for position in range(end):  # what the rows attend to is this very prefix
+        rows = [(work.start, work.num_write), (work.read_start, work.num_read), (end - 1, work.reads_reference)]
+        first = min(start for start, num in rows if num)
+        window = self.scheduler.cache._window or first + 1
+        for position in range(max(first - window + 1, 0), end):  # what the rows attend to is this very prefix
             assert self.held[seq.page_table[position // size], position % size] == made(seq, position)
         assert not work.num_logits or work.logit_start + work.num_logits <= end
         if seq.model.kind == "shared":  # logits come from the head's own reader rows
@@ -146,13 +149,20 @@ SESSIONS = {
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(events, max_size=40), st.integers(12, 40), st.integers(1, 4), st.booleans(), st.booleans())
-def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, caching, overlap):
+@given(
+    st.lists(events, max_size=40),
+    st.integers(12, 40),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([None, None, 1, 9]),
+)
+def test_any_traffic_leaves_every_page_free(script, num_pages, num_slots, caching, overlap, window):
     """The four kinds, fan-out, handoffs, aborts, reloads, sessions, pressure on pages and slots; steps one by one, and
-    overlapped."""
+    overlapped; with windows and without."""
     now = [0.0]
     config = dataclasses.replace(CONFIG, num_pages=num_pages, enable_prefix_caching=caching)
-    scheduler = Scheduler(config, num_slots, clock=lambda: now[0])
+    scheduler = Scheduler(config, num_slots, clock=lambda: now[0], window=window)
     device, seqs, scored, started = Device(scheduler, overlap), [], {}, []
     models = make_models()
     references: dict[int, list[float]] = {}

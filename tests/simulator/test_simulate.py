@@ -17,7 +17,7 @@ from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.scheduling.sequence import Sequence
 from icarus_jax.simulator.chips import CHIPS, Chip
-from icarus_jax.simulator.roofline import Assumptions, Load, Roofline, load_of
+from icarus_jax.simulator.roofline import Assumptions, Load, Roofline, layer_weights, load_of, row_weights
 from icarus_jax.simulator.run import Simulation, make_models
 from icarus_jax.workloads import agents, workload
 from icarus_jax.workloads.calls import summarise
@@ -30,6 +30,7 @@ PARAMETERS = {  # as published, in billions
     "llama-3.1-70b": 70.55,
     "qwen3-8b": 8.19,
     "qwen3-14b": 14.77,
+    "qwen3-30b-a3b": 30.53,
 }
 # D 4, F 8, two layers, two attention heads of 2 on one KV head
 TINY = ModelConfig("llama", 10, 4, 8, 2, 2, 1, 2)
@@ -40,6 +41,16 @@ IDEAL = Assumptions(1.0, 1.0, 1.0, 1.0, overhead_s=0.0, collective_s=0.0)
 def test_the_zoos_models_have_their_parameters(name):
     roofline = Roofline(presets.MODELS[name], CHIPS["h100"])
     assert roofline.weight_bytes / 2 == pytest.approx(PARAMETERS[name] * 1e9, rel=0.003)
+
+
+def test_experts_by_hand():
+    """Of 4 experts a row is sent to 2: it is multiplied with those, and many rows read all four."""
+    model = dataclasses.replace(TINY, num_experts=4, num_experts_per_tok=2)
+    attention, router, expert = 2 * 16 + 2 * 8, 4 * 4, 3 * 32
+    assert row_weights(model) == attention + router + 2 * expert
+    assert [layer_weights(model, rows) for rows in (0, 1, 2)] == [attention + router + n * expert for n in (0, 2, 3)]
+    assert layer_weights(model, 1000) == pytest.approx(attention + router + 4 * expert)
+    assert layer_weights(TINY, 0) == row_weights(TINY) == attention + expert
 
 
 def test_pages_that_fit():

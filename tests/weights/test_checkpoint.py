@@ -11,7 +11,7 @@ import transformers
 from safetensors.numpy import load_file, save_file
 
 from icarus_jax.config import RopeScaling
-from icarus_jax.weights.checkpoint import load_trunk, param_shapes, save_orbax
+from icarus_jax.weights.checkpoint import load_trunk, open_trunk, param_shapes, save_orbax
 from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
 from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model
 
@@ -125,20 +125,26 @@ def test_rope_settings_of_old_and_new_configs(family, tmp_path):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", {"model_type": "qwen3_moe"}, "model_type 'qwen3_moe' is not supported"),
+        ("llama", {"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not supported"),
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
         ("llama", {"quantization_config": {"bits": 4}}, "quantization_config"),
         ("llama", {"rope_parameters": {"rope_type": "ntk", "factor": 2.0}}, "rope scaling 'ntk'"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 64}, "sliding_window=64"),
-        ("qwen2", {"layer_types": ["sliding_attention"] * 3}, "layer_types="),
+        ("qwen2", {"layer_types": ["chunked_attention"] * 3}, "layer_types="),
+        ("mistral", {"sliding_window": 0.5}, r"sliding_window is 0\.5"),
+        ("gemma2", {"hidden_activation": "gelu"}, "hidden_act 'gelu'"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "use_bidirectional_attention=True"),
+        (
+            "gemma3_text",
+            {"rope_parameters": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}}},
+            r"rope_parameters\.sliding_attention=",
+        ),
+        ("llama", {"rope_parameters": {"sliding_attention": {"rope_theta": 1e4}}}, "sliding_attention="),
         ("llama", {"hidden_size": 64}, "has the shape .* the config asks for"),
         ("llama", {"num_hidden_layers": 4}, "layers.3.* is missing"),
         ("llama", {"num_hidden_layers": 2}, "layers.2.* is no part of"),
         ("llama", {"model_type": "qwen2"}, "bias is missing"),
-        ("mistral", {"sliding_window": 64}, "sliding_window=64, which is not supported"),
-        ("ministral", {"sliding_window": 511}, "sliding_window=511"),
         ("llama", {"partial_rotary_factor": 0.5}, r"partial_rotary_factor=0\.5"),
         ("phi3", {"rope_parameters": {"partial_rotary_factor": 0.2}}, r"partial_rotary_factor is 0\.2"),
         ("phi3", {"rope_parameters": LONGROPE | {"short_factor": [1.0]}}, "short_factor is a list of 3 numbers"),
@@ -155,17 +161,55 @@ def test_unsupported_models_are_refused_by_name(family, changes, message, tmp_pa
     assert "\n" not in str(error.value)
 
 
-def test_a_sliding_window_out_of_use_is_fine(tmp_path):
-    load_trunk(edit_config(tiny_model("qwen2", tmp_path), use_sliding_window=False, sliding_window=64))
+@pytest.mark.parametrize(
+    "family, changes, window, full",
+    [
+        ("mistral", {"sliding_window": None}, None, ()),
+        ("mistral", {}, 24, ()),
+        ("qwen2", {"sliding_window": 64, "layer_types": None}, None, ()),  # use_sliding_window is False
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "layer_types": None}, None, (0, 1, 2)),
+        (
+            "qwen3",
+            {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 1, "layer_types": None},
+            64,
+            (0,),
+        ),
+        ("gemma2", {"layer_types": None}, 24, (1,)),
+        ("gemma3_text", {"layer_types": None}, 24, ()),  # every sixth of three
+        ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 2}, 24, (1,)),
+    ],
+)
+def test_which_layers_have_a_window(family, changes, window, full, tmp_path):
+    config = open_trunk(edit_config(tiny_model(family, tmp_path), **changes)).config
+    assert (config.sliding_window, config.full_attention_layers) == (window, full)
+
+
+def test_the_language_model_of_one_that_sees_images(tmp_path):
+    folder = tiny_model("gemma3_text", tmp_path, tie_word_embeddings=True)
+    text = transformers.AutoConfig.from_pretrained(folder)
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=300
+    )
+    model = transformers.Gemma3ForConditionalGeneration(config)
+    model.model.language_model.load_state_dict(hf_model(folder).model.state_dict())
+    model.save_pretrained(tmp_path / "both")
+    got, want = load_trunk(str(tmp_path / "both")), load_trunk(folder)
+    assert got.config == want.config
+    assert_same_params(got, want)
+
+
+def test_a_window_as_long_as_any_sequence_is_left_out(tmp_path):
+    config = open_trunk(tiny_model("mistral", tmp_path)).config
+    assert (config.serving(24).sliding_window, config.serving(25).sliding_window) == (None, 24)
 
 
 def test_a_key_that_is_left_out_has_the_familys_default(tmp_path):
     for family, key in (("mistral", "sliding_window"), ("smollm3", "no_rope_layers"), ("granite", "logits_scaling")):
         folder = edit_config(tiny_model(family, tmp_path), remove=[key, "no_rope_layer_interval"])
         if family == "mistral":
-            edit_config(folder, max_position_embeddings=8192)
-            with pytest.raises(ValueError, match="sliding_window=4096"):
-                load_trunk(folder)
+            assert load_trunk(folder).config.sliding_window == 4096
         else:
             config = load_trunk(folder).config
             assert (config.nope_layers, config.logits_scaling) == ((), 1.0)  # every fourth of three layers

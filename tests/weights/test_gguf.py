@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from icarus_jax.config import RopeScaling
-from icarus_jax.weights.checkpoint import load_trunk
+from icarus_jax.weights.checkpoint import load_trunk, open_trunk
 from icarus_jax.weights.gguf_file import read_gguf
 from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model, write_gguf
 
@@ -25,6 +25,14 @@ from tests.tiny import LLAMA3_ROPE, assert_same_params, hf_model, tiny_model, wr
         ("granite", {}),
         ("phi3", {}),
         ("olmo2", {}),
+        ("glm4", {}),
+        ("glm4", {"attention_bias": False}),
+        ("qwen3_moe", {}),
+        (
+            "gemma2",
+            {"query_pre_attn_scalar": 8, "tie_word_embeddings": True},
+        ),  # files have neither this scalar nor lm_head
+        ("gemma3_text", {"query_pre_attn_scalar": 8, "tie_word_embeddings": True}),
         ("smollm3", {"num_hidden_layers": 5, "no_rope_layer_interval": 4}),  # llama.cpp knows no other interval
     ],
 )
@@ -85,11 +93,18 @@ def test_gguf_yarn(tmp_path):
         load_trunk(write_gguf(folder, tmp_path / "b.gguf", keys=[*keys, ("rope.scaling.yarn_log_multiplier", 0.2)]))
 
 
-def test_gguf_sliding_window(tmp_path):
-    folder = tiny_model("phi3", tmp_path)
-    load_trunk(write_gguf(folder, tmp_path / "a.gguf", keys=[("attention.sliding_window", 512)]))  # the whole context
-    with pytest.raises(ValueError, match=r"phi3\.attention\.sliding_window=511 is not supported"):
-        load_trunk(write_gguf(folder, tmp_path / "b.gguf", keys=[("attention.sliding_window", 511)]))
+def test_what_the_first_files_of_gemma_leave_out(tmp_path):
+    """They say no pattern and no base of the layers with a window, and that of 27 billion scales by another size."""
+    rope = {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 2.0}}
+    for layers, scalar in ((8, 16), (62, 8)):  # head_dim; hidden_size / num_attention_heads
+        sizes = {"head_dim": 16, "num_hidden_layers": layers, "query_pre_attn_scalar": scalar}
+        folder = tiny_model(
+            "gemma3_text", tmp_path, rope_parameters=rope, layer_types=None, tie_word_embeddings=True, **sizes
+        )
+        file = write_gguf(folder, tmp_path / f"{layers}.gguf", lean=True)
+        want = open_trunk(folder).config
+        assert open_trunk(file).config == want
+        assert want.full_attention_layers == tuple(range(5, layers, 6)) and want.local_rope_theta == 1e4
 
 
 def test_gguf_longrope(tmp_path):

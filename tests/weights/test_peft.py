@@ -265,7 +265,7 @@ Q0 = "base_model.model.model.layers.0.self_attn.q_proj"
         (None, {f"{Q0}.lora_magnitude_vector": (48,)}, "cannot use the tensor .*lora_magnitude_vector"),
         (None, {"base_model.model.model.embed_tokens.lora_embedding_A": (4, 320)}, "lora_embedding_A"),
         (None, {"base_model.model.lm_head.lora_A.weight": (4, 48)}, "lm_head"),
-        (None, {Q0.replace("q_proj", "c_proj") + ".lora_A.weight": (4, 48)}, "c_proj.*targets are k_proj, v_proj"),
+        (None, {Q0.replace("q_proj", "c_proj") + ".lora_A.weight": (4, 48)}, "c_proj.*targets are q_proj, k_proj"),
         (None, {f"{Q0}.lora_A.weight": (4, 47)}, "self_attn.q_proj maps 47 to 48, the trunk's 48 to 48"),
         (None, {Q0.replace("layers.0", "layers.3") + ".lora_A.weight": (4, 48)}, "a layer that the trunk, of 3, lacks"),
         (

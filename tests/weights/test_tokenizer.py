@@ -7,7 +7,8 @@ import unicodedata
 import gguf
 import pytest
 import transformers
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, models, pre_tokenizers, trainers
+from transformers.tokenization_utils_base import generate_merges
 
 from icarus_jax.weights.gguf_vocab import read_vocabulary
 from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer, save_tokenizer
@@ -21,6 +22,7 @@ TEXTS = [
     "def f(x):\n    return x ** 2  # square\n",
     "<|im_start|>user\nHi<|im_end|>",
     "a<think>b",
+    "theHTMLParser's CamelCase, we'LL see/\n//x in 2024, 1999",
 ]
 CORPUS = ["the cat sat on the mat, it's 2024 and the 1999 cats don't sit", "hello world hello there  what  is", *TEXTS]
 UNREACHED = "zqxj"  # a word of the vocabulary that no merges make
@@ -77,7 +79,9 @@ def transformers_reading(path):
     return transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
-@pytest.mark.parametrize("pre", ["gpt-2", "llama-bpe", "qwen2"])
+@pytest.mark.parametrize(
+    "pre", ["gpt-2", "olmo", "granite-docling", "llama-bpe", "dbrx", "smaug-bpe", "qwen2", "tekken", "gpt-4o"]
+)
 def test_byte_level_is_transformers_reading(pre, tmp_path):
     path = byte_level_gguf(tmp_path / "v.gguf", pre)
     mine, theirs = load_tokenizer(path), transformers_reading(path)
@@ -92,11 +96,21 @@ def test_byte_level_is_transformers_reading(pre, tmp_path):
     assert mine.decode([1, *mine("x").input_ids, 2], skip_special_tokens=True) == "x"
 
 
-def test_llama3_takes_whole_words_from_the_vocabulary(tmp_path):
-    llama3 = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "llama-bpe"))
-    assert llama3(UNREACHED, add_special_tokens=False).input_ids == [llama3.convert_tokens_to_ids(UNREACHED)]
+@pytest.mark.parametrize("pre", ["llama-bpe", "tekken"])
+def test_whole_words_are_taken_from_the_vocabulary(pre, tmp_path):
+    whole = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", pre))
+    assert whole(UNREACHED, add_special_tokens=False).input_ids == [whole.convert_tokens_to_ids(UNREACHED)]
     gpt2 = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
     assert len(gpt2(UNREACHED).input_ids) == 4
+
+
+@pytest.mark.parametrize("pre", ["glm4", "chatglm-bpe"])
+def test_glm4_splits_like_llama3(pre, tmp_path):
+    """By a regex of the same text in llama.cpp, under a name that transformers does not know."""
+    glm4, dbrx = (load_tokenizer(byte_level_gguf(tmp_path / f"{name}.gguf", name)) for name in (pre, "dbrx"))
+    gpt2 = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
+    assert all(glm4(text).input_ids == dbrx(text).input_ids for text in TEXTS)
+    assert not all(glm4(text).input_ids == gpt2(text).input_ids for text in TEXTS)
 
 
 def test_composed_accents_in_qwens_vocabularies(tmp_path):
@@ -104,8 +118,9 @@ def test_composed_accents_in_qwens_vocabularies(tmp_path):
     assert tokenizer("e\u0301").input_ids == tokenizer("\u00e9").input_ids
 
 
-def test_smollm_digits_stand_alone(tmp_path):
-    tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "smollm"))
+@pytest.mark.parametrize("pre", ["smollm", "refact", "starcoder", "command-r"])
+def test_digits_stand_alone(pre, tmp_path):
+    tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", pre))
     plain = load_tokenizer(byte_level_gguf(tmp_path / "b.gguf", "gpt-2"))
     digits = [tokenizer(digit).input_ids[0] for digit in "2024"]
     assert tokenizer("2024").input_ids == digits
@@ -122,7 +137,9 @@ def test_bos_is_added_where_the_file_says_so(tmp_path):
 
 
 @pytest.mark.parametrize("pre, adds", [("llama-bpe", True), ("llama3", True), ("llama-v3", True), ("gpt-2", False),
-                                       ("smollm", False), ("qwen2", False), ("deepseek-r1-qwen", False)])  # fmt: skip
+                                       ("smollm", False), ("qwen2", False), ("deepseek-r1-qwen", False),
+                                       ("tekken", True), ("dbrx", False), ("smaug-bpe", False), ("glm4", False),
+                                       ("refact", False), ("gpt-4o", False)])  # fmt: skip
 def test_bos_where_the_file_says_nothing(pre, adds, tmp_path):
     tokenizer = load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", pre))
     assert (tokenizer("hello").input_ids[0] == 1) == adds
@@ -199,6 +216,25 @@ def test_sentencepiece_is_transformers_reading(tmp_path):
     assert mine("the<s>the", add_special_tokens=False).input_ids == [266, 1, 266]
 
 
+def test_gemmas_vocabulary_is_its_own_tokenizer(tmp_path):
+    """SentencePiece without a space before the text; runs of line ends and of spaces are tokens as they are."""
+    pieces = ["▁", "t", "h", "e", "▁t", "he", "▁the", "th", "c", "a", "at", "▁c", "▁cat", "s"]
+    tokens = ["<unk>", "<s>", "</s>", "\n\n", "  ", "<t>", *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    scores = [-1000.0] * 262 + [-float(rank) for rank in (20, 21, 22, 23, 1, 2, 3, 4, 24, 25, 5, 6, 7, 26)]
+    types = [2, 3, 3, 4, 4, 4, *[6] * 256, *[1] * len(pieces)]
+    names = {"add_add_space_prefix": False, "add_add_bos_token": True}
+    mine = load_tokenizer(write_vocabulary(tmp_path / "v.gguf", "llama", tokens, types, scores=scores, **names))
+    vocab = {token: index for index, token in enumerate(tokens)}
+    merges = generate_merges(vocab, dict(zip(tokens, scores, strict=True)))
+    theirs = transformers.GemmaTokenizer(vocab=vocab, merges=merges, bos_token="<s>", eos_token="</s>")
+    theirs.backend_tokenizer.add_tokens([AddedToken(token, normalized=False) for token in ("\n\n", "  ", "<t>")])
+    for text in ("the cats", " the  cat\n\n\nthé 日本", "the<t>the</s> the", "   cat"):
+        ids = mine(text, add_special_tokens=False).input_ids
+        assert ids == theirs(text, add_special_tokens=False).input_ids, text
+        assert mine.decode(ids) == text
+    assert mine("the").input_ids == [1, *mine("the", add_special_tokens=False).input_ids]
+
+
 def test_eos_ids(tmp_path):
     path = byte_level_gguf(tmp_path / "a.gguf", "gpt-2", add_eot_token_id=7)
     assert eos_token_ids(load_tokenizer(path), path) == {2, 7}
@@ -223,7 +259,7 @@ def test_a_folders_tokenizer(tmp_path):
 def test_bad_tokenizers(tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer"):
         load_tokenizer(tmp_path)
-    with pytest.raises(ValueError, match="rule 'who-knows' is not supported; gpt-2, smollm"):
+    with pytest.raises(ValueError, match="rule 'who-knows' is not supported; gpt-2, olmo"):
         load_tokenizer(byte_level_gguf(tmp_path / "a.gguf", "who-knows"))
     with pytest.raises(ValueError, match="the tokenizer 'bert' is not supported"):
         load_tokenizer(write_vocabulary(tmp_path / "b.gguf", "bert", ["a"] * 3, [1] * 3))
