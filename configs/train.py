@@ -95,6 +95,9 @@ def get_config(arg: str = "intent") -> ConfigDict:
         {
             "seed": 0,
             "dtype": "float32",  # of the trunk and of all arithmetic; trained weights are kept in float32
+            # Of the operands of products with the trunk's weights; sums are in float32. bfloat16 is faster where the
+            # processor has it (AVX512_BF16).
+            "products": "float32",
             # A folder: the trunk's K/V of all examples are computed once and kept there, in float16 (SmolLM2: 23 KB a
             # token), also for other runs on the same data. Empty: each step computes them.
             "kv_store": "",

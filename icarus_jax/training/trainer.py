@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import jax
@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
+from icarus_jax.config import DTYPES
+from icarus_jax.models.block import PROJECTIONS
 from icarus_jax.training.checkpoints import Checkpoints, stop_signals
 from icarus_jax.training.data import Example
 from icarus_jax.training.heads import Method, init_heads, init_tuning
@@ -93,7 +95,7 @@ class Trainer:
         self._model, self._num_training, self._texts = trunk.config, len(data.training), data.texts
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         seeds = [section.seed * 1000 + slot for slot in range(len(names))]
-        self._params = place_params(trunk.params, self._mesh)
+        self._params = place_params(_narrowed(trunk, section.products, method), self._mesh)
         heads = init_heads(trunk.config, method, self._params, seeds)
         lora = init_tuning(trunk.config, tuning.lora, section.seed * 1000 + len(names)) if tuning else None
         self._state = jax.device_put(init_state(heads, optimiser, lora, tuning), replicated)
@@ -112,7 +114,9 @@ class Trainer:
             raise ValueError("config.train.kv_store keeps the trunk's K/V: a trunk that is tuned changes them")
         examples = [*data.training, *data.validation]
         folder = Path(self._settings.kv_store).expanduser()
-        store = KvStore(folder, trunk.config, trunk.identity, examples, data.prefix)
+        products = self._settings.products
+        identity = trunk.identity if products == "float32" else f"{trunk.identity} {products}"
+        store = KvStore(folder, trunk.config, identity, examples, data.prefix)
         sharding = batch_sharding(self._mesh, stacked=False)
         made = jax.jit(functools.partial(trunk_kv, trunk.config))
         compute = lambda batch: np.asarray(made(self._params, self._prefix, jax.device_put(batch, sharding)))  # noqa: E731
@@ -232,3 +236,18 @@ class Trainer:
         values |= {f"{n}/val_exact": float(x) for n, x in zip(self._names, exact, strict=True) if not math.isnan(x)}
         run_log.write(self._step, values)
         run_log.say(f"step {self._step}: " + "  ".join(f"{name} {value:.4f}" for name, value in values.items()))
+
+
+def _narrowed(trunk: TrunkCheckpoint, products: str, method: Method) -> Mapping[str, np.ndarray]:
+    """Returns the trunk's weights, those of the layers' products in the dtype `products`.
+
+    Raises:
+        ValueError: There is no such dtype, or these weights are trained.
+    """
+    if products not in DTYPES:
+        raise ValueError(f"config.train.products={products!r}; it is one of {', '.join(DTYPES)}")
+    if products == "float32":
+        return trunk.params
+    if method.full:
+        raise ValueError("config.train.products rounds frozen weights; a fully trained head (method='full') has others")
+    return {name: w.astype(products) if name in PROJECTIONS else w for name, w in trunk.params.items()}

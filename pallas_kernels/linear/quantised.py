@@ -12,6 +12,7 @@ from jaxtyping import Float, Int
 from numpy.typing import ArrayLike, DTypeLike
 
 from pallas_kernels.arrays import Array
+from pallas_kernels.linear.narrow import multiply_narrow
 
 # The kinds of weights in 8 bits: the dtype of the values, and the largest value that is used.
 KINDS: dict[str, tuple[np.dtype, float]] = {
@@ -88,13 +89,15 @@ def multiply(x: Float[Array, "B din"], w: Float[Array, " din *dout"] | Quantised
 
     Args:
         x: [B, din], floating-point. The rows.
-        w: [din, dout, ..]. The weights; their axes are kept, as the mesh may split them.
+        w: [din, dout, ..]. The weights; their axes are kept, as the mesh may split them. Those in bfloat16 have no
+            gradient with rows in float32 (narrow.py).
 
     Returns:
         [B, dout, ..], the products; of quantised weights in the dtype of x.
     """
     if not isinstance(w, Quantised):
-        return jnp.tensordot(x, w, 1)
+        narrow = x.dtype == jnp.float32 and w.dtype == jnp.bfloat16
+        return multiply_narrow(x, w) if narrow else jnp.tensordot(x, w, 1)
     out = jnp.tensordot(x, w.values.astype(x.dtype), 1)
     return (out * w.scales).astype(x.dtype)
 

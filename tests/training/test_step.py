@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from icarus_jax.config import LORA_TARGETS, TARGETS
+from icarus_jax.models.block import PROJECTIONS
 from icarus_jax.training import data as train_data
 from icarus_jax.training import packing
 from icarus_jax.training import step as train
@@ -251,3 +252,13 @@ def test_bfloat16_is_close(trunk):
     params = {name: values.astype(jnp.bfloat16) for name, values in params_of(trunk).items()}
     low, _ = train.validate(trunk.config, method, heads, params, jnp.asarray(PREFIX), packed(examples))
     assert 0 < abs(low - want) < 0.05 * want
+
+
+def test_products_in_bfloat16_change_a_loss_by_their_rounding_alone(trunk):
+    method, examples = METHODS["shared"], make_examples()
+    heads, batches = random_heads(trunk, method), packed(examples)
+    narrow = {name: w.astype(jnp.bfloat16) if name in PROJECTIONS else w for name, w in params_of(trunk).items()}
+    loss = lambda params: train.validate(trunk.config, method, heads, params, jnp.asarray(PREFIX), batches)[0]  # noqa: E731
+    exact, near = loss(params_of(trunk)), loss(narrow)
+    np.testing.assert_allclose(near, exact, rtol=5e-3)
+    assert not np.array_equal(near, exact)
