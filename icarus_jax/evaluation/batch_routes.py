@@ -139,7 +139,11 @@ class BatchRoutes:
         """Returns the content of a file."""
         shown = await self._find("file", file_id)
         path = self._worker.store.path(shown["id"])
-        return FileResponse(path, media_type="application/jsonl", filename=shown["filename"])
+        try:
+            status = await asyncio.to_thread(path.stat)
+        except FileNotFoundError:  # it was deleted meanwhile
+            raise _missing("file", file_id, "file_id") from None
+        return FileResponse(path, media_type="application/jsonl", filename=shown["filename"], stat_result=status)
 
     async def delete_file(self, file_id: str) -> Any:
         """Removes a file."""

@@ -108,6 +108,8 @@ def _mixture(
     first: Array | int = 0,
 ) -> jax.Array:
     """Computes what the experts of this device add to its rows; see `mixture`. first: i32[], the first of them."""
+    if not len(x):  # a fully fine-tuned head has no rows in a step without readers
+        return x
     chosen, weights = route(config, x, router)
     here, everywhere = experts.gate.shape[1], router.shape[1]
     expert = (chosen - first) % everywhere  # from `here` on: those of other devices

@@ -8,6 +8,7 @@ and store nothing.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -27,6 +28,7 @@ from icarus_jax.models.sharding import MeshLayout, Weight
 from icarus_jax.weights.gguf_blocks import read_blocks
 from icarus_jax.weights.params import EXPERTS
 from pallas_kernels.linear import Panels, Quantised, linear, multiply_table, pack, pack_blocks, pack_transposed
+from pallas_kernels.linear.panels import WIDTH
 from pallas_kernels.linear.quantised import KINDS
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
@@ -77,7 +79,10 @@ def place_weights(
 
     def put(name: str) -> jax.Array | Quantised | Panels:
         product = name in (*PROJECTIONS, vocabulary)
-        if product and config.weights == AS_STORED and (blocks := read_blocks(params[name])) is not None:
+        # pack_blocks pads with columns of zeros. `_products` cuts them off the logits; a Block expects none.
+        whole = name == vocabulary or math.prod(params[name].shape[2:]) % WIDTH == 0
+        stored = product and whole and config.weights == AS_STORED
+        if stored and (blocks := read_blocks(params[name])) is not None:
             return jax.block_until_ready(pack_blocks(blocks.values, blocks.scales, blocks.minima))
         if product and config.weights in KINDS:
             weight: jax.Array | Quantised = place_quantised(name, params[name], layout, config.weights)
@@ -101,8 +106,8 @@ def _check_kept(params: Collection[str], layout: MeshLayout, config: EngineConfi
         raise ValueError(f"engine.weights={config.weights!r}: experts are kept in engine.dtype; engine.weights='' is")
     if config.weights == AS_STORED and not _packed(layout, config):
         raise ValueError(
-            f"engine.weights={AS_STORED!r} is for a single CPU device and engine.dtype='float32'; elsewhere there is "
-            "engine.weights='int8'"
+            f"engine.weights={AS_STORED!r} is for a single CPU device and engine.dtype='float32', with its own kernels "
+            "(engine.kernels='auto'); elsewhere there is engine.weights='int8'"
         )
 
 

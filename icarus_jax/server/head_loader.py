@@ -113,20 +113,22 @@ class HeadLoader:
         if not replace and name in self.engine.models:
             raise RequestError(f"{name!r} is loaded already, from {self.source(name)}", "name")
 
-    def unload(self, name: str) -> None:
+    def unload(self, name: str, version: Model | None = None) -> None:
         """Stops serving a head. Requests that already use it finish.
 
         Args:
             name: the head's name as a model.
+            version: the only version of the head that may be unloaded; None: any.
 
         Raises:
             RequestError: the name is the trunk's; `field` is 'name'.
-            UnknownHead: no head of this name is served.
+            UnknownHead: no head of this name is served, or it is another version.
         """
         with self._lock:
             if name == self.trunk_name:
                 raise RequestError(f"{name!r} is the trunk; it cannot be unloaded", "name")
-            if name not in self.engine.models:
+            served = self.engine.models.get(name)
+            if served is None or (version is not None and served is not version):
                 raise UnknownHead(f"the head {name[:64]!r} is not served")
             self.engine.unload_head(name)
             self._sources.pop(name, None)

@@ -9,6 +9,7 @@ cannot be served is 400.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import re
 import threading
@@ -45,6 +46,29 @@ class UnknownModel(ApiError):
         """Takes the model's name and the fields of the error object."""
         super().__init__(status, message, param, code)
         self.name = name
+
+
+@dataclasses.dataclass(frozen=True)
+class _Failure:
+    """Why a head cannot be loaded. It keeps no exception: with its traceback it would keep the adapter's weights.
+
+    Attributes:
+        until: when the head is looked for again, in seconds (monotonic).
+        status: of the answer; 404: there is no such head.
+        message: of the answer, as are the others.
+    """
+
+    until: float
+    status: int
+    message: str = ""
+    code: str | None = None
+    headers: dict[str, str] | None = None
+
+    def error(self, unknown: UnknownModel) -> ApiError:
+        """Returns the error of a request that lacks the head."""
+        if self.status == 404:
+            return unknown
+        return ApiError(self.status, self.message, unknown.param, self.code, self.headers)
 
 
 class Leases:
@@ -101,11 +125,11 @@ class HeadResolver:
         self._places = HeadPlaces([prefix])
         self._threads = ThreadPoolExecutor(THREADS, "resolver")
         self._state = threading.Condition()  # of all that follows
-        self._loading: dict[str, tuple[str, Future[None]]] = {}  # name -> the API key that asked first, the load
+        self._loading: dict[str, tuple[str, Future[_Failure | None]]] = {}  # name -> the key that asked first, the load
         self._resolved: OrderedDict[str, Model] = OrderedDict()  # the heads loaded here, the longest unused first
         self._leaving: set[str] = set()  # heads that are being unloaded
         self._users: Counter[str] = Counter()  # name -> requests that use it
-        self._failed: OrderedDict[str, tuple[float, Exception]] = OrderedDict()  # name -> until when, and why
+        self._failed: OrderedDict[str, _Failure] = OrderedDict()  # the latest last
 
     def hold(self, named: Iterable[tuple[str, str]], leases: Leases) -> None:
         """Keeps the models of a request that has been read.
@@ -154,32 +178,25 @@ class HeadResolver:
         if not NAME.fullmatch(name):
             raise unknown
         leases.add(self, name)
-        try:
-            await asyncio.shield(asyncio.wrap_future(self._start(name, caller)))  # others may wait for it too
-        except (FileNotFoundError, PermissionError):
-            raise unknown from None
-        except StoreError as error:
-            headers = {"Retry-After": "10"}
-            raise ApiError(503, _line(error), unknown.param, "adapter_store_error", headers) from error
-        except RequestError:
-            raise
-        except (ValueError, OSError) as error:
-            message = f"the model {name!r} was found, and cannot be loaded: {_line(error)}"
-            raise ApiError(400, message, unknown.param) from error
+        # Others may wait for it too.
+        failure = await asyncio.shield(asyncio.wrap_future(self._start(name, caller)))
+        if failure is not None:
+            raise failure.error(unknown)
 
-    def _start(self, name: str, caller: str) -> Future[None]:
-        """Puts a load into the line, unless it is there already.
+    def _start(self, name: str, caller: str) -> Future[_Failure | None]:
+        """Puts a load into the line, unless it is there already or has failed a short time ago.
 
         Raises:
             ApiError: too many are there.
-            Exception: the head could not be loaded a short time ago, for this reason.
         """
         with self._state:
             if name in self._loading:
                 return self._loading[name][1]
-            until, reason = self._failed.get(name, (0.0, None))
-            if reason is not None and time.monotonic() < until:
-                raise reason
+            failure = self._failed.get(name)
+            if failure is not None and time.monotonic() < failure.until:
+                known: Future[_Failure | None] = Future()
+                known.set_result(failure)
+                return known
             if sum(caller == key for key, _ in self._loading.values()) >= MAX_LOADING:
                 message = f"{MAX_LOADING} models that you asked for are being loaded already; try again in a second"
                 raise ApiError(429, message, "model", "rate_limit_exceeded", {"Retry-After": "1"})
@@ -187,12 +204,13 @@ class HeadResolver:
             self._loading[name] = caller, load
             return load
 
-    def _load(self, name: str) -> None:
+    def _load(self, name: str) -> _Failure | None:
+        """Loads a head, on a thread. Returns why it cannot be loaded; None if it is served now."""
         try:
             with self._state:
                 self._state.wait_for(lambda: name not in self._leaving)
-                if name in self._loader.engine.models:  # somebody else has loaded it
-                    return
+                if name in self._loader.engine.models or not self._users[name]:  # it is there, or nobody waits for it
+                    return None
             source = f"{self._prefix}/{name}" if is_remote(self._prefix) else name
             model = self._loader.load(name, self._places.find(source), replace=False)
             with self._state:
@@ -200,35 +218,40 @@ class HeadResolver:
         except RequestError as error:
             if error.field != "name":  # the engine takes no more heads
                 raise
-        except Exception as error:
-            with self._state:
-                self._failed[name] = time.monotonic() + FAILED_SECONDS, error
-                self._failed.move_to_end(name)
-                if len(self._failed) > MAX_FAILED:
-                    self._failed.popitem(last=False)
-            raise
+        except (ValueError, OSError) as error:
+            return self._remember(name, _failure(name, error))
         finally:
             with self._state:
                 del self._loading[name]
             if self._is_full():
                 self._threads.submit(self._give_up)
+        return None
+
+    def _remember(self, name: str, failure: _Failure) -> _Failure:
+        with self._state:
+            self._failed[name] = failure
+            self._failed.move_to_end(name)
+            if len(self._failed) > MAX_FAILED:
+                self._failed.popitem(last=False)
+        return failure
 
     def _is_full(self) -> bool:
         return len(self._loader.engine.models) - 1 > self._max_cpu_loras  # the trunk is no head
 
     def _give_up(self) -> None:
         """Unloads the heads that have been idle for the longest time, as many as are too many."""
-        while (name := self._choose()) is not None:
+        while (chosen := self._choose()) is not None:
+            name, model = chosen
             try:
-                self._loader.unload(name)
+                self._loader.unload(name, model)  # not what somebody else loads under this name at the same time
             except ValueError:
-                log.info("head %s: was unloaded by somebody else, or the engine ends", name)
+                log.info("head %s: was unloaded or replaced by somebody else, or the engine ends", name)
             finally:
                 with self._state:
                     self._leaving.discard(name)
                     self._state.notify_all()
 
-    def _choose(self) -> str | None:
+    def _choose(self) -> tuple[str, Model] | None:
         """Returns an idle head, which counts as leaving from now on; None if there are not too many heads."""
         with self._state:
             served = self._loader.engine.models
@@ -240,9 +263,14 @@ class HeadResolver:
                 elif not self._users[name]:
                     del self._resolved[name]
                     self._leaving.add(name)
-                    return name
+                    return name, model
             return None
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def _failure(name: str, error: Exception) -> _Failure:
+    until, said = time.monotonic() + FAILED_SECONDS, " ".join(str(error).split())
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return _Failure(until, 404)
+    if isinstance(error, StoreError):
+        return _Failure(until, 503, said, "adapter_store_error", {"Retry-After": "10"})
+    return _Failure(until, 400, f"the model {name!r} was found, and cannot be loaded: {said}")

@@ -9,7 +9,7 @@ import logging
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -42,6 +42,8 @@ FREE_SETTINGS = (
 
 TUNING_SETTINGS = ("rank", "alpha", "targets", "lr", "kl", "text_rows")
 
+Lora = TypeVar("Lora", Method, TrunkLora)
+
 log = logging.getLogger(__name__)
 
 
@@ -64,6 +66,8 @@ def run(config: ConfigDict) -> list[Path]:
     tuning = trunk_tuning(config.trunk, method, optimiser)
     trunk = load_trunk(config.trunk.source, config.train.dtype, config.trunk.adapter)
     method = fit_targets(method, config.head, trunk.config)
+    if tuning:
+        tuning = dataclasses.replace(tuning, lora=fit_targets(tuning.lora, config.trunk, trunk.config))
     data = load_data(config, names, trunk)
     folder = output_folder(config, names)
     check_record(folder, config, trunk.identity, data)
@@ -120,27 +124,28 @@ def head_method(section: ConfigDict, num_heads: int) -> Method:
     return Method(section.kv, full, () if full else targets, section.rank, scale, section.dropout, section.remat)
 
 
-def fit_targets(method: Method, section: ConfigDict, model: ModelConfig) -> Method:
+def fit_targets(lora: Lora, section: ConfigDict, model: ModelConfig) -> Lora:
     """Leaves out the targets that a trunk does not have: experts take no adapters.
 
     Args:
-        method: How the heads are trained.
-        section: The section `head` of a config.
+        lora: How the heads are trained, or the LoRA of the trunk itself.
+        section: The section of a config that it was read from, `head` or `trunk`.
         model: The trunk's configuration.
 
     Returns:
-        The method, with those of its targets that the trunk has.
+        The same, with those of its targets that the trunk has.
 
     Raises:
         ValueError: The config names a target that the trunk does not have.
     """
-    targets = tuple(target for target in method.targets if target in model.target_shapes)
-    if section.targets and (missing := [target for target in method.targets if target not in targets]):
+    targets = tuple(target for target in lora.targets if target in model.target_shapes)
+    if section.targets and (missing := [target for target in lora.targets if target not in targets]):
+        name = "head" if isinstance(lora, Method) else "trunk"
         raise ValueError(
-            f"config.head.targets: this trunk has no {missing[0]}, but experts, which take no adapters; it has "
+            f"config.{name}.targets: this trunk has no {missing[0]}, but experts, which take no adapters; it has "
             f"{', '.join(model.target_shapes)}"
         )
-    return dataclasses.replace(method, targets=targets)
+    return dataclasses.replace(lora, targets=targets)
 
 
 def trunk_tuning(section: ConfigDict, method: Method, optimiser: Optimiser) -> Tuning | None:
@@ -163,6 +168,8 @@ def trunk_tuning(section: ConfigDict, method: Method, optimiser: Optimiser) -> T
         return None
     if method.full or method.kv != "shared":
         raise ValueError("config.trunk.tune: a trunk is tuned with LoRA heads that read its K/V (kv='shared')")
+    if section.adapter:
+        raise ValueError("config.trunk.tune: a LoRA is merged into a trunk once; leave config.trunk.adapter empty")
     if section.rank < 1 or section.kl < 0:
         raise ValueError(
             f"config.trunk.rank={section.rank}, kl={section.kl}: a rank is at least 1, a weight at least 0"

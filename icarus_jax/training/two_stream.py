@@ -17,7 +17,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import lax
 
@@ -231,8 +230,9 @@ def drift(config: ModelConfig, method: Method, tuning: Bank, params: Params, bat
         f32[], the mean over the targets of KL(p || q) in nats: p of the trunk without the adapter, q with it.
     """
     trunk = Trunk(config, lax.stop_gradient(dict(params)))
-    none = prefix_kv(config, method, trunk, {}, jnp.zeros(0, jnp.int32))
-    everything = _all_tokens(trunk, np.zeros(0), batch)
+    prefix = jnp.zeros(0, jnp.int32)
+    none = prefix_kv(config, method, trunk, {}, prefix)
+    everything = _all_tokens(trunk, prefix, batch)
 
     def logprobs(bank: Bank) -> jax.Array:
         x, _ = run_layers(config, method, trunk, bank, everything._replace(slots=jnp.ones_like(batch.slots)), none)

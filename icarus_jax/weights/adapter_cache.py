@@ -147,6 +147,8 @@ class AdapterCache:
                     except OSError as error:
                         if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                             raise
+                        if not (copy / RECORD).exists():  # somebody has removed a part of it
+                            _remove(copy)
                     else:
                         held.push(ours.pop_all())
                         return
@@ -183,7 +185,7 @@ def _list(source: str) -> _Listing:
     files = {name: info for name, info in names.items() if name in (CONFIG_FILE, WEIGHTS_FILE) or "/" in name}
     if CONFIG_FILE not in files:
         raise FileNotFoundError(f"{source} is no adapter: it has no {CONFIG_FILE} (a PEFT folder holds it)")
-    if any(".." in name.split("/") or not isinstance(info.get("size"), int) for name, info in files.items()):
+    if any({"", ".."} & set(name.split("/")) or not isinstance(info.get("size"), int) for name, info in files.items()):
         raise ValueError(f"adapter {source}: its store does not say which files there are, and how large")
     return _Listing(files, store, root)
 

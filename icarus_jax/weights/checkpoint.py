@@ -34,8 +34,9 @@ from icarus_jax.config import DTYPES, ModelConfig, RopeScaling
 from icarus_jax.weights import tokenizer as tokenizers
 from icarus_jax.weights.config_check import check_config
 from icarus_jax.weights.gguf import GgufTrunk
-from icarus_jax.weights.merging import merged
+from icarus_jax.weights.merging import merged_identity, merged_params
 from icarus_jax.weights.params import TensorSource, identify, param_shapes, stored_params
+from icarus_jax.weights.peft import load_adapter
 from icarus_jax.weights.quantised import open_folder
 from icarus_jax.weights.reading import Stamp, read_json, stamp, unchanged, whole
 from icarus_jax.weights.sources import resolve
@@ -88,7 +89,7 @@ def open_trunk(source: str, dtype: str = "float32", adapter: str = "") -> TrunkC
     if dtype not in DTYPES:
         raise ValueError(f"dtype {dtype!r}: weights are kept as {' or '.join(DTYPES)}")
     if adapter:
-        return merged(open_trunk(source), adapter, dtype)
+        return _with_adapter(open_trunk(source), adapter, dtype)
     path = resolve(source)
     if path.is_dir() and (path / METADATA).exists():
         return _open_orbax(path, dtype)
@@ -100,6 +101,14 @@ def open_trunk(source: str, dtype: str = "float32", adapter: str = "") -> TrunkC
         raise ValueError(f"{path} is no trunk: a folder holds config.json (Hugging Face) or {METADATA} (Orbax)")
     params = stored_params(tensors, dtype, str(path))
     return TrunkCheckpoint(tensors.config, params, functools.cache(lambda: identify(params.values())), path)
+
+
+def _with_adapter(trunk: TrunkCheckpoint, adapter: str, dtype: str) -> TrunkCheckpoint:
+    """Merges a LoRA into a trunk in float32; the result has the dtype."""
+    lora = load_adapter(adapter, trunk.config)
+    lora.check("isolated", trunk.identity)
+    params, identity = merged_params(trunk.params, lora.weights, dtype), merged_identity(trunk.identity, lora.weights)
+    return dataclasses.replace(trunk, params=params, identify=lambda: identity)
 
 
 def load_trunk(source: str, dtype: str = "float32", adapter: str = "") -> TrunkCheckpoint:

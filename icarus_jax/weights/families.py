@@ -189,10 +189,10 @@ def window_options(config: Settings) -> dict[str, Any]:
             `max_window_layers` have none.
     """
     window = config.get("use_sliding_window", True) and config.get("sliding_window")
-    if not window:
+    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
+    if not window and "sliding_attention" not in (kinds or ()):  # layers without one may still rotate by their kind
         return {}
     layers = min(config["num_hidden_layers"], MOST_LAYERS)
-    kinds, pattern = config.get("layer_types"), config.get("sliding_window_pattern")
     if kinds is not None:
         full = [layer for layer, kind in enumerate(kinds[:layers]) if kind == "full_attention"]
     elif isinstance(pattern, list):
@@ -200,7 +200,7 @@ def window_options(config: Settings) -> dict[str, Any]:
     else:
         first = config.get("max_window_layers", 0)
         full = [layer for layer in range(layers) if layer < first or (pattern and (layer + 1) % pattern == 0)]
-    return {"sliding_window": window if len(full) < layers else None, "full_attention_layers": tuple(full)}
+    return {"sliding_window": (window or None) if len(full) < layers else None, "full_attention_layers": tuple(full)}
 
 
 def fused_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -67,9 +67,7 @@ def read_blocks(param: Any) -> Blocks | None:
         log.info("%s: %s quantised once more, to 8 bits (Q8_0)", param.name, " and ".join(again))
     inputs = param.shape[1]
     layers, outputs = (1, param.shape[:1]) if param.name in TENSORS else (param.shape[0], param.shape[2:])
-    whole = _empty(
-        (layers, 1, *outputs, inputs // BLOCK), kinds
-    )  # with an axis for the inputs, as LAYER_TENSORS has it
+    whole = _empty((layers, 1, *outputs, inputs // BLOCK), kinds)  # 1: for the inputs' axis in LAYER_TENSORS
     places = [np.s_[:]] if param.name in TENSORS else list(LAYER_TENSORS[param.name].values())
 
     def fill(name: str, layer: int, place: Any) -> None:

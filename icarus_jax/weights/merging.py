@@ -9,15 +9,11 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from icarus_jax.weights.params import LAYER_TENSORS
-from icarus_jax.weights.peft import load_adapter
-
-if TYPE_CHECKING:
-    from icarus_jax.weights.checkpoint import TrunkCheckpoint
 
 Pair = tuple[np.ndarray, np.ndarray]  # A f32[L, din, r] and B f32[L, r, dout]
 
@@ -51,31 +47,35 @@ class MergedParam:
         return values.astype(self.dtype, copy=False)
 
 
-def merged(trunk: TrunkCheckpoint, adapter: str, dtype: str) -> TrunkCheckpoint:
-    """Merges a LoRA into a trunk.
+def merged_params(params: Mapping[str, Any], weights: Mapping[str, Pair], dtype: str) -> dict[str, Any]:
+    """Merges a LoRA into a trunk's parameters.
 
     Args:
-        trunk: The trunk as `open_trunk` returns it, in float32.
-        adapter: The LoRA: what `load_adapter` takes. It may have any of the seven projections.
-        dtype: The dtype of the parameters of the result.
+        params: The parameters as `open_trunk` opens them, in float32.
+        weights: The LoRA by target, any of the seven projections.
+        dtype: The dtype of the result.
 
     Returns:
-        The trunk with the LoRA in it. A parameter is computed when it is indexed.
-
-    Raises:
-        ValueError: There is no such adapter, or it does not fit the trunk.
+        The parameters by name. A parameter is computed when it is indexed.
     """
-    lora = load_adapter(adapter, trunk.config)
-    lora.check("isolated", trunk.identity)
-    digest = hashlib.sha256(trunk.identity.encode())
-    for target, pair in sorted(lora.weights.items()):
-        digest.update(target.encode() + b"".join(np.ascontiguousarray(factor).tobytes() for factor in pair))
-    parts = {name: _parts(name, lora.weights) for name in trunk.params}
-    params = {
+    parts = {name: _parts(name, weights) for name in params}
+    return {
         name: MergedParam(param, dtype, parts[name]) if parts[name] else dataclasses.replace(param, dtype=dtype)
-        for name, param in trunk.params.items()
+        for name, param in params.items()
     }
-    return dataclasses.replace(trunk, params=params, identify=digest.hexdigest)
+
+
+def merged_identity(identity: str, weights: Mapping[str, Pair]) -> str:
+    """Returns the identity of a trunk with a LoRA in it.
+
+    Args:
+        identity: The trunk's own.
+        weights: The LoRA by target.
+    """
+    digest = hashlib.sha256(identity.encode())
+    for target, pair in sorted(weights.items()):
+        digest.update(target.encode() + b"".join(np.ascontiguousarray(factor).tobytes() for factor in pair))
+    return digest.hexdigest()
 
 
 def _parts(name: str, weights: Mapping[str, Pair]) -> tuple[tuple[Any, Pair], ...]:

@@ -3,7 +3,8 @@
 //
 // A unit of work is one run and one KV head; XLA's own threads share the units. A unit walks the run's pages in blocks
 // of tokens. For each block it copies K transposed and V as it is, both as float32, and computes scores and weighted
-// sums as two small matrix products with an online softmax between them. Then each row's partial results are merged by their log-sum-exp.
+// sums as two small matrix products with an online softmax between them. Then each row's partial results are merged by
+// their log-sum-exp.
 
 #include <algorithm>
 #include <climits>
@@ -180,8 +181,8 @@ Runs MakeRuns(Integers& rows, Integers& positions, Integers& pages, Integers& st
 }
 
 ffi::Error PagedAttention(ffi::ThreadPool threads, float scale, float soft_cap, int page_stride, Floats q,
-                          ffi::AnyBuffer kv_pages, Integers layer, Integers page_offset, Integers window, Integers item_rows,
-                          Integers item_positions, Integers item_pages, Integers item_start, Integers item_length,
+                          ffi::AnyBuffer kv_pages, Integers layer, Integers page_offset, Integers window,
+                          Integers item_rows, Integers item_positions, Integers item_pages, Integers item_start, Integers item_length,
                           Integers num_items, Integers tile_rows, Integers tile_positions, Integers tile_pages,
                           Integers tile_start, Integers tile_length, Integers num_tiles, Integers parts,
                           Integers num_parts, Result out, Result lse) {

@@ -273,6 +273,18 @@ def test_batches_that_are_refused(served, change, param, status):
     check_error(served.http.post("/v1/batches", json=body), status, param, "file_not_found" if status == 404 else None)
 
 
+def test_a_file_whose_content_is_deleted_meanwhile_is_not_found(served, monkeypatch):
+    file, find = upload(served.openai, []), BatchStore.find
+
+    def slow_find(store: BatchStore, *args: Any):
+        found = find(store, *args)
+        store.path(file.id).unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(BatchStore, "find", slow_find)
+    check_error(served.http.get(f"/v1/files/{file.id}/content"), 404, "file_id", "file_not_found")
+
+
 def test_whatever_is_sent_is_no_500(served):
     file = upload(served.openai, [])
     good = {"input_file_id": file.id, "endpoint": CHAT, "completion_window": "24h", "metadata": {}}

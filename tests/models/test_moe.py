@@ -48,7 +48,7 @@ def expected(config: ModelConfig, router: np.ndarray, experts: Experts, x: np.nd
 
 
 @pytest.mark.parametrize("normalised", [True, False])
-@pytest.mark.parametrize("count", [1, 8, 56])  # of 56 rows, a few experts have more than one tile
+@pytest.mark.parametrize("count", [0, 1, 8, 56])  # of 56 rows, a few experts have more than one tile
 def test_rows_are_the_oracles(count, normalised):
     config = dataclasses.replace(MODEL, norm_topk_prob=normalised)
     router, experts = weights(config)

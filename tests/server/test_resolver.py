@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
 import json
 import pathlib
 import shutil
 import threading
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import fsspec
 import pytest
 
-from icarus_jax.server import head_resolver, metrics
+from icarus_jax.server import head_loader, head_resolver, metrics
 from icarus_jax.server.auth import Keys
 from icarus_jax.server.head_places import HeadPlaces
+from icarus_jax.server.head_resolver import HeadResolver, Leases, UnknownModel
 from icarus_jax.server.routing import MAX_NAMES
 from tests.server.served import CHAT, GOOD, HANG_SECONDS, Served, check_error, serving, wait_for
 from tests.server.test_heads import says, write
@@ -105,6 +109,31 @@ def test_a_client_that_leaves_does_not_take_the_load_with_it(served, folder, slo
         others.append(clients.submit(ask, served, "last"))
         slow.go.set()
         assert {answer.result().status_code for answer in others} == {200}
+
+
+def test_what_nobody_waits_for_any_more_is_not_loaded(served, folder, slow):
+    """Or else a client could leave a long line of loads behind, which the process would do before it ends."""
+    write(folder / "last")
+    write(folder / "next")
+    resolver, gone = HeadResolver(served.loader, str(folder), 16), Leases()
+
+    def load(name: str, leases: Leases) -> asyncio.Task[None]:
+        return asyncio.create_task(resolver.load(UnknownModel(name, 404, "not served", "model"), leases))
+
+    async def ask_all() -> None:
+        first = [load(f"team/h{i}", Leases()) for i in range(head_resolver.THREADS)]
+        while slow.waiting < head_resolver.THREADS:
+            await asyncio.sleep(0.01)
+        last, following = load("last", gone), load("next", Leases())
+        await asyncio.sleep(0)
+        gone.close()
+        last.cancel()
+        slow.go.set()
+        await asyncio.gather(*first, following)
+
+    asyncio.run(ask_all())
+    assert "next" in models(served) and "last" not in models(served)
+    assert slow.waiting == head_resolver.THREADS + 1
 
 
 def test_the_longest_unused_idle_head_goes(served):
@@ -218,6 +247,56 @@ def test_heads_that_others_load_and_unload(served, folder):
     assert "team/h0" in models(served)
     served.loader.unload("team/h3")
     assert ask(served, "team/h3").status_code == 200
+
+
+def test_what_somebody_loads_is_not_given_up_with_the_version_before(served, folder, monkeypatch):
+    """A head is to go because it is idle, and at the same time an administrator loads it anew."""
+    resolver, leases = HeadResolver(served.loader, str(folder), 2), Leases()  # the double's own heads are two
+    asyncio.run(resolver.load(UnknownModel("team/h0", 404, "not served", "model"), leases))
+    load, unload = served.engine.load_head, served.loader.unload
+    loading, chosen, go, ended = (threading.Event() for _ in range(4))
+
+    def slow_load(*args):
+        loading.set()
+        go.wait(timeout=HANG_SECONDS)
+        load(*args)
+
+    def noted_unload(*args):
+        chosen.set()
+        try:
+            unload(*args)
+        finally:
+            ended.set()
+
+    monkeypatch.setattr(served.engine, "load_head", slow_load)
+    monkeypatch.setattr(served.loader, "unload", noted_unload)
+    with ThreadPoolExecutor(1) as admin:
+        new = admin.submit(served.loader.load, "team/h0", str(folder / "team" / "h1"))
+        assert loading.wait(timeout=HANG_SECONDS)
+        leases.close()
+        assert chosen.wait(timeout=HANG_SECONDS)
+        go.set()
+        assert new.result().name == "team/h0"
+        assert ended.wait(timeout=HANG_SECONDS)
+    assert "team/h0" in models(served)
+
+
+def test_what_cannot_be_loaded_is_not_kept_in_memory(served, folder, monkeypatch):
+    class Weights(list):
+        """An adapter's weights, of which a weak reference can be made."""
+
+    read: list[weakref.ref] = []
+
+    def refused(*_, **__):
+        found = Weights()
+        read.append(weakref.ref(found))
+        raise ValueError("they do not fit")
+
+    monkeypatch.setattr(head_loader, "read_head", refused)
+    for _ in range(3):
+        assert "they do not fit" in check_error(ask(served, "team/h0"), 400, "model")["message"]
+    gc.collect()
+    assert [weights() for weights in read] == [None]
 
 
 def test_a_request_needs_a_key(folder, tmp_path):

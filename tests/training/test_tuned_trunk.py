@@ -170,11 +170,13 @@ def test_steps_lower_the_loss_more_than_heads_alone_and_kl_lowers_the_drift(trun
 
 
 @pytest.mark.full
-def test_a_run_saves_a_trunk_that_its_heads_are_served_on(tmp_path, folder):
+@pytest.mark.parametrize("family", ["qwen3", "qwen3_moe"])  # experts take no adapters
+def test_a_run_saves_a_trunk_that_its_heads_are_served_on(tmp_path, family):
     from configs.train import get_config
     from icarus_jax.training import loop
     from icarus_jax.weights.peft import load_adapter
 
+    folder = tiny.tiny_model(family, tmp_path)
     rows = [{"prompt": f"{i} plus", "completion": f" {i + 1}"} for i in range(40)]
     for name in ("a", "text"):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -102,6 +102,14 @@ def test_a_copy_that_has_changed_is_made_anew(bucket, cache, downloads, caplog):
     assert weights(cache, f"{bucket}/head") == b"right" and len(downloads) == 10
 
 
+def test_a_copy_that_has_lost_its_record_is_made_anew(bucket, cache, downloads):
+    write("head", b"right")
+    with cache.local(f"{bucket}/head") as folder:
+        (folder / "source.json").unlink()
+    assert weights(cache, f"{bucket}/head") == b"right" and len(downloads) == 4
+    assert [copy.name for copy in copies(cache)] == [folder.name]
+
+
 def test_what_did_not_arrive_whole_is_never_used(bucket, cache, monkeypatch):
     write("head")
     get = type(STORE).get_file
@@ -308,6 +316,20 @@ def test_an_adapter_on_the_hub(hub, cache, monkeypatch):
         weights(cache, "hf://org/name")
     monkeypatch.setattr(Hub, "damaged", False)
     assert weights(cache, "hf://org/name") == b"new weights"
+
+
+@pytest.mark.parametrize("name", ["/etc/passwd", "adapter/../../x", "adapter//x"])
+def test_names_of_files_that_would_lead_elsewhere(bucket, cache, monkeypatch, name):
+    write("head")
+    find = type(STORE).find
+
+    def more(self, path, *args, **options):
+        return find(self, path, *args, **options) | {f"/bucket/head/{name}": {"size": 1}}
+
+    monkeypatch.setattr(type(STORE), "find", more)
+    with pytest.raises(ValueError, match="does not say which files there are"):
+        weights(cache, f"{bucket}/head")
+    assert copies(cache) == []
 
 
 def test_a_hub_that_does_not_answer(hub, cache):

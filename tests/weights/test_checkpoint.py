@@ -175,6 +175,7 @@ def test_unsupported_models_are_refused_by_name(family, changes, message, tmp_pa
             (0,),
         ),
         ("gemma2", {"layer_types": None}, 24, (1,)),
+        ("gemma3_text", {"sliding_window": None}, None, (1,)),  # the others rotate as layers with a window do
         ("gemma3_text", {"layer_types": None}, 24, ()),  # every sixth of three
         ("gemma3_text", {"layer_types": None, "sliding_window_pattern": 2}, 24, (1,)),
     ],

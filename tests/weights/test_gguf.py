@@ -1,6 +1,7 @@
 """GGUF files: a converted model is the folder's trunk, and the header is read as the gguf package reads it."""
 
 import dataclasses
+import os
 import pathlib
 
 import gguf
@@ -133,3 +134,19 @@ def test_broken_gguf(tmp_path):
     (tmp_path / "old.gguf").write_bytes(whole[:4] + b"\1" + whole[5:])
     with pytest.raises(ValueError, match="GGUF version 1"):
         load_trunk(str(tmp_path / "old.gguf"))
+
+
+def test_a_header_is_parsed_once_as_long_as_its_file_is_the_same(tmp_path):
+    file = pathlib.Path(write_gguf(tiny_model("llama", tmp_path), tmp_path / "model.gguf"))
+    first = read_gguf(file)
+    assert read_gguf(file) is first
+    content = file.read_bytes()
+    assert content.count(b"general.architecture") == 1
+    file.write_bytes(content.replace(b"general.architecture", b"general.Architecture"))  # as many bytes, in place
+    assert "general.Architecture" in read_gguf(file).metadata
+    other = tmp_path / "other.gguf"
+    other.write_bytes(content)
+    status = file.stat()
+    os.utime(other, ns=(status.st_atime_ns, status.st_mtime_ns))
+    other.replace(file)  # as many bytes, with the same time
+    assert "general.architecture" in read_gguf(file).metadata

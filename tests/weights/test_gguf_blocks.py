@@ -95,9 +95,22 @@ def test_they_are_served_as_they_are_stored(file):
     assert len(generate(got, "trunk", prompt, max_tokens=4).token_ids) == 4
 
 
+def test_a_projection_of_no_whole_panels_is_expanded(tmp_path):
+    """The panels' columns of zeros would be taken for its own."""
+    folder = tiny_model("llama", tmp_path, hidden_size=64, intermediate_size=36, num_attention_heads=8, vocab_size=323)
+    kinds = dict.fromkeys(("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "lm_head"), Kind.Q8_0)
+    file = write_gguf(folder, tmp_path / "model.gguf", lambda name: kinds.get(name.split(".")[-2], Kind.F32))
+    trunk = open_trunk(file)
+    placed = place_weights(trunk.params, make_mesh_layout(AS_STORED, trunk.config.num_kv_heads), AS_STORED)
+    np.testing.assert_array_equal(placed["gate_up"], load_trunk(file).params["gate_up"])
+    assert isinstance(placed["qkv"], QuantisedPanels) and placed["qkv"].shape == (3, 64, 96)
+    assert isinstance(placed["lm_head"], QuantisedPanels) and placed["lm_head"].shape == (1, 64, 336)
+
+
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"mesh": "1x2"}, {"kernels": "xla"}], ids=str)
 def test_where_no_kernel_multiplies_them_it_is_said(file, changes):
-    with pytest.raises(ValueError, match=r"'as_stored' is for a single CPU device and engine.dtype='float32'"):
+    words = r"'as_stored' is for a single CPU device and engine.dtype='float32'.*engine.kernels='auto'"
+    with pytest.raises(ValueError, match=words):
         make_engine(open_trunk(file), config=dataclasses.replace(AS_STORED, **changes))
 
 
