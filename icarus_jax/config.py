@@ -21,6 +21,7 @@ DTYPES = ("float32", "bfloat16")  # of weights and activations
 KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
 AS_STORED = "as_stored"
 WEIGHTS = ("", "int8", "fp8", AS_STORED)  # how weights of matrix products are kept; "": in dtype
+WARMUPS = ("all", "background", "off")  # which programs are compiled before a step needs them (engine/warmup.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -251,6 +252,7 @@ class EngineConfig:
         check_reuse: Debug mode: the fraction of requests whose reused pages are recomputed and compared.
         async_scheduling: Whether a step is planned and launched while the one before it runs.
         mesh: The devices as DATAxMODEL. `model` splits weights and KV heads, `data` splits the rows of a step.
+        warmup: Programs compiled at the start: 'all'; a plain request's, then others in the 'background'; none: 'off'.
     """
 
     page_size: int = 16
@@ -269,19 +271,18 @@ class EngineConfig:
     check_reuse: float = 0.0
     async_scheduling: bool = True
     mesh: str = "1x1"
+    warmup: str = "background"
 
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
             if field.type == "int" and value < 1 and not field.name.startswith("max_lora"):
                 raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
-        for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES)):
+        for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES), ("kernels", KERNELS), ("warmup", WARMUPS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"engine.{name}={value!r}; it is one of {', '.join(known)}")
         if self.weights not in WEIGHTS:
             raise ValueError(f"engine.weights={self.weights!r}; it is one of {', '.join(map(repr, WEIGHTS))}")
-        if self.kernels not in KERNELS:
-            raise ValueError(f"engine.kernels={self.kernels!r}; it is one of {', '.join(KERNELS)}")
         if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
             raise ValueError(f"engine.mesh={self.mesh!r}; it is DATAxMODEL, two numbers of devices: '1x8', '2x4'")
         need = -(-self.max_model_len // self.page_size)

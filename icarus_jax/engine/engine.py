@@ -185,10 +185,10 @@ class Engine:
     # ---- start and end
 
     def start(self, progress: Callable = lambda x: x) -> None:
-        """Compiles every program, then starts the engine's thread.
+        """Compiles programs as config.warmup says, then starts the engine's thread.
 
         Args:
-            progress: Wraps the list of buckets to compile, for example in a progress bar.
+            progress: Wraps the list of programs that are compiled first, for example in a progress bar.
         """
         assert len(self.eos_ids) <= MAX_STOPS
         self.runner.warmup(progress)
@@ -201,6 +201,7 @@ class Engine:
             drain: Whether running requests finish first; else they are aborted.
         """
         self._thread.close(drain)
+        self.runner.close()
 
     # ---- engine thread
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.stages import Lowered
+from jax.stages import Compiled, Lowered
 
 from icarus_jax.config import KV_DTYPES, EngineConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket
@@ -180,6 +180,10 @@ class Programs:
         packed = np.zeros((size, packed_width(self._context, variant)), np.int32)
         masks = np.zeros(mask_shape(size, self._vocab, variant), np.int32)
         return self.samplers[variant].lower(logits, self.last_tokens, packed, masks)
+
+    def compiled(self, key: Bucket | tuple[str, int]) -> Compiled:
+        """Compiles the forward program of a bucket, or the sampler of (variant, number of rows with logits)."""
+        return (self.lower(key) if isinstance(key, Bucket) else self.lower_sampler(*key)).compile()
 
     def others(self, buckets: Sequence[Bucket]) -> Iterator[tuple[str, Callable[[], Lowered]]]:
         """Lists the programs other than `forward`.

@@ -7,7 +7,6 @@ import functools
 import logging
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -24,6 +23,7 @@ from icarus_jax.engine.repeat import next_inputs, next_sampling
 from icarus_jax.engine.sample_batch import sampling_inputs
 from icarus_jax.engine.sampler import Samples
 from icarus_jax.engine.step_batch import StepBatch, empty_step, results_by_work, rows_in
+from icarus_jax.engine.warmup import Key, Warmup, in_order
 from icarus_jax.models.full_heads import PairedTrunk
 from icarus_jax.models.head_bank import Factors, HeadBank, fit_factors
 from icarus_jax.models.sharding import MeshLayout
@@ -73,8 +73,7 @@ class Runner:
         self.rank = bank.rank if bank is not None else 0
         self.num_slots = bank.num_slots if bank is not None else int(isinstance(trunk, PairedTrunk))
         self.adapt_writers = adapt_writers
-        self._forward: dict[Bucket, Callable] = {}  # the compiled forward programs
-        self._samplers: dict[tuple[str, int], Callable] = {}  # the compiled samplers, by variant and number of logits
+        self._ahead = Warmup(self._programs.compiled)
         self._bucket_table = BucketTable(self.buckets)
         self._page_tables = PageTables(config.max_num_seqs, -(-config.max_model_len // config.page_size))
         self._last_tokens = self._programs.zeros(self._programs.last_tokens)  # of the last step's rows with logits
@@ -201,7 +200,7 @@ class Runner:
             bucket: The shape of the step.
             step: i32[n], what `prepare` made of the plan (`StepBatch.step`).
         """
-        program = self._forward.get(bucket) or functools.partial(self._programs.forward, bucket)
+        program = self._ahead.get(bucket) or functools.partial(self._programs.forward, bucket)
         self._logits, self.kv_pages = program(self.weights, self.kv_pages, self._last_tokens, step)
 
     def sample(self, variant: str, sampling: np.ndarray, masks: np.ndarray) -> Samples:
@@ -215,7 +214,7 @@ class Runner:
         Returns:
             What it samples, on the device. `results` waits for it.
         """
-        sampler = self._samplers.get((variant, len(sampling))) or self._programs.samplers[variant]
+        sampler = self._ahead.get((variant, len(sampling))) or self._programs.samplers[variant]
         samples, self._last_tokens = sampler(self._logits, self._last_tokens, sampling, masks)
         self._logits = None
         for array in jax.tree.leaves(samples):
@@ -260,25 +259,23 @@ class Runner:
 
     # ---- warm up
 
-    def warmup(self, progress: Callable[[Iterable[Bucket]], Iterable[Bucket]] = lambda x: x) -> None:
-        """Compiles every program, two at a time. Nothing is compiled after that.
+    def warmup(self, progress: Callable[[Iterable[Key]], Iterable[Key]] = lambda x: x) -> None:
+        """Compiles programs on several threads, and waits for those that config.warmup names.
 
         Args:
-            progress: Wraps the list of buckets, for example in a progress bar; it is iterated as they are compiled.
+            progress: Wraps the list of programs that are waited for, for example in a progress bar.
         """
-
-        programs = self._programs
-        samplers = [
-            (variant, size) for variant in programs.samplers for size in sorted({b.logits for b in self.buckets})
-        ]
-        with ThreadPoolExecutor(2) as pool:
-            forward = pool.map(lambda bucket: programs.lower(bucket).compile(), self.buckets)
-            sample = pool.map(lambda key: programs.lower_sampler(*key).compile(), samplers)
-            for bucket, program in zip(progress(self.buckets), forward, strict=True):
-                self._forward[bucket] = program
-            self._samplers = dict(zip(samplers, sample, strict=True))
+        if self.config.warmup == "off":
+            return
+        first, programs = in_order(self.buckets, self._programs.samplers)
+        self._ahead.start(programs)
         self.copy_pages([(0, 0)])
         self.compare_pages([0], [0])
+        self._ahead.wait(progress(programs if self.config.warmup == "all" else first))
+
+    def close(self) -> None:
+        """Compiles no more programs ahead, and waits for those that are being compiled."""
+        self._ahead.close()
 
     def temporary_bytes(self) -> tuple[int, int]:
         """Returns the temporary bytes of the largest decode program, and the bytes of the KV pages.
@@ -286,7 +283,6 @@ class Runner:
         If pages are updated in place, the former are far fewer than the latter.
         """
         bucket = [b for b in self.buckets if b.writers == b.logits][-1]
-        compiled = self._programs.lower(bucket).compile()
-        analysis = compiled.memory_analysis()
+        analysis = self._programs.lower(bucket).compile().memory_analysis()
         assert analysis is not None
         return analysis.temp_size_in_bytes, self.kv_pages.nbytes

@@ -27,6 +27,7 @@ from icarus_jax.models.quantising import abstract_quantised, place_quantised
 from icarus_jax.models.sharding import MeshLayout, Weight
 from icarus_jax.weights.gguf_blocks import read_blocks
 from icarus_jax.weights.params import EXPERTS
+from pallas_kernels import cpu_library
 from pallas_kernels.linear import Panels, Quantised, linear, multiply_table, pack, pack_blocks, pack_transposed
 from pallas_kernels.linear.panels import WIDTH
 from pallas_kernels.linear.quantised import KINDS
@@ -109,6 +110,8 @@ def _check_kept(params: Collection[str], layout: MeshLayout, config: EngineConfi
             f"engine.weights={AS_STORED!r} is for a single CPU device and engine.dtype='float32', with its own kernels "
             "(engine.kernels='auto'); elsewhere there is engine.weights='int8'"
         )
+    if config.weights == AS_STORED and not cpu_library.available():
+        raise ValueError(f"engine.weights={AS_STORED!r} needs a C++ compiler (c++, g++, clang++, CXX) for its kernels")
 
 
 def logits_table(params: Collection[str]) -> str:

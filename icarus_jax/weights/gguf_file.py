@@ -11,6 +11,7 @@ import dataclasses
 import math
 import os
 import struct
+import weakref
 from collections.abc import Iterable
 from typing import Any, BinaryIO, TypeVar
 
@@ -80,6 +81,10 @@ class GgufFile:
     stamp: Stamp
 
 
+# By path and stamp. The trunk and its tokenizer are read from the same file, whose header has some 100,000 strings.
+_in_use: weakref.WeakValueDictionary[tuple[str, Stamp], GgufFile] = weakref.WeakValueDictionary()
+
+
 class _Cursor:
     """Reads little-endian values one after the other. Raises struct.error or ValueError at the end of the data."""
 
@@ -112,7 +117,7 @@ class _Cursor:
 
 
 def read_gguf(path: epath.PathLike) -> GgufFile:
-    """Parses the header of a GGUF file. The tensors are not read yet.
+    """Parses the header of a GGUF file, unless it is in use already. The tensors are not read yet.
 
     Args:
         path: A local GGUF file of version 2 or 3.
@@ -123,10 +128,16 @@ def read_gguf(path: epath.PathLike) -> GgufFile:
     Raises:
         ValueError: The file cannot be read, is not a GGUF file, is cut off, or has another version.
     """
-    path = str(path)
+    key = str(path), stamp(path)
+    file = _in_use.get(key)
+    if file is None:
+        file = _in_use[key] = _parse(*key)
+    return file
+
+
+def _parse(path: str, opened: Stamp) -> GgufFile:
     broken = "is not a whole GGUF file: was its download cut off?"
-    with unchanged(path), whole(path, broken), open(path, "rb") as file:
-        opened = stamp(path)
+    with unchanged(path, opened), whole(path, broken), open(path, "rb") as file:
         cursor = _Cursor(file)
         if cursor.take("4s") != b"GGUF":
             raise ValueError(f"{path} is no GGUF file: it does not begin with the letters GGUF")

@@ -14,7 +14,7 @@ from typing import Any
 
 from etils import epath
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from icarus_jax.weights.gguf_file import read_gguf
 from icarus_jax.weights.gguf_vocab import CONTROL, USER_DEFINED, GgufVocabulary, read_vocabulary
@@ -85,6 +85,8 @@ def load_tokenizer(path: epath.PathLike) -> PreTrainedTokenizerFast:
             return _from_gguf(path)
     if not has_tokenizer(path):
         raise ValueError(f"{path} holds no tokenizer: {' or '.join(TOKENIZER_FILES)} is missing")
+    from transformers import AutoTokenizer  # imported here because it imports torch, if there is one: over a second
+
     with whole(path, "holds no tokenizer that can be read"), tempfile.TemporaryDirectory() as temp:
         tokenizer = AutoTokenizer.from_pretrained(_local(path, temp), local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast):
@@ -167,10 +169,11 @@ def _from_gguf(path: epath.Path) -> PreTrainedTokenizerFast:
     if not isinstance(metadata.get(order), list):
         raise ValueError(f"{path}: there is no list {order}, without which text cannot be split")
     backend = _byte_level(vocabulary, metadata, path) if byte_level else _sentencepiece(vocabulary, metadata)
-    typed = [(AddedToken(token, normalized=False), kind) for token, kind in zip(tokens, vocabulary.types, strict=True)]
+    typed = list(zip(tokens, vocabulary.types, strict=True))
     ends = vocabulary.end_ids  # control tokens, whatever the file says: so llama.cpp takes them
-    backend.add_special_tokens([token for i, (token, kind) in enumerate(typed) if kind == CONTROL or i in ends])
-    backend.add_tokens([token for token, kind in typed if kind == USER_DEFINED])
+    control = [token for i, (token, kind) in enumerate(typed) if kind == CONTROL or i in ends]
+    backend.add_special_tokens([AddedToken(token, normalized=False) for token in control])
+    backend.add_tokens([AddedToken(token, normalized=False) for token, kind in typed if kind == USER_DEFINED])
     names = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding"}
     if vocabulary.add_bos:
         bos = tokens[special["bos"]]

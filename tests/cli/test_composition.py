@@ -58,3 +58,16 @@ def test_weights_are_quantised_from_the_numbers_in_the_file(tmp_path, monkeypatc
     np.testing.assert_array_equal(np.float32(got.values), np.float32(want.values))
     np.testing.assert_array_equal(got.scales, want.scales)
     assert weights["final_norm"].get_value().dtype == "bfloat16"
+
+
+@pytest.mark.parametrize("adapter, words", [(False, "is for GGUF files"), (True, "is not as it is stored")])
+def test_what_is_not_stored_in_blocks_cannot_be_kept_so(adapter, words, tmp_path, monkeypatch):
+    monkeypatch.setattr(composition, "enable_compilation_cache", lambda: None)
+    folder = tiny.tiny_model("llama", tmp_path)
+    config = single.get_config()
+    with config.unlocked():
+        config.trunk.source = folder
+        config.trunk.adapter = tiny.tiny_adapter(folder, tmp_path) if adapter else ""
+        config.engine.update(dataclasses.asdict(harness.SMALL) | {"weights": "as_stored"})
+    with pytest.raises(UsageError, match=words):
+        cli.build(config)

@@ -107,7 +107,7 @@ def elsewhere(tmp_path, monkeypatch):
 def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
     config = cli.load_config(spec + arg)
     assert config.is_locked
-    assert config.trunk.to_dict() == {"source": SOURCE, "name": "smollm2-135m-instruct"}
+    assert config.trunk.to_dict() == {"source": SOURCE, "name": "smollm2-135m-instruct", "adapter": ""}
     assert config.server.to_dict() == {
         "host": "127.0.0.1",
         "port": 8000,

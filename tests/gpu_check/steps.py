@@ -104,7 +104,10 @@ def without_device(engine: Engine) -> Iterator[None]:
         return jnp.zeros((bucket.logits, engine.model_config.vocab_size)), kv_pages
 
     runner = engine.runner
-    with mock.patch.object(runner, "_forward", {}), mock.patch.object(runner._programs, "forward", forward):
+    with (
+        mock.patch.object(runner._ahead, "get", lambda key: None),
+        mock.patch.object(runner._programs, "forward", forward),
+    ):
         yield
 
 

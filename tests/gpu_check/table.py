@@ -14,7 +14,6 @@ import math
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -160,10 +159,8 @@ def measure(engine: Engine, system: str, models: int, rate: float) -> compare.Ru
 def warm_up(engine: Engine) -> None:
     """Compiles the programs of steps many at a time, then those samplers that the sessions need, by a rehearsal."""
     runner = engine.runner
-    buckets = runner.buckets
-    with ThreadPoolExecutor(12) as pool:
-        programs = pool.map(lambda bucket: runner._programs.lower(bucket).compile(), buckets)
-        runner._forward.update(zip(buckets, programs, strict=True))
+    runner._ahead.start(runner.buckets)
+    runner._ahead.wait(runner.buckets)
     with without_device(engine):
         measure(engine, "", HEADS, math.inf)
 
