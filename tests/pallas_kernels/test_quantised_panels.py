@@ -167,6 +167,8 @@ def test_what_the_kernel_takes():
 def test_other_processors(processor, tmp_path, monkeypatch):
     if "x86" not in cpu_library.platform.machine():
         pytest.skip("the other instructions are those of x86-64")
+    if not cpu_library.available():  # loads all kernels of this machine, before the list of them is cut
+        pytest.skip("needs a C++ compiler")
     name = "icarus_linear_quantised"
     monkeypatch.setenv("ICARUS_CACHE", str(tmp_path))
     monkeypatch.setattr(cpu_library, "KERNELS", {name: cpu_library.KERNELS[name]})
