@@ -20,7 +20,7 @@ from icarus_jax.errors import usage_errors
 from icarus_jax.weights import peft, sources, tokenizer
 from icarus_jax.weights.gguf import MODULES, GgufTrunk
 
-GGUF_TARGETS = {module.split(".")[-1]: name for module, name in MODULES.items()}
+GGUF_TARGETS = {module.split(".")[-1]: name for module, name in MODULES.items() if "experts" not in module}
 
 
 def hf_config(model: ModelConfig) -> dict[str, Any]:

@@ -120,7 +120,12 @@ def test_what_nobody_waits_for_is_not_compiled():
         assert len(queue._pending) == queue._counts[""] == 3
         again = asyncio.ensure_future(queue.compile(choice("c")))  # another client, at once
         compiler.go.set()
-        for grammar, text in ((await again, "c"), (await twice, "d"), (await waiting["a"], "a")):
+        for grammar, text in (
+            (await again, "c"),
+            (await twice, "d"),
+            (await waiting["a"], "a"),
+            (await waiting["b"], "b"),
+        ):
             assert accepts(grammar, text)
         assert sorted(compiler.compiled) == ["a", "b", "c", "d"]
         assert not queue._pending and queue._counts[""] == 0
