@@ -61,13 +61,17 @@ def _read(files: Sequence[str]) -> dict[str, Scores]:
     scores: dict[str, Scores] = {}
     tasks = set()
     for file in files:
+        found: dict[str, Scores] = {}
         try:
             first, *lines = (json.loads(line) for line in Path(file).expanduser().read_text().splitlines())
             tasks.add((first["task"], first["data"]))
             for line in lines:
-                scores.setdefault(line["model"], {})[line["row"]] = line["score"]
+                found.setdefault(line["model"], {})[line["row"]] = line["score"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise UsageError(f"--answers: {file} is no file of launch/evaluate.py: {error}") from None
+        if twice := sorted(scores.keys() & found):
+            raise UsageError(f"--answers: {twice[0]!r} is a model of two of these files; give each a name of its own")
+        scores |= found
     if len(tasks) > 1:
         raise UsageError("--answers: these files are of different tasks or data")
     return scores

@@ -67,6 +67,8 @@ def test_files_of_other_data_or_of_another_kind_are_refused(tmp_path):
     one, two = write(tmp_path / "a", {"a": exact([1])}), write(tmp_path / "b", {"b": exact([1])}, data="e")
     with pytest.raises(UsageError, match="different tasks or data"):
         compare_heads.run([one, two], ["a"], ["b"])
+    with pytest.raises(UsageError, match="'a' is a model of two of these files"):
+        compare_heads.run([one, write(tmp_path / "again", {"a": exact([0]), "c": exact([1])})], ["a"], ["c"])
     (tmp_path / "c").write_text("no json\n")
     with pytest.raises(UsageError, match="is no file of launch/evaluate"):
         compare_heads.run([str(tmp_path / "c")], ["a"], ["b"])
