@@ -183,6 +183,7 @@ class Worker:
             except Exception:
                 log.exception("a call of process 0 failed")
                 return self._team.fail(f"process {jax.process_index()} has failed")
+        self._runner.close()  # else this process ends only once all programs are compiled
 
 
 def spread(runner: Runner) -> Runner:

@@ -371,7 +371,7 @@ def test_calls_are_made_on_both_sides(listener, ends):
     """And beats keep a link alive on which nothing else is said."""
     (link,), (other,) = join_all(listener)
     theirs, seen = host_team.Team([other], False, LOST), []
-    runner = SimpleNamespace(copy_pages=seen.append, warmup=lambda *_: seen.append("warm"), model="m")
+    runner = SimpleNamespace(copy_pages=seen.append, close=lambda: seen.append("closed"))
     team = host_team.Team([link], True, LOST)
     leader = multihost.Leader(StuckRunner(), team)
     assert leader.copy_pages([]) is None
@@ -383,7 +383,7 @@ def test_calls_are_made_on_both_sides(listener, ends):
         wait_for(lambda: len(seen) == 2)
         team._leave()
         work.result(10)
-    assert seen == [[(1, 2)], [(3, 4)]] and not team.failure and not theirs.failure
+    assert seen == [[(1, 2)], [(3, 4)], "closed"] and not team.failure and not theirs.failure
     other.close()
     time.sleep(0.1)
     assert not team.failure and set(ends) == {host_team.END_SECONDS}
