@@ -12,6 +12,7 @@
     python launch/bench.py cpu                           the CPU kernels against XLA's programs
     python launch/bench.py kernels                       instruction bundles of the TPU kernels; no TPU is needed
     python launch/bench.py heads --answers=FILE,FILE --models=A,B --baseline=C,D   compares what evaluate.py has scored
+    python launch/bench.py loss --config=single.py --texts=FILE,FILE --tokens=50000   the trunk's loss on texts
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    `serve`, SIMULATED on other chips
     python launch/bench.py calibrate                     compares the simulator with what `serve` has measured here
 
@@ -41,6 +42,8 @@ _REPORT = flags.DEFINE_string("report", "results/structured.json", "structured: 
 _ANSWERS = flags.DEFINE_list("answers", [], "heads: files that launch/evaluate.py has written")
 _MODELS = flags.DEFINE_list("models", [], "heads: the models to compare")
 _BASELINE = flags.DEFINE_list("baseline", [], "heads: the models that they are compared with")
+_TEXTS = flags.DEFINE_list("texts", [], "loss: files with texts, .jsonl or plain")
+_TOKENS = flags.DEFINE_integer("tokens", 50000, "loss: tokens to predict, at most")
 _HEADS = cli.define_heads()
 
 
@@ -99,6 +102,13 @@ def bench_heads(config: ConfigDict) -> dict:
     return compare_heads.run(_ANSWERS.value, _MODELS.value, _BASELINE.value)
 
 
+def bench_loss(config: ConfigDict) -> dict:
+    """Measures how well the trunk predicts texts."""
+    from icarus_jax.bench import loss
+
+    return loss.run(config, _TEXTS.value, _TOKENS.value)
+
+
 def bench_simulate(config: ConfigDict) -> dict:
     """Simulates agent sessions on other chips."""
     from icarus_jax.bench import simulate
@@ -145,6 +155,7 @@ COMMANDS = {
     "peers": (write_peers, "multi.py:8"),
     "fanout": (bench_fanout, "multi.py:8"),
     "heads": (bench_heads, "multi.py"),
+    "loss": (bench_loss, "single.py"),
     "soak": (bench_soak, "soak.py"),
     "cpu": (bench_cpu, "single.py"),
     "kernels": (bench_kernels, "single.py"),
