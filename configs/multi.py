@@ -9,8 +9,8 @@
     python launch/compile_check.py --config=multi.py:llama8b --topology=v5e:2x4
                                                          the sizes of a trunk are enough for this program
 
-The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b, qwen3-30b-a3b and smollm2, with 8 untrained heads
-unless N says otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
+The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b, qwen3-30b-a3b, granite8b (Granite 3.3),
+mistral-small (24B), gemma27b (Gemma 3) and smollm2, with 8 untrained heads unless N says otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
 """
 
 import re
@@ -28,6 +28,9 @@ MODELS = {
     "qwen3-8b": ("qwen3-8b", {**CHIPS, "mesh": "1x8", "num_pages": 8192}),
     "qwen3-14b": ("qwen3-14b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
     "qwen3-30b-a3b": ("qwen3-30b-a3b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
+    "granite8b": ("granite-3.3-8b", {**CHIPS, "mesh": "1x8", "num_pages": 8192}),
+    "mistral-small": ("mistral-small-24b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
+    "gemma27b": ("gemma-3-27b", {**CHIPS, "mesh": "1x8", "num_pages": 2048}),
     "smollm2": ("smollm2-135m", {**CHIPS, "num_pages": 4096}),
 }
 ARGUMENTS = f"N (1 to 999 random heads), N,isolated, MODEL, MODEL,N and MODEL,N,isolated (MODEL: {', '.join(MODELS)})"

@@ -31,6 +31,9 @@ PARAMETERS = {  # as published, in billions
     "qwen3-8b": 8.19,
     "qwen3-14b": 14.77,
     "qwen3-30b-a3b": 30.53,
+    "granite-3.3-8b": 8.17,
+    "mistral-small-24b": 23.57,
+    "gemma-3-27b": 27.01,  # without the vision tower
 }
 # D 4, F 8, two layers, two attention heads of 2 on one KV head
 TINY = ModelConfig("llama", 10, 4, 8, 2, 2, 1, 2)
