@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from time import monotonic
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
@@ -74,6 +75,7 @@ class _Stream:
     on_output: Callable[[int, TokenOutput], None]
     num_output: int = 0
     cached: int = 0
+    admitted_at: float | None = None
 
 
 class FakeEngine:
@@ -193,7 +195,8 @@ class FakeEngine:
     def _step(self, seq_id: int, stream: _Stream) -> TokenOutput:
         request, params = stream.request, stream.request.params
         prompt, i = request.prompt_ids, stream.num_output
-        output = TokenOutput(seq_id, [], stream.model.name, cached_tokens=stream.cached)
+        stream.admitted_at = stream.admitted_at or monotonic()  # tests replace `time`
+        output = TokenOutput(seq_id, [], stream.model.name, cached_tokens=stream.cached, admitted_at=stream.admitted_at)
         if params.prompt_logprobs is not None and i == 0:
             scores = [self._scored(token, -float(j), params.prompt_logprobs) for j, token in enumerate(prompt)]
             output.prompt_logprobs = [None, *scores[1:]]

@@ -23,6 +23,7 @@ from icarus_jax.errors import UsageError, usage_errors
 from icarus_jax.models.presets import MODELS
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import Chip
+from icarus_jax.simulator.precision import Precision
 from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
 from icarus_jax.simulator.run import Simulation, make_models
 from icarus_jax.workloads import workload
@@ -96,8 +97,8 @@ class Predictor:
         """
         chip = Chip("cpu", fit.flops, 0, PAGE_BYTES_S, 0, overlaps=False)
         # The bandwidth is infinite: the fitted numbers include the time to read weights and activations.
-        assumed = Assumptions(1.0, np.inf, 1.0, 1.0, fit.overhead_s, weight_bytes=4, kv_bytes=4)
-        roofline = Roofline(MODELS[MODEL], chip, assumptions=assumed, rows=self._rows)
+        assumed = Assumptions(1.0, np.inf, 1.0, 1.0, fit.overhead_s)
+        roofline = Roofline(MODELS[MODEL], chip, assumptions=assumed, precision=Precision(4, 4, 4), rows=self._rows)
         total = np.zeros(3)
 
         def step_seconds(step: StepPlan) -> float:

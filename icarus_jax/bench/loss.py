@@ -20,7 +20,7 @@ from icarus_jax.errors import UsageError
 from icarus_jax.llm import LLM
 from icarus_jax.scheduling.request import SamplingParams
 
-CHUNK = 1024  # the most tokens of a text that are predicted from one beginning
+CHUNK = 1024  # the most tokens of a text that are predicted from one beginning, if the engine takes as many
 
 
 def texts_of(paths: Sequence[str]) -> list[str]:
@@ -36,7 +36,9 @@ def texts_of(paths: Sequence[str]) -> list[str]:
     for path in paths:
         try:
             content = Path(path).expanduser().read_text()
-            rows = [json.loads(line) for line in content.splitlines()] if path.endswith(".jsonl") else [content]
+            # Not splitlines: a string in JSON may have other ends of lines than the one between rows.
+            lines = [line for line in content.split("\n") if line.strip()]
+            rows = [json.loads(line) for line in lines] if path.endswith(".jsonl") else [content]
         except (OSError, ValueError) as error:
             raise UsageError(f"{path}: {error}") from error
         texts += ["\n".join(_strings(row)) for row in rows]
@@ -64,15 +66,19 @@ def run(config: ConfigDict, paths: Sequence[str], tokens: int) -> dict[str, Any]
         `perplexity`; and `files`, the loss of each file.
 
     Raises:
-        UsageError: There are no texts.
+        UsageError: There are no texts, or fewer tokens than files.
     """
     if not paths:
         raise UsageError("give --texts=FILE,..")
+    if tokens < len(paths):
+        raise UsageError(f"--tokens={tokens}: it is at least 1 for each file, {len(paths)} in all")
     with config.unlocked():
         config.heads = {}
-        config.engine.max_model_len = max(config.engine.max_model_len, CHUNK + 1)
+    chunk = min(CHUNK, config.engine.max_model_len - 1)
     with LLM.from_config(config) as llm:
-        found = {path: _losses(llm, texts_of([path]), tokens // len(paths)) for path in tqdm(paths, disable=None)}
+        found = {
+            path: _losses(llm, texts_of([path]), tokens // len(paths), chunk) for path in tqdm(paths, disable=None)
+        }
     chunks = [chunk for losses in found.values() for chunk in losses]
     if not chunks:
         raise UsageError(f"no text of two tokens or more: {', '.join(paths)}")
@@ -89,13 +95,13 @@ def run(config: ConfigDict, paths: Sequence[str], tokens: int) -> dict[str, Any]
     }
 
 
-def _losses(llm: LLM, texts: Sequence[str], tokens: int) -> list[np.ndarray]:
-    """Returns the losses of the tokens of each chunk, all but its first one, until there are enough of them."""
+def _losses(llm: LLM, texts: Sequence[str], tokens: int, most: int) -> list[np.ndarray]:
+    """Returns the losses of each chunk's tokens, all but its first one, until there are enough. most: a chunk's tokens."""
     chunks: list[list[int]] = []
     room = tokens
     for ids in map(llm.tokenizer.encode, texts):
-        for i in range(0, len(ids), CHUNK):
-            chunks.append(ids[i : min(i + CHUNK, i + room + 1)])
+        for i in range(0, len(ids), most):
+            chunks.append(ids[i : min(i + most, i + room + 1)])
             room -= len(chunks[-1]) - 1
             if room <= 0:
                 break

@@ -23,6 +23,7 @@ from icarus_jax.errors import UsageError, usage_errors
 from icarus_jax.models.presets import MODELS
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import CHIPS
+from icarus_jax.simulator.precision import Precision
 from icarus_jax.simulator.roofline import Assumptions, Roofline, load_of
 from icarus_jax.simulator.run import Simulated, Simulation, make_models
 from icarus_jax.workloads import agents, workload
@@ -70,13 +71,15 @@ def make_machine(config: ConfigDict, models: int) -> Machine:
     for key, known in (("model", MODELS), ("chip", CHIPS)):
         if config[key] not in known:
             raise UsageError(f"config.{key}: no {config[key]!r}; there is {', '.join(known)}")
-    model, mesh = MODELS[config.model], config.mesh
+    model, mesh, engine = MODELS[config.model], config.mesh, config.engine
     with usage_errors("config"):
-        roofline = Roofline(model, CHIPS[config.chip], mesh.model, config.rank, Assumptions(**config.assumed))
-        pages = config.engine.num_pages or roofline.num_pages(config.engine.page_size, models)
-        longest = min(config.engine.max_model_len, pages * config.engine.page_size)
-        engine = EngineConfig(**{**config.engine, "num_pages": pages, "max_model_len": longest})
-    return Machine(roofline, mesh.data, engine)
+        precision = Precision.of(engine.dtype, engine.weights, engine.kv_dtype)
+        assumed = Assumptions(**config.assumed)
+        roofline = Roofline(model, CHIPS[config.chip], mesh.model, config.rank, assumed, precision)
+        pages = engine.num_pages or roofline.num_pages(engine.page_size, models)
+        longest = min(engine.max_model_len, pages * engine.page_size)
+        sizes = EngineConfig(**{**engine, "num_pages": pages, "max_model_len": longest})
+    return Machine(roofline, mesh.data, sizes)
 
 
 def make_sessions(config: ConfigDict) -> list[workload.Session]:

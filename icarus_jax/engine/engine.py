@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.engine.build import make_runner
 from icarus_jax.engine.multihost import spread
+from icarus_jax.engine.page_mover import PageMover, make_store
 from icarus_jax.engine.reuse_check import ReuseCheck
 from icarus_jax.engine.runner import Runner
 from icarus_jax.engine.stats import EngineStats
@@ -18,6 +19,7 @@ from icarus_jax.engine.stepper import Stepper
 from icarus_jax.models.full_heads import FullHead
 from icarus_jax.models.head_bank import Factors
 from icarus_jax.models.sharding import Weight
+from icarus_jax.page_store.store import PageStore
 from icarus_jax.scheduling.registry import Model, Registry
 from icarus_jax.scheduling.request import MAX_STOPS, Request, TokenOutput
 from icarus_jax.scheduling.scheduler import Scheduler
@@ -52,7 +54,14 @@ class Engine:
         stats: Counters and gauges.
     """
 
-    def __init__(self, runner: Runner, trunk_name: str, config: EngineConfig, eos_ids: Iterable[int]):
+    def __init__(
+        self,
+        runner: Runner,
+        trunk_name: str,
+        config: EngineConfig,
+        eos_ids: Iterable[int],
+        store: PageStore | None = None,
+    ):
         """Makes an engine on a runner, without heads. `create` makes the runner and loads the heads too."""
         self.runner, self.config = runner, config
         self._registry = Registry(trunk_name, runner.num_slots)
@@ -63,7 +72,10 @@ class Engine:
         self.stats = EngineStats(pages_total=config.num_pages)
         self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}
-        self._stepper = Stepper(self.scheduler, runner, self._reuse, self.stats, self._deliver)
+        if store is not None:
+            self.stats.page_store = store.stats
+        self._pages = PageMover(self.scheduler, runner, store) if store is not None else None
+        self._stepper = Stepper(self.scheduler, runner, self._reuse, self.stats, self._deliver, self._pages)
         self._thread = StepThread(lambda: self.has_work, self.step, self._recover, self._end_all)
         self._ids = itertools.count()  # any thread may call `next` on it
 
@@ -76,6 +88,7 @@ class Engine:
         heads: Mapping[str, tuple[HeadConfig, Factors | FullHead]] | None = None,
         eos_ids: Iterable[int] = (),
         trunk_name: str = "trunk",
+        identity: str = "",
     ) -> Engine:
         """Makes an engine and loads the weights. It must be started before it serves.
 
@@ -86,12 +99,15 @@ class Engine:
             heads: The heads to start with: name -> (config, weights).
             eos_ids: The trunk's end tokens.
             trunk_name: The trunk's name as a model.
+            identity: The identity of the trunk's weights (TrunkCheckpoint.identity). config.page_store needs it.
 
         Raises:
-            ValueError: The mesh does not fit, a head cannot be loaded, or a fully fine-tuned head is not the only one.
+            ValueError: The mesh does not fit, a head cannot be loaded, a fully fine-tuned head is not the only one, or
+                pages cannot be stored.
         """
         runner, adapters = make_runner(config, model_config, params, list((heads or {}).values()))
-        engine = cls(spread(runner), trunk_name, config, eos_ids)
+        store = make_store(config, model_config, runner, identity)
+        engine = cls(spread(runner), trunk_name, config, eos_ids, store)
         for head, factors in adapters:
             engine.load_head(head, factors)
         engine.stats.head_loads = 0
@@ -192,6 +208,8 @@ class Engine:
         """
         assert len(self.eos_ids) <= MAX_STOPS
         self.runner.warmup(progress)
+        if self._pages is not None and self.config.warmup != "off":
+            self._pages.warmup()
         self._thread.start()
 
     def shutdown(self, drain: bool = True) -> None:
@@ -201,6 +219,8 @@ class Engine:
             drain: Whether running requests finish first; else they are aborted.
         """
         self._thread.close(drain)
+        if self._pages is not None and not self.failed:
+            self._pages.close()
         self.runner.close()
 
     # ---- engine thread

@@ -70,8 +70,8 @@ class WaitingClock:
         if self._since is None:
             self._since = begin
 
-    def committed(self, flight: Flight) -> None:
-        """Notes that the results of a step have arrived."""
+    def committed(self, flight: Flight) -> float:
+        """Notes that the results of a step have arrived, and returns how many seconds it took."""
         now = time.perf_counter()
         whole = now - (self._since or flight.launched)
         host = min(flight.waited, whole)
@@ -79,6 +79,7 @@ class WaitingClock:
         self._stats.host_seconds += host
         self._stats.device_seconds += whole - host
         self._since = now
+        return whole
 
     def stop(self) -> None:
         """Notes that there is no work. The time until the next launch begins is nobody's."""

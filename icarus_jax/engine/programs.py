@@ -19,6 +19,7 @@ from jax import lax
 from jax.stages import Compiled, Lowered
 
 from icarus_jax.config import KV_DTYPES, EngineConfig, ModelConfig
+from icarus_jax.engine import page_programs
 from icarus_jax.engine.buckets import Bucket
 from icarus_jax.engine.sample_inputs import VARIANTS, mask_shape, packed_width, unpack
 from icarus_jax.engine.sampler import Samples, sample
@@ -27,6 +28,7 @@ from icarus_jax.models.head_bank import Factors, HeadBank, load_slot
 from icarus_jax.models.sharding import KV_PAGES_AXES, MeshLayout
 from icarus_jax.models.trunk import Trunk
 from icarus_jax.scheduling.plan import SCORE_ROWS
+from icarus_jax.scheduling.prefix_cache import load_pages
 
 COPY_ROWS = 8  # pages copied, or pairs compared, in one call
 # Options for `forward`, by platform. On TPU v7x XLA would otherwise want 16-bit weights in tiles of 16 x 128. Weights
@@ -59,6 +61,9 @@ class Programs:
             dst is num_pages is padding.
         compare_pages: (kv_pages, a i32[COPY_ROWS], b i32[COPY_ROWS]) -> for each pair: whether the pages are equal,
             their largest difference, and the largest magnitude in a.
+        read_pages: (kv_pages, pages i32[n]) -> their contents [n, L, K, page_size, 2H].
+        write_pages: (kv_pages, pages i32[n], contents [n, L, K, page_size, 2H]) -> kv_pages. The pages are donated. A
+            page num_pages is padding. Contents are split as the pages are.
         samplers: For each of VARIANTS: (logits, last_tokens, packed inputs, masks) -> (Samples, last_tokens).
     """
 
@@ -110,8 +115,12 @@ class Programs:
             out_shardings=weights[1],
         )
         of_pages = functools.partial(jax.jit, in_shardings=(pages, everywhere, everywhere))
-        self.copy_pages = of_pages(_copy_pages, donate_argnums=0, out_shardings=pages)
-        self.compare_pages = of_pages(_compare_pages, out_shardings=everywhere)
+        self.copy_pages = of_pages(page_programs.copy_pages, donate_argnums=0, out_shardings=pages)
+        self.compare_pages = of_pages(page_programs.compare_pages, out_shardings=everywhere)
+        # Of [n, L, K, page_size, 2H] as of [L, num_pages, K, page_size, 2H], the first two dimensions are not split.
+        self.read_pages = jax.jit(page_programs.read_pages, in_shardings=(pages, everywhere), out_shardings=pages)
+        moves = (pages, everywhere, pages)
+        self.write_pages = jax.jit(page_programs.write_pages, donate_argnums=0, in_shardings=moves, out_shardings=pages)
         self.samplers = {
             variant: jax.jit(
                 functools.partial(_sample, variant),
@@ -150,6 +159,11 @@ class Programs:
             like: Its shape, dtype and sharding.
         """
         return jax.jit(lambda: jnp.zeros(like.shape, like.dtype), out_shardings=like.sharding)()
+
+    def contents(self, count: int) -> jax.ShapeDtypeStruct:
+        """Returns the shape, dtype and sharding of the contents of so many pages."""
+        layers, _, *page = self.kv_pages.shape
+        return jax.ShapeDtypeStruct((count, layers, *page), self.kv_pages.dtype, sharding=self.kv_pages.sharding)
 
     def num_active(self, bucket: Bucket) -> int:
         """Returns U, the number of adapter slots that a step of this shape can use at most.
@@ -200,6 +214,10 @@ class Programs:
         ids = np.zeros(COPY_ROWS, np.int32)
         yield "copy_pages", functools.partial(self.copy_pages.lower, self.kv_pages, ids, ids)
         yield "compare_pages", functools.partial(self.compare_pages.lower, self.kv_pages, ids, ids)
+        ids = np.zeros(load_pages(self.page_size), np.int32)
+        moved = self.contents(len(ids))
+        yield "read_pages", functools.partial(self.read_pages.lower, self.kv_pages, ids)
+        yield "write_pages", functools.partial(self.write_pages.lower, self.kv_pages, ids, moved)
         if self.num_slots:
             factor = lambda x: jax.ShapeDtypeStruct((x.shape[0], *x.shape[2:]), x.dtype)  # noqa: E731
             bank = self.weights[1]
@@ -216,35 +234,3 @@ def _sample(
     """Samples, and returns the tokens in the shape of last_tokens too, for the next step."""
     samples = sample(logits, unpack(packed, variant), last_tokens, masks, variant=variant)
     return samples, last_tokens.at[: len(samples.tokens)].set(samples.tokens)
-
-
-def _page(kv_pages: jax.Array, index: jax.Array) -> jax.Array:
-    """Takes one page of all layers. Pages are taken one by one: on TPU a gather would copy the whole pool."""
-    return lax.dynamic_slice_in_dim(kv_pages, index, 1, axis=1)
-
-
-def _copy_pages(kv_pages: jax.Array, src: jax.Array, dst: jax.Array) -> jax.Array:
-    """Copies the pages src i32[n] to dst i32[n]. A pair whose dst is num_pages is padding and changes nothing."""
-    last = kv_pages.shape[1] - 1
-
-    def copy(i: jax.Array, kv_pages: jax.Array) -> jax.Array:
-        source = jnp.where(dst[i] <= last, src[i], last)  # padding copies the last page to itself
-        return lax.dynamic_update_slice_in_dim(kv_pages, _page(kv_pages, source), dst[i], 1)
-
-    return lax.fori_loop(0, len(dst), copy, kv_pages)
-
-
-def _compare_pages(kv_pages: jax.Array, a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Compares the pages a i32[n] with b i32[n].
-
-    Returns:
-        For each pair whether they are equal, bool[n]; their largest difference, f32[n]; the largest magnitude in a,
-        f32[n].
-    """
-    most = lambda x: jnp.abs(x).max()  # noqa: E731
-
-    def compare(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        left, right = (_page(kv_pages, i).astype(jnp.float32) for i in pair)  # int8 would overflow
-        return (left == right).all(), most(left - right), most(left)
-
-    return lax.map(compare, (a, b))

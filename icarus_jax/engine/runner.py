@@ -15,9 +15,10 @@ from flax import nnx
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
 from icarus_jax.engine.buckets import Bucket, BucketTable, make_buckets
+from icarus_jax.engine.page_copies import compare, copy_calls, move_rows, padded
 from icarus_jax.engine.page_tables import PageTables
 from icarus_jax.engine.plan_rows import PlanRows
-from icarus_jax.engine.programs import COPY_ROWS, Programs
+from icarus_jax.engine.programs import Programs
 from icarus_jax.engine.recovery import is_whole, replace_lost
 from icarus_jax.engine.repeat import next_inputs, next_sampling
 from icarus_jax.engine.sample_batch import sampling_inputs
@@ -133,33 +134,37 @@ class Runner:
         Args:
             copies: Pairs of pages (src, dst).
         """
-        for first in range(0, len(copies), COPY_ROWS):
-            src, dst = np.zeros(COPY_ROWS, np.int32), np.full(COPY_ROWS, self.config.num_pages, np.int32)
-            part = np.array(copies[first : first + COPY_ROWS], np.int32)
-            src[: len(part)], dst[: len(part)] = part.T
+        for src, dst in copy_calls(copies, self.config.num_pages):
             self.kv_pages = self._programs.copy_pages(self.kv_pages, src, dst)
 
     def compare_pages(self, a: list[int], b: list[int]) -> list[tuple[bool, float, float]]:
-        """Compares pages in all layers.
+        """Compares pages in all layers (page_copies.compare)."""
+        return compare(self._programs, self.kv_pages, a, b)
+
+    def read_pages(self, pages: list[int]) -> jax.Array:
+        """Starts to copy pages to the host, as they are after the steps launched so far, and does not wait.
 
         Args:
-            a: Pages.
-            b: As many pages, to compare them with.
+            pages: At most `load_pages`.
 
         Returns:
-            For each pair whether the pages are equal, their largest difference, and the largest magnitude in the page
-            of `a`.
+            [n, L, K, page_size, 2H], their contents; what comes after them means nothing.
         """
-        results = []
-        for first in range(0, len(a), COPY_ROWS):
-            pairs = np.zeros((2, COPY_ROWS), np.int32)
-            part = np.array([a[first : first + COPY_ROWS], b[first : first + COPY_ROWS]], np.int32)
-            pairs[:, : part.shape[1]] = part
-            compared = jax.device_get(self._programs.compare_pages(self.kv_pages, pairs[0], pairs[1]))
-            equal, difference, largest = (values.tolist() for values in compared)
-            found = list(zip(equal, difference, largest, strict=True))
-            results += found[: part.shape[1]]
-        return results
+        contents = self._programs.read_pages(
+            self.kv_pages, padded(pages, move_rows(len(pages), self.config.page_size), 0)
+        )
+        contents.copy_to_host_async()
+        return contents
+
+    def write_pages(self, pages: list[int], contents: jax.Array) -> None:
+        """Starts to write pages, for the steps launched later, and does not wait.
+
+        Args:
+            pages: The pages; num_pages for contents that are not written.
+            contents: [n, L, K, page_size, 2H], split as the pages are; there may be more than pages.
+        """
+        ids = padded(pages, len(contents), self.config.num_pages)
+        self.kv_pages = self._programs.write_pages(self.kv_pages, ids, contents)
 
     def fit_head(self, head: HeadConfig, factors: Factors) -> Factors:
         """Brings a head into the form of an adapter slot, once, so that it can be copied to the device at any time.

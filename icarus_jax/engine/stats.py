@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from icarus_jax.page_store.stats import StoreStats
 from icarus_jax.scheduling.scheduler import Scheduler
 
 
@@ -40,6 +41,7 @@ class EngineStats:
         waiting: Gauge: waiting sequences.
         host_seconds: Time in which the device waited for the host, at most (flight.py).
         device_seconds: The other time while there was work.
+        page_store: What the tiers below the device's pages count.
     """
 
     requests: int = 0
@@ -70,6 +72,7 @@ class EngineStats:
     waiting: int = 0
     host_seconds: float = 0.0
     device_seconds: float = 0.0
+    page_store: StoreStats = dataclasses.field(default_factory=StoreStats)
 
     def update(self, scheduler: Scheduler) -> None:
         """Takes over what the scheduler and its parts count.

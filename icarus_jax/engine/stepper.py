@@ -22,6 +22,7 @@ from collections.abc import Callable
 import numpy as np
 
 from icarus_jax.engine.flight import Flight, WaitingClock
+from icarus_jax.engine.page_mover import PageMover
 from icarus_jax.engine.reuse_check import ReuseCheck
 from icarus_jax.engine.runner import Runner
 from icarus_jax.engine.sample_inputs import VARIANTS, mask_shape
@@ -41,6 +42,7 @@ class Stepper:
         reuse: ReuseCheck,
         stats: EngineStats,
         deliver: Callable[[TokenOutput], None],
+        pages: PageMover | None = None,
     ):
         """Starts without a step in flight.
 
@@ -50,17 +52,19 @@ class Stepper:
             reuse: Checks reused pages beside the requests.
             stats: Is brought up to date after each step.
             deliver: Gets each output.
+            pages: Saves and loads pages; None if they are on the device alone.
         """
         self._scheduler, self._runner, self._reuse, self._stats = scheduler, runner, reuse, stats
-        self._deliver = deliver
+        self._deliver, self._pages = deliver, pages
         self._overlaps = scheduler.config.async_scheduling
         self._in_flight: Flight | None = None
         self._clock = WaitingClock(stats)
 
     @property
     def has_work(self) -> bool:
-        """Whether any sequence waits or runs, or a step is in flight."""
-        return self._scheduler.has_work or self._in_flight is not None
+        """Whether any sequence waits or runs, a step is in flight, or pages are to be saved."""
+        saves = self._pages is not None and self._pages.has_work
+        return self._scheduler.has_work or self._in_flight is not None or saves
 
     def give_up_flight(self) -> None:
         """Forgets the step in flight, after one that failed."""
@@ -69,7 +73,14 @@ class Stepper:
 
     def step(self) -> None:
         """Launches the next step, then commits the one before it; without async_scheduling, the same one."""
-        last = self._in_flight
+        if self._pages is not None:
+            self._pages.place(idle=self._in_flight is None and not self._scheduler.running)
+        self._step()
+        if self._pages is not None:
+            self._pages.save(idle=self._in_flight is None and not self._scheduler.has_work)
+
+    def _step(self) -> None:
+        last, scheduler = self._in_flight, self._scheduler
         try:
             flight = self._launch()
             waits = flight is not None and "masked" in VARIANTS[flight.batch.variant]
@@ -79,7 +90,8 @@ class Stepper:
             if last is not None:
                 self._commit(last)  # the fault of a step is not that of the one before it
             raise
-        if flight is None and last is None and not self._reuse.give_up():
+        stands = flight is None and last is None and scheduler.has_work and not scheduler.cache.loading
+        if stands and not self._reuse.give_up():
             raise AssertionError("the scheduler has sequences, and can run none of them")
         self._in_flight = flight
         if flight is not None and waits:
@@ -125,7 +137,9 @@ class Stepper:
         """Waits for the results of a step, and gives them to the sequences."""
         assert flight.samples is not None
         rows = self._runner.results(flight.batch, flight.samples)
-        self._clock.committed(flight)
+        seconds = self._clock.committed(flight)
+        if self._pages is not None:
+            self._pages.computed(flight.plan, seconds)
         self._reuse.before_commit(flight.plan)
         for output in self._scheduler.commit(flight.plan, rows):
             self._deliver(output)

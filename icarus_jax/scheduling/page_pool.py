@@ -102,9 +102,9 @@ class PagePool:
         """Returns the name of the model for which a cached page was first written."""
         return self._content[page].model
 
-    def is_cached(self, key: bytes) -> bool:
-        """Returns whether a page of this name is cached."""
-        return key in self._by_key
+    def page_of(self, key: bytes) -> int | None:
+        """Returns the cached page of this name; None if there is none."""
+        return self._by_key.get(key)
 
     def num_cached_of(self, keys: Tokens[bytes]) -> int:
         """Returns how many pages are cached, counted from the first up to the first that is missing.
@@ -185,15 +185,15 @@ class PagePool:
             raise
         return [*match.pages, copy], [(tail, copy)]
 
-    def register(self, page: int, content: Content) -> None:
-        """Puts a page into the prefix cache. If a page of the same name is cached already, nothing happens.
+    def register(self, page: int, content: Content) -> bool:
+        """Puts a page into the prefix cache. If a page of the same name is cached already, it returns False.
 
         Args:
             page: A page that somebody holds.
             content: What it holds. If the page is cached already, the model for which it was first written stays.
         """
         if not self.caching or content.key in self._by_key:
-            return
+            return False
         if page in self._content:
             content = content._replace(model=self._content[page].model)
             self._forget(page)
@@ -201,6 +201,7 @@ class PagePool:
         self.written_for[content.model] += 1
         self._by_key[content.key] = page
         self._children[content.parent, content.tokens[0]][page] = content.tokens
+        return True
 
     def hold(self, pages: Tokens[int]) -> None:
         """Adds a holder to each page.
@@ -295,5 +296,4 @@ class PagePool:
 
 def _common_length(a: Tokens[int], b: Tokens[int]) -> int:
     """Returns how many tokens two lists have in common at their beginning."""
-    shorter = min(len(a), len(b))
-    return next((i for i in range(shorter) if a[i] != b[i]), shorter)
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))

@@ -222,7 +222,7 @@ def take_results(work: Work, results: Seq[SampleRow]) -> TokenOutput | None:
         return None
     seq.pending -= 1
     output = TokenOutput(seq.seq_id, [], seq.model.name)
-    output.cached_tokens = seq.cached_tokens or 0
+    output.cached_tokens, output.admitted_at = seq.cached_tokens or 0, seq.admitted_at
     if scores and not seq.num_output:
         output.prompt_logprobs = [None, *seq.prompt_logprobs]
     if params.max_tokens:

@@ -5,17 +5,53 @@ Host only. The page pool keeps the cached pages; here is what links them to sequ
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Sequence as Seq
+from typing import Protocol
+
 from icarus_jax.scheduling.page_keys import Chain, page_key
 from icarus_jax.scheduling.page_pool import Content, Match, PagePool
 from icarus_jax.scheduling.registry import NEVER
 from icarus_jax.scheduling.sequence import Sequence
 from icarus_jax.scheduling.sessions import Sessions
 
+LOAD_TOKENS = 1024  # whose pages are moved at once, at most: the device holds them twice meanwhile
+
+
+def load_pages(page_size: int) -> int:
+    """Returns the most pages of one load.
+
+    Args:
+        page_size: Tokens per page.
+    """
+    return max(1, LOAD_TOKENS // page_size)
+
+
+class Loader(Protocol):
+    """Loads pages that were saved outside of the device (engine/page_mover.py)."""
+
+    def load(self, prefix: list[bytes], contents: list[Content]) -> bool:
+        """Begins to look for pages, and does not wait.
+
+        Args:
+            prefix: The keys of the cached pages that they continue.
+            contents: What the pages hold, in order.
+
+        Returns:
+            False if it would not pay.
+        """
+        ...
+
 
 class PrefixCache:
-    """Names the pages of sequences, finds and adds cached ones, and knows which ones are being computed.
+    """Names the pages of sequences, finds and adds cached ones, and knows which ones are being computed or loaded.
 
     Private sequences neither find cached pages nor leave any.
+
+    Attributes:
+        loader: Loads saved pages; None if there are none.
+        loading: The keys of the pages that it is looking for.
+        filled: The full pages (page, key) that are to be saved, as long as they are cached. Empty without a loader.
     """
 
     def __init__(self, pool: PagePool, window: int | None = None):
@@ -28,6 +64,9 @@ class PrefixCache:
         self._pool = pool
         self._window = window
         self._pending: dict[bytes, int] = {}  # key of a page being computed -> id of the sequence that computes it
+        self.loader: Loader | None = None
+        self.loading: set[bytes] = set()
+        self.filled: deque[tuple[int, bytes]] = deque()
 
     def name_pages(self, seq: Sequence) -> None:
         """Sets how the sequence's pages are named. It depends on where its model starts to make K/V of its own."""
@@ -91,9 +130,78 @@ class PrefixCache:
         keys = seq.page_keys[len(match.pages) :]
         return [*keys, page_key(seq.chain.parent(seq.page_keys, len(seq.page_keys)), tail)] if tail else keys
 
-    def is_pending(self, key: bytes) -> bool:
-        """Returns whether a running sequence is computing the page of this name."""
-        return key in self._pending
+    def is_coming(self, seq: Sequence, match: Match, to_compute: list[bytes]) -> bool:
+        """Returns whether the next page that a waiting sequence needs is being computed or loaded.
+
+        If neither is so, and there is a loader, it is asked for the pages. A sequence asks again only if it has more
+        cached pages than the last time, so that it never waits for ever.
+
+        Args:
+            seq: The sequence.
+            match: Its cached pages.
+            to_compute: The keys of the other pages (`keys_to_compute`).
+        """
+        if not to_compute:
+            return False
+        if to_compute[0] in self._pending or to_compute[0] in self.loading:
+            return True
+        first = len(match.pages)
+        if self.loader is None or first <= seq.pages_before_load:
+            return False
+        seq.pages_before_load = first
+        contents = self._contents(seq, first)
+        if not contents or not self.loader.load(seq.page_keys[:first], contents):
+            return False
+        self.loading.update(content.key for content in contents)
+        return True
+
+    def _contents(self, seq: Sequence, first: int) -> list[Content]:
+        """Returns what a sequence's pages from `first` on hold: full ones of the trunk that are not being loaded."""
+        size, last = self._pool.page_size, min(len(seq.page_keys), first + load_pages(self._pool.page_size))
+        last = min(last, seq.chain.start) if seq.chain.salt else last
+        last = next((i for i in range(first, last) if seq.page_keys[i] in self.loading), last)
+        parts = [(i, tuple(seq.tokens[i * size : (i + 1) * size])) for i in range(first, last)]
+        parent = lambda i: seq.chain.parent(seq.page_keys, i)  # noqa: E731
+        return [Content(parent(i), tokens, seq.page_keys[i], seq.model.name) for i, tokens in parts]
+
+    def make_places(self, prefix: Seq[bytes], contents: Seq[Content]) -> tuple[list[int], list[int | None]]:
+        """Allocates places for loaded pages, as far as there is room. `put` must follow.
+
+        Args:
+            prefix: The keys of the pages that they continue. If one is not cached any more, there are no places.
+            contents: What the pages hold.
+
+        Returns:
+            The pages of `prefix` and then those of `contents`, held. And for each of the latter the page that is to be
+            written; None if it is cached by now.
+        """
+        table = [page for key in prefix if (page := self._pool.page_of(key)) is not None]
+        targets: list[int | None] = []
+        if len(table) < len(prefix):
+            return [], []
+        self._pool.hold(table)
+        for content in contents:
+            page = self._pool.page_of(content.key)
+            targets.append(None)
+            if page is not None:
+                self._pool.hold([page])
+            elif self._pool.num_free:
+                page = targets[-1] = self._pool.allocate()
+            else:
+                return table, targets[:-1]
+            table.append(page)
+        return table, targets
+
+    def put(self, table: list[int], contents: Seq[Content]) -> None:
+        """Caches loaded pages. Nobody holds them then.
+
+        Args:
+            table: What `make_places` returned. The pages hold their contents by now.
+            contents: What the last of them hold.
+        """
+        for page, content in zip(table[len(table) - len(contents) :], contents, strict=True):
+            self._pool.register(page, content)
+        self._pool.release(table)
 
     def expect(self, seq: Sequence, keys: list[bytes]) -> None:
         """Notes that a sequence will compute the pages of these names, except those that another one computes."""
@@ -156,9 +264,13 @@ class PrefixCache:
             useful: False: its pages are evicted before all others.
         """
         self._pool.release(seq.held_pages, useful)
-        seq.page_table, seq.num_freed = [], 0
+        seq.page_table, seq.num_freed, seq.pages_before_load = [], 0, -1
         self.forget(seq)
 
     def _register(self, seq: Sequence, i: int, parent: bytes, tokens: list[int], key: bytes) -> None:
-        self._pool.register(seq.page_table[i], Content(parent, tuple(tokens), key, seq.model.name))
+        is_new = self._pool.register(seq.page_table[i], Content(parent, tuple(tokens), key, seq.model.name))
         self._pending.pop(key, None)
+        # A head's own K/V is not saved: what its pages are named for does not outlive the process.
+        own = bool(seq.chain.salt) and i >= seq.chain.start
+        if is_new and self.loader is not None and len(tokens) == self._pool.page_size and not own:
+            self.filled.append((seq.page_table[i], key))

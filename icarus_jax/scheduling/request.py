@@ -124,11 +124,9 @@ class SamplingParams:
                 raise RequestError(f"a logit_bias is {bias}; it must lie between -100 and 100", "logit_bias")
         if any(not text for text in self.stop):
             raise RequestError("a stop string is empty", "stop")
-        longest = max(map(len, self.stop), default=0)
-        if longest > MAX_STOP_CHARACTERS:
-            raise RequestError(
-                f"stop has a string of {longest} characters; at most {MAX_STOP_CHARACTERS} are allowed", "stop"
-            )
+        if (longest := max(map(len, self.stop), default=0)) > MAX_STOP_CHARACTERS:
+            message = f"stop has a string of {longest} characters; at most {MAX_STOP_CHARACTERS} are allowed"
+            raise RequestError(message, "stop")
 
     @property
     def greedy(self) -> bool:
@@ -287,6 +285,7 @@ class TokenOutput:
         finish_reason: Why the stream ends with this output: 'stop', 'length', 'abort', 'error', or 'grammar_error' if
             its grammar has become too complex to go on. None: it goes on.
         cached_tokens: How many tokens of the prompt were taken from the prefix cache.
+        admitted_at: When the sequence was admitted, in seconds (monotonic); None if it never was.
     """
 
     seq_id: int
@@ -297,3 +296,4 @@ class TokenOutput:
     prompt_logprobs: list[TokenLogprob | None] | None = None
     finish_reason: str | None = None
     cached_tokens: int = 0
+    admitted_at: float | None = None

@@ -53,7 +53,7 @@ class Scheduler:
         Args:
             config: The engine's sizes.
             num_slots: The number of adapter slots.
-            clock: Returns the time in seconds; sessions expire by it.
+            clock: Returns the time in seconds; sessions expire by it, and sequences are admitted.
             window: How many positions a row sees in every layer. None: in some layer it sees all.
         """
         self.config = config
@@ -61,6 +61,7 @@ class Scheduler:
         self.cache = PrefixCache(self.pool, window)
         self.slots = AdapterSlots(num_slots)
         self.sessions = Sessions(self.pool, clock)
+        self._clock = clock
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.stats = SchedulerStats()
@@ -135,7 +136,7 @@ class Scheduler:
                     plan_rows(seq, num_write, budget, plan)
         if not plan.preempted:
             self._admit(budget, plan)
-        if not plan.work and self.waiting and not self._in_flight:  # nothing can run unless what is pinned yields
+        if not (plan.work or self._in_flight or self.cache.loading) and self.waiting:  # unless what is pinned yields
             self._admit(budget, plan, last_resort=True)
             while not plan.work and self.sessions.release_next(pinned=True):
                 self._admit(budget, plan, last_resort=True)
@@ -189,7 +190,7 @@ class Scheduler:
             return Verdict.NOBODY
         covered = len(match.pages) * self.config.page_size + match.tail_len
         to_compute = self.cache.keys_to_compute(seq, match)
-        if to_compute and self.cache.is_pending(to_compute[0]):  # a running sequence is computing its next page
+        if self.cache.is_coming(seq, match, to_compute):  # its next page is being computed or loaded
             return Verdict.LATER
         if not self.slots.acquire(seq.model, last_resort):
             # An overdue sequence keeps the others out: they might keep the slots in use for ever.
@@ -210,7 +211,7 @@ class Scheduler:
         self.running.append(seq)
         self.cache.expect(seq, to_compute)
         if seq.cached_tokens is None:
-            seq.cached_tokens = covered
+            seq.cached_tokens, seq.admitted_at = covered, self._clock()
             self.stats.count_admission(seq, own)
 
     # ---- commit
@@ -229,8 +230,7 @@ class Scheduler:
         counting = [(work, results) for work, results in zip(plan.work, rows, strict=True) if work.counts]
         for work, _ in counting:  # pages first: what fails here fails the step before any sequence has its token
             self._store(work)
-        outputs = [self._accept(work, results) for work, results in counting]
-        return [output for output in outputs if output is not None]
+        return [output for work, results in counting if (output := self._accept(work, results)) is not None]
 
     def _store(self, work: Work) -> None:
         """Notes which K/V of a sequence is in its pages now."""

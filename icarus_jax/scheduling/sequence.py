@@ -55,12 +55,14 @@ class Sequence:
         stops: The tokens that end it.
         flight: Counts how often results of steps in flight were given up, as the sequence was preempted or handed over.
         cached_tokens: How many prompt tokens were cached when it was first admitted; None before that.
+        admitted_at: When that was, in seconds of the scheduler's clock; None before that.
         overtaken: How many later arrivals were admitted while it was the first in line.
         page_table: Its pages, in order of position.
         num_freed: How many of them, from the first on, it has given back: no row of it sees them any more.
         adapted_from: The first position whose K/V the model's own adapter makes; NEVER if the trunk makes all.
         chain: How its pages are named.
         page_keys: The keys of its full pages, as far as they have been needed.
+        pages_before_load: How many of its pages were cached when more were last loaded for it; -1 before that.
         prompt_logprobs: The log-probabilities of the prompt's tokens from the second on, as far as they are known.
     """
 
@@ -88,12 +90,14 @@ class Sequence:
     stops: frozenset[int] = frozenset()
     flight: int = 0
     cached_tokens: int | None = None
+    admitted_at: float | None = None
     overtaken: int = 0
     page_table: list[int] = dataclasses.field(default_factory=list)
     num_freed: int = 0
     adapted_from: int = NEVER
     chain: Chain = dataclasses.field(default_factory=Chain)
     page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    pages_before_load: int = -1
     prompt_logprobs: list[TokenLogprob | None] = dataclasses.field(default_factory=list)
 
     def __post_init__(self):

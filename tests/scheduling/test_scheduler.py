@@ -51,7 +51,7 @@ class Device:
     def run(self) -> None:
         s = self.scheduler
         plan = s.schedule()
-        assert plan.work or self.in_flight, "has work, plans none"
+        assert plan.work or self.in_flight or s.cache.loading, "has work, plans none"
         launched = (plan, self.launch(plan)) if plan.work else None
         commit, self.in_flight = (self.in_flight, launched) if self.overlap else (launched, None)
         self.outputs = s.commit(*commit) if commit else []
@@ -431,3 +431,18 @@ def test_pool_refuses_a_double_release():
     pool.release([page])
     with pytest.raises(AssertionError, match="twice"):
         pool.release([page])
+
+
+def test_outputs_say_when_their_sequence_was_admitted():
+    now = [3.0]
+    scheduler = Scheduler(dataclasses.replace(CONFIG, max_num_seqs=1), 2, clock=lambda: now[0])
+    device, model = Device(scheduler), make_models()["trunk"]
+    first, second = (add(scheduler, i, model, [i, 1, 2], max_tokens=2) for i in range(2))
+    admitted: dict[int, set[float | None]] = {}
+    while scheduler.has_work:
+        device.run()
+        for output in device.outputs:
+            admitted.setdefault(output.seq_id, set()).add(output.admitted_at)
+        now[0] += 1.0
+    assert admitted[first.seq_id] == {3.0} and admitted[second.seq_id] == {second.admitted_at}
+    assert second.admitted_at is not None and second.admitted_at >= 4.0  # it waited for the first one's place

@@ -1,0 +1,250 @@
+"""Moves pages between the device and the page store, beside the steps.
+
+Full pages are saved once they are filled, so that an engine that is killed leaves them behind, too. Loaded pages go
+into the prefix cache, where the sequence that waits for them finds them like any others. What is read or written, and
+when, follows from the order of programs on the device: a page is read before a later step can write it anew.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import queue
+import time
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+
+import jax
+import numpy as np
+
+from icarus_jax import __version__
+from icarus_jax.config import EngineConfig, ModelConfig
+from icarus_jax.engine.page_copies import move_rows
+from icarus_jax.engine.runner import Runner
+from icarus_jax.page_store.host_cache import HostCache
+from icarus_jax.page_store.page_folder import PageFolder
+from icarus_jax.page_store.rates import CopyRule
+from icarus_jax.page_store.store import PageStore
+from icarus_jax.scheduling.page_pool import Content
+from icarus_jax.scheduling.plan import StepPlan
+from icarus_jax.scheduling.prefix_cache import load_pages
+from icarus_jax.scheduling.scheduler import Scheduler
+
+log = logging.getLogger(__name__)
+
+SAVES = 2  # copies to the host that may be under way at once, each of `load_pages` at most
+LOADS = 4  # likewise, from the store to the device
+IDLE_SECONDS = 0.05  # how long the engine's thread waits for pages at a time, if there is nothing else to do
+FLUSH_SECONDS = 60.0  # how long the end of the engine may wait for pages that are being saved
+
+
+@dataclasses.dataclass
+class _Load:
+    """Pages that a sequence waits for.
+
+    Attributes:
+        prefix: The keys of the cached pages that they continue.
+        contents: What they hold.
+        asked: When they were asked for, in seconds of time.perf_counter().
+        found: How many of them, from the first on, were found.
+        values: Their K/V, on the device.
+    """
+
+    prefix: list[bytes]
+    contents: list[Content]
+    asked: float
+    found: int = 0
+    values: jax.Array | None = None
+
+
+class PageMover:
+    """Saves full pages, and loads those that waiting sequences need. The engine's thread calls it."""
+
+    def __init__(self, scheduler: Scheduler, runner: Runner, store: PageStore):
+        """Makes the scheduler's prefix cache save and load pages.
+
+        Args:
+            scheduler: The engine's scheduler.
+            runner: Copies the pages.
+            store: Keeps them.
+        """
+        self._cache, self._pool = scheduler.cache, scheduler.pool
+        self._runner, self._store = runner, store
+        self._sharding, self._dtype = runner.kv_pages.sharding, runner.kv_pages.dtype
+        layers, _, *page = runner.kv_pages.shape
+        self._shape = (layers, *page)  # of a page
+        self._most = load_pages(self._pool.page_size)
+        self._rule = CopyRule()
+        self._savers, self._loaders = ThreadPoolExecutor(SAVES, "page-saver"), ThreadPoolExecutor(LOADS, "page-loader")
+        self._saves: set[Future] = set()
+        self._arrived: queue.SimpleQueue[_Load] = queue.SimpleQueue()
+        self._cache.loader = self
+
+    @property
+    def has_work(self) -> bool:
+        """Whether there are pages whose copy to the host has not begun."""
+        return bool(self._cache.filled)
+
+    def warmup(self) -> None:
+        """Compiles the programs, and changes no page."""
+        for count in {move_rows(least, self._pool.page_size) for least in (1, 2, self._most)}:
+            values = jax.device_put(np.zeros((count, *self._shape), self._dtype), self._sharding)
+            self._runner.write_pages([], values)
+            self._runner.read_pages([0] * min(count, self._most))
+
+    # ---- saving
+
+    def save(self, idle: bool = False) -> None:
+        """Starts to copy filled pages to the host. Must be called between a commit and the next launch.
+
+        Args:
+            idle: Whether to wait for a short time if too many are under way, as there is nothing else to do.
+        """
+        filled = self._cache.filled
+        if idle and filled:
+            wait(self._saves, IDLE_SECONDS if len(self._saves) == SAVES else 0, FIRST_COMPLETED)
+        self._saves = {save for save in self._saves if not save.done()}
+        while filled and len(self._saves) < SAVES:
+            taken = [filled.popleft() for _ in range(min(len(filled), self._most))]
+            kept = [(page, key) for page, key in taken if self._pool.page_of(key) == page]  # others were evicted
+            self._store.count(lost_pages=len(taken) - len(kept))
+            if kept:
+                contents = self._runner.read_pages([page for page, _ in kept])
+                self._saves.add(self._savers.submit(self._keep, [key for _, key in kept], contents))
+
+    def _keep(self, keys: list[bytes], contents: jax.Array) -> None:
+        """Waits for the copy of pages to the host, and gives them to the store."""
+        try:
+            pages = [page.reshape(-1).view(np.uint8).data for page in np.asarray(contents)]
+            self._store.save(zip(keys, pages, strict=False))  # there may be more contents than keys
+        except Exception:
+            log.exception("pages could not be saved")
+            self._store.count(lost_pages=len(keys))
+
+    # ---- loading
+
+    def load(self, prefix: list[bytes], contents: list[Content]) -> bool:
+        """Begins to look for pages, and does not wait (prefix_cache.Loader).
+
+        Args:
+            prefix: The keys of the cached pages that they continue.
+            contents: What the pages hold, in order.
+
+        Returns:
+            False if computing them is faster.
+        """
+        if not self._rule.pays():
+            self._store.count(loads_not_paid=1)
+            return False
+        self._loaders.submit(self._fetch, _Load(prefix, contents, time.perf_counter()))
+        return True
+
+    def _fetch(self, load: _Load) -> None:
+        """Reads pages from the store, and copies them to the device."""
+        try:
+            found = self._store.read([content.key for content in load.contents])
+            if found:
+                values = np.zeros((move_rows(len(found), self._pool.page_size), *self._shape), self._dtype)
+                for place, page in zip(values, found, strict=False):
+                    place[...] = np.frombuffer(page, self._dtype).reshape(self._shape)
+                load.values = jax.block_until_ready(jax.device_put(values, self._sharding))
+                load.found = len(found)
+        except Exception:
+            log.exception("pages could not be loaded; they are computed")
+        self._arrived.put(load)
+
+    def place(self, idle: bool) -> None:
+        """Puts pages that have arrived into the prefix cache. Must be called before a step is planned.
+
+        Args:
+            idle: Whether to wait for a short time, as there is nothing else to do.
+        """
+        wait_for = idle and bool(self._cache.loading)
+        while True:
+            try:
+                load = self._arrived.get(wait_for, IDLE_SECONDS)
+            except queue.Empty:
+                return
+            wait_for = False
+            self._cache.loading.difference_update(content.key for content in load.contents)
+            if load.values is not None:
+                self._put(load, load.values)
+
+    def _put(self, load: _Load, values: jax.Array) -> None:
+        table, targets = self._cache.make_places(load.prefix, load.contents[: load.found])
+        nowhere, count = self._pool.num_pages, len(targets)
+        self._runner.write_pages([nowhere if page is None else page for page in targets], values)
+        self._cache.put(table, load.contents[:count])
+        if count:
+            seconds, size = time.perf_counter() - load.asked, count * values.nbytes // len(values)
+            self._rule.loading.add(count, seconds)
+            self._store.count(loads=1, loaded_pages=count, loaded_bytes=size, load_seconds=seconds)
+
+    def computed(self, plan: StepPlan, seconds: float) -> None:
+        """Notes how long a step took, if it was mostly prefill.
+
+        Args:
+            plan: The plan of the step.
+            seconds: From the end of the step before it, or its own launch.
+        """
+        prefill = sum(work.num_write for work in plan.work if work.num_write > 1)
+        if 2 * prefill > plan.num_writers:
+            self._rule.computing.add(plan.num_writers / self._pool.page_size, seconds)
+
+    # ---- the end
+
+    def close(self) -> None:
+        """Saves what is left, as far as FLUSH_SECONDS suffice."""
+        end = time.monotonic() + FLUSH_SECONDS
+        while (self._cache.filled or self._saves) and time.monotonic() < end:
+            self.save()
+            wait(self._saves, max(0.0, end - time.monotonic()), FIRST_COMPLETED)
+        if self._saves:
+            log.warning("pages are still being saved: they are given up")
+        for pool in (self._savers, self._loaders):
+            pool.shutdown(wait=False, cancel_futures=True)
+        self._store.close()
+
+
+def make_store(config: EngineConfig, model: ModelConfig, runner: Runner, trunk: str) -> PageStore | None:
+    """Makes the page store of an engine; None if its config names none.
+
+    Args:
+        config: The engine's sizes.
+        model: The trunk's sizes and options, as its files say.
+        runner: The engine's runner.
+        trunk: The identity of the trunk's weights (TrunkCheckpoint.identity).
+
+    Raises:
+        ValueError: The config makes no sense, or nothing can be written to the store.
+    """
+    if not (config.page_store or config.host_cache_bytes):
+        return None
+    if jax.process_count() > 1:
+        raise ValueError(
+            "engine.page_store and engine.host_cache_bytes need an engine of a single process: each of several has "
+            "only a part of a page; leave them out"
+        )
+    if not config.enable_prefix_caching:
+        raise ValueError("engine.page_store and engine.host_cache_bytes need engine.enable_prefix_caching")
+    if config.page_store and not trunk:
+        raise ValueError("engine.page_store needs the identity of the trunk: pass it to Engine.create")
+    identity = _identity(config, model, runner, trunk)
+    pages = runner.kv_pages
+    folder = PageFolder(config.page_store, identity, config.page_store_bytes) if config.page_store else None
+    return PageStore(identity, pages.nbytes // pages.shape[1], HostCache(config.host_cache_bytes), folder)
+
+
+def _identity(config: EngineConfig, model: ModelConfig, runner: Runner, trunk: str) -> bytes:
+    """Returns a digest of all that K/V depends on beside tokens."""
+    scaling = model.rope_scaling
+    lengthens = scaling is not None and scaling.kind in ("dynamic", "longrope")  # by the length of the longest sequence
+    known = (
+        *(__version__, trunk, model, runner.kv_pages.dtype.name, config.page_size, config.dtype, config.weights),
+        config.max_model_len if lengthens else None,
+    )
+    digest = hashlib.blake2b(repr(known).encode(), digest_size=16)
+    scales = runner.weights[0].get("kv_scales")
+    if scales is not None:
+        digest.update(np.asarray(scales.get_value()).tobytes())
+    return digest.digest()
