@@ -1,27 +1,13 @@
-"""Frozen configuration of models, heads and the engine.
-
-Axis letters (docs/design.md, section 3): T writer rows, R reader rows, B = T + R rows, S rows with logits, P pages per
-sequence, L layers, N query heads, K KV heads, G = N / K, H head dim, D model, F MLP, E experts, V vocabulary, A adapter
-slots, r rank.
-"""
+"""The sizes and options of a trunk."""
 
 from __future__ import annotations
 
 import dataclasses
-import re
 
-KV_KINDS = ("base", "shared", "activated", "isolated")  # how a model uses the KV cache: docs/design.md, section 2
 LORA_TARGETS = ("q_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # projections that a `shared` head may change
 KV_TARGETS = ("k_proj", "v_proj")
 TARGETS = (*KV_TARGETS, *LORA_TARGETS)
-KERNELS = ("auto", "xla", "cpu", "tpu", "gpu")
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh")  # of the MLP's gate, under Hugging Face's names
-DTYPES = ("float32", "bfloat16")  # of weights and activations
-# Of KV pages: what engine.kv_dtype says -> the dtype.
-KV_DTYPES = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "fp8": "float8_e4m3fn"}
-AS_STORED = "as_stored"
-WEIGHTS = ("", "int8", "fp8", AS_STORED)  # how weights of matrix products are kept; "": in dtype
-WARMUPS = ("all", "background", "off")  # which programs are compiled before a step needs them (engine/warmup.py)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,11 +81,13 @@ class ModelConfig:
 
     Weights:
         tie_word_embeddings: Whether the embeddings are the weights of the logits too.
-        qkv_bias: Whether q, k and v have a bias (Qwen2, GLM-4).
+        qkv_bias, o_bias: Whether q, k and v have a bias (Qwen2, GLM-4); whether attention's output has (gpt-oss).
+        attention_sinks: Whether attention heads have sinks: scores of a token whose V is zero (gpt-oss).
 
-    Mixture of experts (Qwen3-MoE):
+    Mixture of experts (Qwen3-MoE, gpt-oss):
         num_experts: E, the experts of each layer; None: a layer has one MLP.
         num_experts_per_tok, norm_topk_prob: To how many of them a row is sent; whether their weights add up to 1.
+        expert_bias: Whether the router and the experts have a bias (gpt-oss).
 
     Multipliers (Granite):
         embedding_multiplier: Of the embeddings.
@@ -107,8 +95,9 @@ class ModelConfig:
         residual_multiplier: Of what attention and MLP add to the residual stream.
         logits_scaling: What the logits are divided by.
 
-    Others (Gemma):
+    Others (Gemma, gpt-oss):
         hidden_act: The activation of the MLP's gate, one of ACTIVATIONS.
+        swiglu_limit, swiglu_alpha: Of the clamped SwiGLU in its place (gpt-oss, layers.py); None: there is none.
         attn_logit_softcapping: The soft cap of the attention scores; None for none.
         final_logit_softcapping: That of the logits.
     """
@@ -137,14 +126,19 @@ class ModelConfig:
     max_position_embeddings: int = 2048
     tie_word_embeddings: bool = False
     qkv_bias: bool = False
+    o_bias: bool = False
+    attention_sinks: bool = False
     num_experts: int | None = None
     num_experts_per_tok: int | None = None
     norm_topk_prob: bool = False
+    expert_bias: bool = False
     embedding_multiplier: float = 1.0
     attention_multiplier: float | None = None
     residual_multiplier: float = 1.0
     logits_scaling: float = 1.0
     hidden_act: str = "silu"
+    swiglu_limit: float | None = None
+    swiglu_alpha: float = 1.0
     attn_logit_softcapping: float | None = None
     final_logit_softcapping: float | None = None
 
@@ -200,100 +194,3 @@ class ModelConfig:
         scaling = self.rope_scaling and dataclasses.replace(self.rope_scaling, max_model_len=max_model_len)
         window = self.sliding_window if (self.sliding_window or 0) < max_model_len else None
         return dataclasses.replace(self, rope_scaling=scaling, sliding_window=window)
-
-
-@dataclasses.dataclass(frozen=True)
-class HeadConfig:
-    """A task model: where its adapter is, and how it uses the KV cache.
-
-    Attributes:
-        name: The head's name as a model.
-        path: A PEFT folder, an Orbax checkpoint, or 'random:SEED' (an untrained adapter for load tests).
-        kv: 'shared' (an ICaRus head), 'activated' (aLoRA) or 'isolated' (an ordinary LoRA).
-        invocation_tokens: The tokens at which the adapter of an `activated` head comes on (aLoRA, arXiv 2504.12397).
-        pinned: Whether the head keeps its adapter slot while it is idle.
-    """
-
-    name: str
-    path: str
-    kv: str = "shared"
-    invocation_tokens: tuple[int, ...] = ()
-    pinned: bool = False
-
-    def __post_init__(self):
-        if self.kv not in KV_KINDS[1:]:
-            raise ValueError(f"head {self.name!r}: kv={self.kv!r}; it is one of {', '.join(KV_KINDS[1:])}")
-        if (self.kv == "activated") != bool(self.invocation_tokens):
-            raise ValueError(f"head {self.name!r}: kv='activated' and invocation tokens go together")
-
-
-@dataclasses.dataclass(frozen=True)
-class EngineConfig:
-    """The sizes and options of the engine. All compiled shapes follow from them.
-
-    Attributes:
-        page_size: Tokens per page.
-        num_pages: The number of pages.
-        max_num_seqs: The most sequences that run at once.
-        max_num_batched_tokens: The most writer rows of one step. Longer prompts are prefilled in chunks.
-        max_model_len: The most tokens of a prompt and its output together.
-        dtype: The dtype of weights and activations, one of DTYPES.
-        weights: How the weights of matrix products are kept, one of WEIGHTS: in 8 bits, with a scale for each output
-            channel; 'as_stored': in the blocks of a GGUF file, on a single CPU device; '': in `dtype`.
-        kv_dtype: The dtype of the KV pages, one of KV_DTYPES. For those of 8 bits the engine calibrates scales when it
-            starts (engine/kv_scales.py).
-        kernels: The implementation of the ops, one of KERNELS. 'auto': the one written for the platform.
-        enable_prefix_caching: Whether pages are kept for later prompts.
-        max_loras: A, the adapter slots on the device. If there are more heads, they take turns. 0: one slot for each
-            head given at the start.
-        max_lora_rank: r, the largest rank of an adapter. 0: that of the heads given at the start.
-        writer_adapters: Whether `isolated` and `activated` heads can be loaded later. If the engine starts with such a
-            head, they can in any case.
-        check_reuse: Debug mode: the fraction of requests whose reused pages are recomputed and compared.
-        async_scheduling: Whether a step is planned and launched while the one before it runs.
-        mesh: The devices as DATAxMODEL. `model` splits weights and KV heads, `data` splits the rows of a step.
-        warmup: Programs compiled at the start: 'all'; a plain request's, then others in the 'background'; none: 'off'.
-    """
-
-    page_size: int = 16
-    num_pages: int = 2048
-    max_num_seqs: int = 32
-    max_num_batched_tokens: int = 512
-    max_model_len: int = 2048
-    dtype: str = "float32"
-    weights: str = ""
-    kv_dtype: str = "float32"
-    kernels: str = "auto"
-    enable_prefix_caching: bool = True
-    max_loras: int = 0
-    max_lora_rank: int = 0
-    writer_adapters: bool = False
-    check_reuse: float = 0.0
-    async_scheduling: bool = True
-    mesh: str = "1x1"
-    warmup: str = "background"
-
-    def __post_init__(self):
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.type == "int" and value < 1 and not field.name.startswith("max_lora"):
-                raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
-        for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES), ("kernels", KERNELS), ("warmup", WARMUPS)):
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"engine.{name}={value!r}; it is one of {', '.join(known)}")
-        if self.weights not in WEIGHTS:
-            raise ValueError(f"engine.weights={self.weights!r}; it is one of {', '.join(map(repr, WEIGHTS))}")
-        if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", self.mesh):
-            raise ValueError(f"engine.mesh={self.mesh!r}; it is DATAxMODEL, two numbers of devices: '1x8', '2x4'")
-        need = -(-self.max_model_len // self.page_size)
-        if self.num_pages < need:
-            raise ValueError(
-                f"engine.num_pages={self.num_pages} cannot hold one sequence of max_model_len={self.max_model_len}: "
-                f"at least {need} pages of {self.page_size} tokens are needed"
-            )
-
-    @property
-    def mesh_shape(self) -> tuple[int, int]:
-        """The numbers of devices (data, model)."""
-        data, model = self.mesh.split("x")
-        return int(data), int(model)
