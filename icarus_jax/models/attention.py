@@ -31,6 +31,7 @@ def append_and_attend(
     work: WorkList,
     kv_scales: Array | None = None,
     window: Array | None = None,
+    sinks: Array | None = None,
     *,
     scale: float,
     soft_cap: float | None = None,
@@ -49,6 +50,7 @@ def append_and_attend(
         work: Which rows attend to which pages.
         kv_scales: f32[L, K, 2, H], what K ([:, :, 0]) and V ([:, :, 1]) are divided by before they are stored. None: 1.
         window: i32[], how many positions a row sees, up to its own. None: all.
+        sinks: f32[B, N] or f32[1, N], the score of one more token that a row sees, whose V is zero. None: none.
         scale: The factor of the attention scores.
         soft_cap: Their soft cap. None: there is none.
         implementation: The implementation of the ops.
@@ -73,11 +75,14 @@ def append_and_attend(
     sharded = jax.shard_map(
         on_one_device,
         mesh=layout.mesh,
-        in_specs=(pages, everywhere, rows, rows, rows, everywhere, everywhere, scales, everywhere),
+        in_specs=(
+            *(pages, everywhere, rows, rows, rows, everywhere, everywhere, scales, everywhere),
+            PartitionSpec(None, layout.rules.kv_heads),
+        ),
         out_specs=(PartitionSpec(None, lanes), pages),
         check_vma=False,  # the kernels' loops and pallas_calls do not declare how they vary over the mesh
     )
-    return sharded(kv_pages, layer, q, k, v, kv_cells, work, kv_scales, window)
+    return sharded(kv_pages, layer, q, k, v, kv_cells, work, kv_scales, window, sinks)
 
 
 def _on_one_device(
@@ -93,6 +98,7 @@ def _on_one_device(
     work: WorkList,
     kv_scales: jax.Array | None,
     window: jax.Array | None,
+    sinks: jax.Array | None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -114,6 +120,8 @@ def _on_one_device(
         page_offset=offset,
         implementation=implementation,
     )
+    if sinks is not None and layout.token_shards > 1:  # of devices that share the tokens of pages, one sees the sink
+        sinks = jnp.where(lax.axis_index(layout.rules.kv_tokens) == 0, sinks, -jnp.inf)
     out, lse = paged_attention(
         q,
         kv_pages,
@@ -122,6 +130,7 @@ def _on_one_device(
         scale=scale,
         window=window,
         soft_cap=soft_cap,
+        sinks=sinks,
         page_stride=page_size,
         page_offset=offset,
         return_lse=True,

@@ -19,16 +19,17 @@ from jax.flatten_util import ravel_pytree
 
 from icarus_jax.config import ModelConfig
 from icarus_jax.models.head_bank import Adapters
-from icarus_jax.models.layers import Tables, activation, rms_norm, rope
+from icarus_jax.models.layers import Tables, gated, rms_norm, rope
 from icarus_jax.models.moe import Experts, mixture
 from icarus_jax.models.products import MeshLinear, Stacked, product
-from icarus_jax.weights.params import EXPERTS
+from icarus_jax.weights.params import EXPERT_BIASES, EXPERTS
 from pallas_kernels.paged_attention.work import Array
 
 Pin = Callable[[jax.Array], jax.Array]  # sets how rows [B, D] lie on the mesh
 NORMS = ("attn_norm", "q_norm", "k_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm")  # weights of an RMSNorm
 PROJECTIONS = ("qkv", "o", "gate_up", "down")  # matrix products
-BLOCK_PARAMS = (*NORMS, *PROJECTIONS, "qkv_bias", "router", *EXPERTS)
+MIXTURE = (*EXPERTS, *EXPERT_BIASES)  # the fields of models.moe.Experts, in their order
+BLOCK_PARAMS = (*NORMS, *PROJECTIONS, "qkv_bias", "o_bias", "sinks", "router", "router_bias", *MIXTURE)
 
 
 class Block(nnx.Module):
@@ -42,15 +43,21 @@ class Block(nnx.Module):
     qkv_bias: nnx.Param | None
     q_norm: nnx.Param | None
     k_norm: nnx.Param | None
+    sinks: nnx.Param | None
     o: nnx.Param
+    o_bias: nnx.Param | None
     attn_post_norm: nnx.Param | None
     mlp_norm: nnx.Param | None
     gate_up: nnx.Param
     down: nnx.Param
     router: nnx.Param  # in place of gate_up and down, as the experts
+    router_bias: nnx.Param | None
     experts_gate: nnx.Param
     experts_up: nnx.Param
     experts_down: nnx.Param
+    experts_gate_bias: nnx.Param | None
+    experts_up_bias: nnx.Param | None
+    experts_down_bias: nnx.Param | None
     mlp_post_norm: nnx.Param | None
 
     def __init__(self, params: dict[str, Any]):
@@ -66,7 +73,7 @@ class Block(nnx.Module):
             linear: The product with a projection.
         """
         stacks = {name: param.get_value() for name in BLOCK_PARAMS if (param := getattr(self, name)) is not None}
-        products = [name for name in (*PROJECTIONS, *EXPERTS) if name in stacks]
+        products = [name for name in (*PROJECTIONS, *MIXTURE) if name in stacks]
         layers = {name: stack[layer] for name, stack in stacks.items() if name not in products}
         # One small kernel takes out all the norms, as rms_norm uses them. Left to itself, XLA:GPU makes copies whose
         # addresses depend on the layer, and for them the host has to rewrite the CUDA graph of a layer before each one.
@@ -124,6 +131,18 @@ class Block(nnx.Module):
         query, key = (rope(x, tables, config.rope_interleaved) for x in (query, key))
         return query, key, value
 
+    def attention_sinks(self, slots: Array, first: int) -> jax.Array | None:
+        """Returns the sinks of the attention heads.
+
+        Args:
+            slots: i32[B], the adapter slot of each row. A fully fine-tuned head has sinks of its own.
+            first: The first row that may use a head's.
+
+        Returns:
+            f32[B, N] or f32[1, N]; None: there are none.
+        """
+        return None if self.sinks is None else self.sinks[...].astype(jnp.float32)[None]
+
     def attention_output(
         self, config: ModelConfig, bank: Adapters | None, attended: jax.Array, slots: Array, first: int
     ) -> jax.Array:
@@ -142,6 +161,7 @@ class Block(nnx.Module):
         attended = attended.reshape(len(attended), math.prod(attended.shape[1:]))  # not -1: there may be no rows
         out, bank = product(attended, self.o, bank, slots, first)
         out = bank.add("o_proj", out, attended, slots, first) if bank is not None else out
+        out = out if self.o_bias is None else out + self.o_bias[...]
         return _added(config, out, self.attn_post_norm)
 
     def mlp(self, config: ModelConfig, bank: Adapters | None, x: jax.Array, slots: Array, first: int) -> jax.Array:
@@ -166,19 +186,21 @@ class Block(nnx.Module):
         if apart is not None:
             gate = apart.add("gate_proj", gate, x, slots, first)
             up = apart.add("up_proj", up, x, slots, first)
-        hidden = activation(config, gate) * up
+        hidden = gated(config, gate, up)
         out, bank = product(hidden, self.down, bank, slots, first)
         out = bank.add("down_proj", out, hidden, slots, first) if bank is not None else out
         return _added(config, out, self.mlp_post_norm)
 
     def _mixture(self, config: ModelConfig, x: jax.Array) -> jax.Array:
         """Computes the mixture of experts of rows [B, D]."""
-        weights = [getattr(self, name) for name in EXPERTS]
-        router, first = self.router[...], weights[0]
-        if isinstance(first, Stacked):
-            experts, linear = Experts(*(weight.weights for weight in weights)), first.linear
-            return mixture(config, x, router, experts, first.layer, linear.layout, linear.implementation)
-        return mixture(config, x, router, Experts(*(weight[...][None] for weight in weights)), 0)
+        weights = {name: weight for name in MIXTURE if (weight := getattr(self, name)) is not None}
+        router = self.router[...]
+        bias = None if self.router_bias is None else self.router_bias[...]
+        if isinstance(first := weights[EXPERTS[0]], Stacked):
+            experts, linear = Experts(*(weight.weights for weight in weights.values())), first.linear
+            return mixture(config, x, router, experts, first.layer, linear.layout, linear.implementation, bias)
+        experts = Experts(*(weight[...][None] for weight in weights.values()))
+        return mixture(config, x, router, experts, 0, router_bias=bias)
 
 
 def _normed(config: ModelConfig, x: jax.Array, weight: nnx.Param | None) -> jax.Array:

@@ -170,6 +170,14 @@ class PairedBlock(Block):
         own, _, _ = self.own.attention_inputs(config, bank, x[first:], slots[first:], 0, (cos[first:], sin[first:]))
         return _by_slot(q, own, slots, first), k, v
 
+    def attention_sinks(self, slots: Array, first: int) -> jax.Array | None:
+        """Returns the sinks by slot; see `Block.attention_sinks`."""
+        trunks, own = self.trunk.attention_sinks(slots, first), self.own.attention_sinks(slots, first)
+        if trunks is None or own is None:
+            return None
+        per_row = jnp.broadcast_to(trunks, (len(slots), trunks.shape[1]))
+        return _by_slot(per_row, jnp.broadcast_to(own, per_row[first:].shape), slots, first)
+
     def attention_output(
         self, config: ModelConfig, bank: Adapters | None, attended: jax.Array, slots: Array, first: int
     ) -> jax.Array:

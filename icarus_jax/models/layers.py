@@ -116,9 +116,21 @@ def _have_window(config: ModelConfig) -> np.ndarray:
     return ~np.isin(np.arange(config.num_layers), config.full_attention_layers)
 
 
-def activation(config: ModelConfig, gate: jax.Array) -> jax.Array:
-    """Applies the activation of the MLP's gate."""
-    return jax.nn.silu(gate) if config.hidden_act == "silu" else jax.nn.gelu(gate, approximate=True)
+def gated(config: ModelConfig, gate: jax.Array, up: jax.Array) -> jax.Array:
+    """Applies the activation of the MLP's gate, and multiplies by `up`.
+
+    Args:
+        config: The model's options. With a swiglu_limit, values are clamped to it, and 1 is added to `up`.
+        gate: [..., F], the output of the gate projection.
+        up: [..., F], that of the up projection.
+
+    Returns:
+        [..., F], the input of the down projection.
+    """
+    if (limit := config.swiglu_limit) is not None:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(config.swiglu_alpha * gate) * (up + 1)
+    return (jax.nn.silu(gate) if config.hidden_act == "silu" else jax.nn.gelu(gate, approximate=True)) * up
 
 
 def soft_cap(x: jax.Array, cap: float | None) -> jax.Array:

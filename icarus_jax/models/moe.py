@@ -6,7 +6,7 @@ The rows are sorted by expert, so that the experts of a layer are one product wi
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from icarus_jax.config import ModelConfig
-from icarus_jax.models.layers import activation
+from icarus_jax.models.layers import gated
 from icarus_jax.models.sharding import PARAM_AXES, MeshLayout
 from pallas_kernels.arrays import Array
 
@@ -28,11 +28,16 @@ class Experts(NamedTuple):
         gate: [L, E, D, F].
         up: [L, E, D, F].
         down: [L, E, F, D].
+        gate_bias, up_bias: [L, E, F]; None: there are no biases.
+        down_bias: [L, E, D].
     """
 
     gate: jax.Array
     up: jax.Array
     down: jax.Array
+    gate_bias: jax.Array | None = None
+    up_bias: jax.Array | None = None
+    down_bias: jax.Array | None = None
 
 
 def mixture(
@@ -43,6 +48,7 @@ def mixture(
     layer: Array | int,
     layout: MeshLayout | None = None,
     implementation: str = "xla",
+    router_bias: jax.Array | None = None,
 ) -> jax.Array:
     """Computes the mixture of experts of one layer.
 
@@ -54,46 +60,50 @@ def mixture(
         layer: i32[], the layer.
         layout: The mesh; None: the compiler decides what is computed where, as in training.
         implementation: The implementation of the ops, as of `linear`.
+        router_bias: [E], what is added to the router's logits; None: nothing.
 
     Returns:
         [B, D].
     """
     if layout is None or layout.mesh.size == 1:
-        return _mixture(config, x, router, experts, layer, implementation)
+        return _mixture(config, x, router, router_bias, experts, layer, implementation)
     (rows,) = layout.spec(("rows",), x.shape[:1])
     split = layout.spec(PARAM_AXES["experts_gate"], experts.gate.shape)
 
-    spec: Any = split
-    stacks = Experts(spec, spec, spec)
-
-    def local(x: jax.Array, router: jax.Array, experts: Experts, layer: Array | int) -> jax.Array:
+    def local(
+        x: jax.Array, router: jax.Array, router_bias: jax.Array | None, experts: Experts, layer: Array | int
+    ) -> jax.Array:
         first = lax.axis_index(split[1]) * experts.gate.shape[1] if split[1] else 0
-        out = _mixture(config, x, router, experts, layer, implementation, first)
+        out = _mixture(config, x, router, router_bias, experts, layer, implementation, first)
         return lax.psum(out, split[1]) if split[1] else out
 
     sharded = jax.shard_map(
         local,
         mesh=layout.mesh,
-        in_specs=(PartitionSpec(rows), PartitionSpec(), stacks, PartitionSpec()),
+        in_specs=(PartitionSpec(rows), PartitionSpec(), PartitionSpec(), PartitionSpec(*split[:2]), PartitionSpec()),
         out_specs=PartitionSpec(rows),
         check_vma=False,  # as for the other kernels: a pallas_call does not declare how it varies over the mesh
     )
-    return sharded(x, router, experts, layer)
+    return sharded(x, router, router_bias, experts, layer)
 
 
-def route(config: ModelConfig, x: jax.Array, router: jax.Array) -> tuple[jax.Array, jax.Array]:
+def route(
+    config: ModelConfig, x: jax.Array, router: jax.Array, bias: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Chooses the experts of each row.
 
     Args:
         config: The trunk's options.
         x: [B, D], the rows.
         router: [D, E], the router's weights.
+        bias: [E], what is added to its logits; None: nothing.
 
     Returns:
         The experts i32[B, k] and their weights f32[B, k], k = num_experts_per_tok.
     """
     assert config.num_experts_per_tok is not None
     logits = jnp.dot(x, router, preferred_element_type=jnp.float32)
+    logits = logits if bias is None else logits + bias
     weights, chosen = lax.top_k(jax.nn.softmax(logits, axis=-1), config.num_experts_per_tok)
     return chosen, weights / weights.sum(-1, keepdims=True) if config.norm_topk_prob else weights
 
@@ -102,6 +112,7 @@ def _mixture(
     config: ModelConfig,
     x: jax.Array,
     router: jax.Array,
+    router_bias: jax.Array | None,
     experts: Experts,
     layer: Array | int,
     implementation: str,
@@ -110,17 +121,19 @@ def _mixture(
     """Computes what the experts of this device add to its rows; see `mixture`. first: i32[], the first of them."""
     if not len(x):  # a fully fine-tuned head has no rows in a step without readers
         return x
-    chosen, weights = route(config, x, router)
+    chosen, weights = route(config, x, router, router_bias)
     here, everywhere = experts.gate.shape[1], router.shape[1]
     expert = (chosen - first) % everywhere  # from `here` on: those of other devices
     order = jnp.argsort(jnp.ravel(expert))
     sizes = jnp.sum(jnp.ravel(expert)[:, None] == jnp.arange(here), axis=0, dtype=jnp.int32)
 
-    def product(rows: jax.Array, stack: jax.Array) -> jax.Array:
-        return grouped(rows, stack, layer, sizes, implementation)
+    def product(rows: jax.Array, stack: jax.Array, bias: jax.Array | None) -> jax.Array:
+        out = grouped(rows, stack, layer, sizes, implementation)
+        return out if bias is None else out + bias.at[layer, jnp.ravel(expert)[order]].get(mode="clip")
 
     rows = x[order // chosen.shape[1]]
-    out = product(activation(config, product(rows, experts.gate)) * product(rows, experts.up), experts.down)
+    gate, up = product(rows, experts.gate, experts.gate_bias), product(rows, experts.up, experts.up_bias)
+    out = product(gated(config, gate, up), experts.down, experts.down_bias)
     out = out[jnp.argsort(order)].reshape(*chosen.shape, x.shape[1])
     mine = (expert < here)[..., None]  # the product leaves all other rows undefined
     terms = jnp.where(mine, out.astype(jnp.float32) * weights[..., None], 0)

@@ -3,7 +3,7 @@
 The user gives a mesh of data x model devices. Of the axis `model`, gcd(K, model) devices split the KV heads. The other
 factor of `model` is an axis of its own, `page`. It splits the tokens of every page, together with `data`. So every
 device uses the same page lists, no K/V is stored twice, and the page pool need not know of devices. The axis letters
-are those of config.py.
+are those of config.
 """
 
 from __future__ import annotations
@@ -62,20 +62,20 @@ PARAM_AXES = {
     "embed": ("vocab", "embed"),
     "lm_head": ("vocab", "embed"),
     "final_norm": ("embed",),
-    "attn_norm": ("layers", "embed"),
-    "attn_post_norm": ("layers", "embed"),
-    "mlp_norm": ("layers", "embed"),
-    "mlp_post_norm": ("layers", "embed"),
-    "q_norm": ("layers", "head_dim"),
-    "k_norm": ("layers", "head_dim"),
+    **dict.fromkeys(("attn_norm", "attn_post_norm", "mlp_norm", "mlp_post_norm", "o_bias"), ("layers", "embed")),
+    **dict.fromkeys(("q_norm", "k_norm"), ("layers", "head_dim")),
     "qkv": ("layers", "qkv_inputs", "kv_heads", "group", "head_dim"),
     "qkv_bias": ("layers", "kv_heads", "group", "head_dim"),
+    "sinks": ("layers", "query_heads"),
     "o": ("layers", "attended_lanes", "embed"),
     "gate_up": ("layers", "embed", "two", "mlp"),
     "down": ("layers", "mlp", "embed"),
     "router": ("layers", "embed", "choices"),
+    "router_bias": ("layers", "choices"),
     **dict.fromkeys(("experts_gate", "experts_up"), ("layers", "experts", "embed", "expert_mlp")),
     "experts_down": ("layers", "experts", "expert_mlp", "embed"),
+    **dict.fromkeys(("experts_gate_bias", "experts_up_bias"), ("layers", "experts", "expert_mlp")),
+    "experts_down_bias": ("layers", "experts", "embed"),
 }
 # For each platform, the orders in which a weight's dimensions may lie in a device's memory, the outermost first. The
 # runtime chooses the order of weights and platforms that are not here. A TPU stores the last two dimensions in tiles of

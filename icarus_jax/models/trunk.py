@@ -8,7 +8,6 @@ and store nothing.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -23,14 +22,11 @@ from icarus_jax.models.block import BLOCK_PARAMS, PROJECTIONS, Block
 from icarus_jax.models.head_bank import HeadBank, LayerBank
 from icarus_jax.models.layers import rms_norm, rope_tables, scaled_queries, soft_cap, tables_of_layer, window_of_layer
 from icarus_jax.models.products import MeshLinear
-from icarus_jax.models.quantising import abstract_quantised, place_quantised
+from icarus_jax.models.quantising import abstract_quantised, in_blocks, place_quantised
 from icarus_jax.models.sharding import MeshLayout, Weight
-from icarus_jax.weights.gguf_blocks import read_blocks
 from icarus_jax.weights.params import EXPERTS
 from pallas_kernels import cpu_library
-from pallas_kernels.linear import Panels, Quantised, linear, multiply_table, pack, pack_blocks, pack_transposed
-from pallas_kernels.linear.panels import WIDTH
-from pallas_kernels.linear.quantised import KINDS
+from pallas_kernels.linear import Panels, Quantised, linear, multiply_table, pack, pack_transposed
 from pallas_kernels.paged_attention import WorkList
 from pallas_kernels.paged_attention.work import Array
 
@@ -62,8 +58,8 @@ def place_weights(
 ) -> dict[str, jax.Array | Quantised | Panels]:
     """Puts a trunk's weights on the mesh.
 
-    The weights of matrix products are quantised, or kept in the blocks of a GGUF file, if the config says so. On a
-    single CPU device, they are packed into Panels, as its kernels read them. Weights are placed one after the other,
+    The weights of matrix products are quantised, or kept as a quantised checkpoint has them, if the config says so. On
+    a single CPU device, they are packed into Panels, as its kernels read them. Weights are placed one after the other,
     because the one that is being packed is in memory twice.
 
     Args:
@@ -80,16 +76,9 @@ def place_weights(
 
     def put(name: str) -> jax.Array | Quantised | Panels:
         product = name in (*PROJECTIONS, vocabulary)
-        # pack_blocks pads with columns of zeros. `_products` cuts them off the logits; a Block expects none.
-        whole = name == vocabulary or math.prod(params[name].shape[2:]) % WIDTH == 0
-        stored = product and whole and config.weights == AS_STORED
-        if stored and (blocks := read_blocks(params[name])) is not None:
-            return jax.block_until_ready(pack_blocks(blocks.values, blocks.scales, blocks.minima))
-        if product and config.weights in KINDS:
-            weight: jax.Array | Quantised = place_quantised(name, params[name], layout, config.weights)
-        else:
-            weight = layout.place_params({name: params[name]}, config.dtype)[name]
-        if not (packed and product):
+        kept = place_quantised(name, params[name], layout, config.weights) if product and config.weights else None
+        weight = layout.place_params({name: params[name]}, config.dtype)[name] if kept is None else kept
+        if isinstance(weight, Panels) or not (packed and product):
             return weight
         return jax.block_until_ready(pack_transposed(weight) if name == vocabulary else pack(weight))
 
@@ -101,17 +90,21 @@ def _packed(layout: MeshLayout, config: EngineConfig) -> bool:
     return layout.mesh.size == 1 and layout.kernels(config.kernels) == "cpu" and config.dtype == "float32"
 
 
-def _check_kept(params: Collection[str], layout: MeshLayout, config: EngineConfig) -> None:
+def _check_kept(params: Mapping[str, Any], layout: MeshLayout, config: EngineConfig) -> None:
     """Raises ValueError if the weights of these parameters cannot be kept as the config says."""
     if config.weights and not set(EXPERTS).isdisjoint(params):
         raise ValueError(f"engine.weights={config.weights!r}: experts are kept in engine.dtype; engine.weights='' is")
-    if config.weights == AS_STORED and not _packed(layout, config):
+    products = (*PROJECTIONS, logits_table(params))
+    if not in_blocks({name: param for name, param in params.items() if name in products}, config.weights):
+        return
+    if not _packed(layout, config):
         raise ValueError(
-            f"engine.weights={AS_STORED!r} is for a single CPU device and engine.dtype='float32', with its own kernels "
-            "(engine.kernels='auto'); elsewhere there is engine.weights='int8'"
+            f"engine.weights={config.weights!r}: blocks of 32 weights are for a single CPU device and "
+            "engine.dtype='float32', with its own kernels (engine.kernels='auto'); elsewhere there is "
+            "engine.weights='int8'"
         )
-    if config.weights == AS_STORED and not cpu_library.available():
-        raise ValueError(f"engine.weights={AS_STORED!r} needs a C++ compiler (c++, g++, clang++, CXX) for its kernels")
+    if not cpu_library.available():
+        raise ValueError(f"engine.weights={config.weights!r} needs a C++ compiler (c++, g++, clang++, CXX)")
 
 
 def logits_table(params: Collection[str]) -> str:
@@ -134,6 +127,8 @@ def abstract_weights(shapes: Mapping[str, tuple[int, ...]], layout: MeshLayout, 
     Raises:
         ValueError: The weights cannot be kept as the config says.
     """
+    if config.weights == AS_STORED:
+        raise ValueError(f"engine.weights={AS_STORED!r}: no checkpoint is read here; 'int8' and 'fp8' are what one has")
     _check_kept(shapes, layout, config)
 
     def describe(name: str, shape: tuple[int, ...]) -> Any:
@@ -274,6 +269,7 @@ class Trunk(nnx.Module):
                 rows.work,
                 kv_scales,
                 window_of_layer(config, index),
+                block.attention_sinks(rows.slots, first),
                 scale=config.attention_scale,
                 soft_cap=config.attn_logit_softcapping,
                 implementation=kernels,

@@ -1,4 +1,4 @@
-"""The heads that are trained: how, their weights, and their adapters in one layer. Letters: config.py; A heads."""
+"""The heads that are trained: how, their weights, and their adapters in one layer. Letters: config; A heads."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 Several heads are trained side by side in one pass. Each head has its own rows, its own loss (a mean over its completion
 tokens), its own gradient clipping and its own optimiser state, so that no head influences another. They share the
-forward pass of the trunk. Letters: config.py and two_stream.py.
+forward pass of the trunk. Letters: config and two_stream.py.
 """
 
 from __future__ import annotations

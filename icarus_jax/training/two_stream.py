@@ -7,7 +7,7 @@ streams; its gradients come from the heads' losses, also through the K/V that th
 (kv='isolated') is one stream over all tokens, which makes K/V of its own, with gradients.
 
 Both streams are built of the same parts as serving (models.trunk.Block and the op `lora`), so that what is trained is
-what is served. Letters: config.py, and here B packed rows, T tokens in each, R readers in each, P tokens of the common
+what is served. Letters: config, and here B packed rows, T tokens in each, R readers in each, P tokens of the common
 prefix, Q rows of a stream in each packed row, A heads.
 """
 
@@ -94,7 +94,8 @@ def run_layers(
         mask, window = stream.mask, window_of_layer(config, index)
         if window is not None:
             mask &= stream.columns[:, None] > stream.positions[..., None] - window
-        attended = _attend(config, q.reshape(b, q_len, n, h), k, v, mask[:, None])
+        sinks = block.attention_sinks(slots, 0)
+        attended = _attend(config, q.reshape(b, q_len, n, h), k, v, mask[:, None], sinks)
         rows = rows + block.attention_output(config, adapters, attended.reshape(b * q_len, n, h), slots, 0)
         rows = rows + block.mlp(config, adapters, rows, slots, 0)
         return rows, own if given is None else None
@@ -105,14 +106,21 @@ def run_layers(
     return rows.reshape(b, q_len, d), made
 
 
-def _attend(config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array) -> jax.Array:
-    """Attends with queries [B, Q, N, H] to k and v [B, P + T, K, H] under a mask bool[B, 1, Q, P + T]."""
-    if config.attn_logit_softcapping is None:
+def _attend(
+    config: ModelConfig, q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array, sinks: jax.Array | None
+) -> jax.Array:
+    """Attends with queries [B, Q, N, H] to k, v [B, P + T, K, H] under a mask bool[B, 1, Q, P + T]; sinks f32[1, N]."""
+    if config.attn_logit_softcapping is None and sinks is None:
         return jax.nn.dot_product_attention(q, k, v, mask=mask, scale=config.attention_scale)
     grouped = q.reshape(*q.shape[:2], config.num_kv_heads, config.group_size, config.head_dim)
     scores = jnp.einsum("bqkgh,btkh->bkgqt", grouped, k, preferred_element_type=jnp.float32) * config.attention_scale
     scores = soft_cap(scores, config.attn_logit_softcapping)
-    weights = jax.nn.softmax(scores, where=mask[:, :, None], axis=-1).astype(v.dtype)
+    mask = mask[:, :, None]
+    if sinks is not None:  # one more column, which every row sees, and without a V
+        sink = sinks.reshape(1, *scores.shape[1:3], 1, 1)
+        scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
+        mask = jnp.concatenate([mask, jnp.ones((*mask.shape[:-1], 1), bool)], axis=-1)
+    weights = jax.nn.softmax(scores, where=mask, axis=-1)[..., : k.shape[1]].astype(v.dtype)
     return jnp.einsum("bkgqt,btkh->bqkgh", weights, v).reshape(q.shape)
 
 

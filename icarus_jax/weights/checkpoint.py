@@ -1,14 +1,16 @@
 """Trunk checkpoints: every supported source is read as one flat dict of parameters, stacked over layers.
 
-The canonical parameters, with the axis letters of config.py. A weight W has its inputs first, so that a layer computes
+The canonical parameters, with the axis letters of config. A weight W has its inputs first, so that a layer computes
 `x @ W`:
 
     embed [V, D]   final_norm [D]   lm_head [V, D] (absent if tied)
     qkv [L, D, K, G + 2, H]   qkv_bias [L, K, G + 2, H] (qkv_bias)   o [L, N * H, D]   gate_up [L, D, 2, F]
     down [L, F, D]   attn_norm, mlp_norm [L, D] (pre_norm)   attn_post_norm, mlp_post_norm [L, D] (post_norm)
     q_norm, k_norm [L, H] (qk_norm), or q_norm [L, N * H] and k_norm [L, K * H] (qk_norm_whole)
+    o_bias [L, D] (o_bias)   sinks [L, N] (attention_sinks)
     router [L, D, E], experts_gate, experts_up [L, E, D, F], experts_down [L, E, F, D], in place of gate_up and down
-    (num_experts)
+    (num_experts)   router_bias [L, E], experts_gate_bias, experts_up_bias [L, E, F], experts_down_bias [L, E, D]
+    (expert_bias)
 
 In brackets: the option of ModelConfig with which a model has them.
 

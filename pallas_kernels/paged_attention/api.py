@@ -12,7 +12,7 @@ from jaxtyping import Float, Int, Real
 from pallas_kernels.arrays import Array
 from pallas_kernels.choice import choose
 from pallas_kernels.paged_attention import cpu, gpu, reference, tpu, xla
-from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, by_row, merge
+from pallas_kernels.paged_attention.partial import AttentionSpec, Partial, add_sinks, by_row, merge
 from pallas_kernels.paged_attention.work import Runs, WorkList
 
 for _node in (Runs, WorkList):
@@ -33,6 +33,7 @@ def paged_attention(
     scale: float,
     window: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "#B N"] | None = None,
     kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,
     page_offset: Int[Array, ""] | int = 0,
@@ -61,6 +62,9 @@ def paged_attention(
             differ from layer to layer: one larger than any position is none. None: no layer has a window.
         soft_cap: Scores become `soft_cap * tanh(scores / soft_cap)` (Gemma 2, arXiv 2408.00118, section 2). None:
             scores are not capped.
+        sinks: f32[B, N] or f32[1, N]. Attention sinks: the score of one more token that each row sees, whose V is zero
+            (gpt-oss, arXiv 2508.10925). It is neither scaled nor capped. None: there is none. Of several
+            shards only one has them; to the others they are -inf.
         kv_scales: f32[L, K, 2]. The factors by which stored K ([..., 0]) and V ([..., 1]) are multiplied. None: 1.
         page_stride: The number of positions that a page spans over all shards. None stands for `page_size`: the tokens
             of a page are not sharded.
@@ -74,7 +78,7 @@ def paged_attention(
     Returns:
         [B, N, H] in q's dtype: the attention output. Rows that see no token, such as padding rows, are zeros. With
         `return_lse`, also f32[B, N]: the logarithm of the sum of the exponentials of each row's scores, about -1e30
-        where a row sees no token. ('reference' returns both as float64, and -inf where a row sees no token.)
+        where a row sees no token. Sinks count in it. ('reference' returns both as float64, and -inf in place of -1e30.)
 
     Raises:
         ValueError: The shapes do not fit each other, `implementation` is unknown, or the GPU kernel cannot address
@@ -101,6 +105,7 @@ def paged_attention(
             layer,
             work,
             window=window,
+            sinks=sinks,
             kv_scales=kv_scales,
             page_offset=page_offset,
             **dataclasses.asdict(spec),
@@ -125,4 +130,6 @@ def paged_attention(
         whole = Partial(*map(jnp.concatenate, zip(*parts, strict=True)))
         out, lse = merge(whole, work)
         out, lse = out.reshape(b, n, h), lse.reshape(b, n)
+    if sinks is not None and name != "reference":
+        out, lse = add_sinks(out, lse, sinks)
     return (out, lse) if return_lse else out

@@ -115,3 +115,20 @@ def merge(partials: Partial, work: WorkList) -> tuple[Float[jax.Array, "B K G H"
     nothing = jnp.zeros((len(index), *partials.out.shape[1:]), jnp.float32)
     out = lax.fori_loop(0, parts, add, nothing, unroll=parts <= UNROLLED)
     return out.astype(partials.out.dtype), jnp.where(total == 0, NEG, high + jnp.log(safe))
+
+
+def add_sinks(
+    out: Float[Array, "B N H"], lse: Float[Array, "B N"], sinks: Float[Array, "#B N"]
+) -> tuple[Float[jax.Array, "B N H"], Float[jax.Array, "B N"]]:
+    """Adds one more token with V = 0 to what each row has attended to. The weights of all others shrink alike.
+
+    Args:
+        out: [B, N, H], the result of attention.
+        lse: f32[B, N], the log-sum-exp of its scores.
+        sinks: f32[B, N] or f32[1, N], the score of that token.
+
+    Returns:
+        The result and the log-sum-exp with that token.
+    """
+    share = jax.nn.sigmoid(lse - sinks)[..., None]
+    return (out * share).astype(out.dtype), jnp.logaddexp(lse, sinks)

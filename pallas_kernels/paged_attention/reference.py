@@ -28,6 +28,7 @@ def paged_attention(
     scale: float,
     window: Int[Array, ""] | int | None = None,
     soft_cap: float | None = None,
+    sinks: Float[Array, "#B N"] | None = None,
     kv_scales: Float[Array, "L K 2"] | None = None,
     page_stride: int | None = None,
     page_offset: Int[Array, ""] | int = 0,
@@ -35,7 +36,8 @@ def paged_attention(
     """Computes the public op (api.py), whose arguments these are.
 
     Returns:
-        (out f64[B, N, H], log-sum-exp f64[B, N]). A row that sees no token is zeros, with a log-sum-exp of -inf.
+        (out f64[B, N, H], log-sum-exp f64[B, N]). A row that sees no token is zeros, with a log-sum-exp of -inf, or
+        of its sink.
     """
     q = np.asarray(q).astype(np.float64)
     kv = np.asarray(kv_pages[int(layer)]).astype(np.float64)  # [num_pages, K, page_size, 2H]
@@ -45,7 +47,8 @@ def paged_attention(
     if kv_scales is not None:
         factor = np.asarray(kv_scales[int(layer)], np.float64)  # [K, 2]
         kv = kv * np.repeat(factor, dim, axis=1)[None, :, None]
-    out, lse = np.zeros(q.shape), np.full((rows, heads), -np.inf)
+    sink = np.broadcast_to(-np.inf if sinks is None else np.asarray(sinks, np.float64), (rows, heads))
+    out, lse = np.zeros(q.shape), sink.copy()
     found = _runs_of_rows(work.items)
     for row, more in _runs_of_rows(work.tiles).items():
         found.setdefault(row, []).extend(more)
@@ -65,9 +68,10 @@ def paged_attention(
         scores = np.einsum("nh,nth->nt", q[row], tokens[..., :dim]) * scale
         if soft_cap is not None:
             scores = soft_cap * np.tanh(scores / soft_cap)
+        scores = np.concatenate([scores, sink[row][:, None]], axis=1)
         high = scores.max(-1, keepdims=True)
         p = np.exp(scores - high)
         total = p.sum(-1, keepdims=True)
-        out[row] = np.einsum("nt,nth->nh", p / total, tokens[..., dim:])
+        out[row] = np.einsum("nt,nth->nh", p[:, :-1] / total, tokens[..., dim:])
         lse[row] = (high + np.log(total))[:, 0]
     return out, lse

@@ -25,7 +25,8 @@ def _rope(x, config, layer):
     angles = np.arange(length)[:, None] / theta ** (np.arange(0, h, 2) / h)
     if config.rope_scaling and not local:  # transformers judges the frequencies in test_families.py
         angles = np.arange(length)[:, None] * frequencies(config)
-    cos, sin = np.cos(angles)[:, None], np.sin(angles)[:, None]
+    factor = config.rope_scaling.attention_factor if config.rope_scaling and not local else 1.0
+    cos, sin = factor * np.cos(angles)[:, None], factor * np.sin(angles)[:, None]
     if config.rope_interleaved:
         a, b = x[..., :h:2], x[..., 1:h:2]
         pairs = np.stack([a * cos - b * sin, b * cos + a * sin], -1).reshape(*x.shape[:-1], h)
@@ -44,18 +45,28 @@ def _activation(config, x):
     return x / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (x + 0.044715 * x**3)))
 
 
-def mixture(config, router, gate, up, down, x):
-    """The experts of one layer, row by row. gate, up [E, D, F], down [E, F, D]."""
+def _gated(config, gate, up):
+    if config.swiglu_limit is None:
+        return _activation(config, gate) * up
+    gate, up = np.minimum(gate, config.swiglu_limit), np.clip(up, -config.swiglu_limit, config.swiglu_limit)
+    return (up + 1) * gate / (1 + np.exp(-config.swiglu_alpha * gate))
+
+
+def mixture(config, router, gate, up, down, x, biases=(0, 0, 0, 0)):
+    """The experts of one layer, row by row. gate, up [E, D, F], down [E, F, D]; biases: the router's, and theirs."""
     out = np.zeros_like(x)
-    for row, logits in enumerate(x @ router):
+    of_router, *of_experts = biases
+    gate_bias, up_bias, down_bias = (
+        np.broadcast_to(b, (len(gate), w.shape[2])) for b, w in zip(of_experts, (gate, up, down), strict=True)
+    )
+    for row, logits in enumerate(x @ router + of_router):
         weights = np.exp(logits - logits.max())
         weights /= weights.sum()
         chosen = np.argsort(-weights)[: config.num_experts_per_tok]
         total = weights[chosen].sum() if config.norm_topk_prob else 1.0
         for expert in chosen:
-            z = x[row] @ gate[expert]
-            z = z / (1 + np.exp(-z)) * (x[row] @ up[expert])
-            out[row] += weights[expert] / total * (z @ down[expert])
+            z = _gated(config, x[row] @ gate[expert] + gate_bias[expert], x[row] @ up[expert] + up_bias[expert])
+            out[row] += weights[expert] / total * (z @ down[expert] + down_bias[expert])
     return out
 
 
@@ -94,17 +105,23 @@ def _run(trunk: TrunkCheckpoint, tokens, adapter, kv):
         if c.sliding_window and l not in c.full_attention_layers:
             seen = seen & (at > at[:, None] - c.sliding_window)
         scores = np.where(seen, _cap(scores, c.attn_logit_softcapping), -np.inf)
+        if c.attention_sinks:
+            sinks = np.broadcast_to(p["sinks"][l][:, None, None], (*scores.shape[:2], 1))
+            scores, values = np.concatenate([scores, sinks], 2), np.concatenate([values, np.zeros_like(values[:1])])
         weights = np.exp(scores - scores.max(-1, keepdims=True))
         a = np.einsum("nqt,tnh->qnh", weights / weights.sum(-1, keepdims=True), values).reshape(length, -1)
-        x = x + c.residual_multiplier * norm("attn_post_norm", l, a @ p["o"][l] + delta("o_proj", l, a))
+        o = a @ p["o"][l] + (p["o_bias"][l] if c.o_bias else 0) + delta("o_proj", l, a)
+        x = x + c.residual_multiplier * norm("attn_post_norm", l, o)
         y = norm("mlp_norm", l, x)
         if c.num_experts:
-            mixed = mixture(c, *(p[name][l] for name in ("router", "experts_gate", "experts_up", "experts_down")), y)
+            names = ("router", "experts_gate", "experts_up", "experts_down")
+            biases = [p[f"{name}_bias"][l] for name in names] if c.expert_bias else (0, 0, 0, 0)
+            mixed = mixture(c, *(p[name][l] for name in names), y, biases)
             x = x + c.residual_multiplier * norm("mlp_post_norm", l, mixed)
             continue
         gate = y @ p["gate_up"][l][:, 0] + delta("gate_proj", l, y)
         up = y @ p["gate_up"][l][:, 1] + delta("up_proj", l, y)
-        z = _activation(c, gate) * up
+        z = _gated(c, gate, up)
         x = x + c.residual_multiplier * norm("mlp_post_norm", l, z @ p["down"][l] + delta("down_proj", l, z))
     return x, made
 

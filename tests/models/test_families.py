@@ -25,11 +25,13 @@ TARGETS = {
     "phi3": ("o_proj", "gate_up_proj", "down_proj"),
     "glm4": ("q_proj", "o_proj", "gate_up_proj", "down_proj"),
     "qwen3_moe": ("q_proj", "o_proj"),
+    "gpt_oss": ("q_proj", "o_proj"),
 }
 WRITERS = {
     "phi3": ("qkv_proj", *TARGETS["phi3"]),
     "glm4": ("k_proj", "v_proj", *TARGETS["glm4"]),
     "qwen3_moe": ("k_proj", "v_proj", *TARGETS["qwen3_moe"]),
+    "gpt_oss": ("k_proj", "v_proj", *TARGETS["gpt_oss"]),
 }
 WIDE = EngineConfig(page_size=4, num_pages=128, max_num_seqs=4, max_num_batched_tokens=128, max_model_len=128)
 LLAMA_ROPES = {
@@ -113,9 +115,11 @@ def test_the_oracle_matches_transformers(family, tmp_path):
         ("smollm3", {"kernels": "gpu"}),
         ("olmo2", {"mesh": "1x2"}),  # its norms of q and k run over lanes that the devices share
         ("qwen3_moe", {"mesh": "2x4"}),  # two devices share a KV head, eight the experts
+        ("gpt_oss", {"mesh": "2x4"}),  # and four the tokens of a page, of which one has the sinks
         pytest.param("olmo2", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("glm4", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("qwen3_moe", {"kernels": "gpu"}, marks=pytest.mark.full),
+        pytest.param("gpt_oss", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("granite", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("phi3", {"kernels": "gpu"}, marks=pytest.mark.full),
         pytest.param("smollm3", {"mesh": "2x2"}, marks=pytest.mark.full),

@@ -22,7 +22,7 @@ from tests.engine import harness
 from tests.models import oracle
 
 
-@pytest.fixture(scope="module", params=["llama", "qwen3"])
+@pytest.fixture(scope="module", params=["gpt_oss", "qwen3"])
 def saved(request, tmp_path_factory):
     """(the trunk's folder, the trunk, the head's folder, a checkpoint of the head's weights)."""
     path = tmp_path_factory.mktemp("full")

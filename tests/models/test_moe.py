@@ -17,6 +17,7 @@ from icarus_jax.models import moe
 from icarus_jax.models.moe import Experts, mixture
 from icarus_jax.models.sharding import make_mesh_layout
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk
+from icarus_jax.weights.params import EXPERT_BIASES, EXPERTS
 from icarus_jax.weights.peft import load_adapter
 from tests import tiny
 from tests.models import oracle
@@ -24,6 +25,7 @@ from tests.models import oracle
 MODEL = ModelConfig(
     "qwen3_moe", 64, 24, 20, 2, 4, 2, 8, num_experts=8, num_experts_per_tok=3, norm_topk_prob=True, qk_norm=True
 )
+CLAMPED = dataclasses.replace(MODEL, expert_bias=True, swiglu_limit=0.5, swiglu_alpha=1.7)  # as gpt-oss
 LAYER = 1
 run = jax.jit(mixture, static_argnums=(0, 5, 6))
 near = lambda got, want: np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-5)  # noqa: E731
@@ -39,12 +41,20 @@ def weights(config: ModelConfig) -> tuple[np.ndarray, Experts]:
     return rng.standard_normal((d, e), np.float32), Experts(*stacks)
 
 
+def biases(config: ModelConfig) -> tuple[np.ndarray, tuple[np.ndarray, ...]]:
+    """That of the router of one layer, and those of the experts of all."""
+    rng = np.random.default_rng(2)
+    e, d, f = config.num_experts, config.hidden_size, config.intermediate_size
+    stacks = tuple(rng.standard_normal((config.num_layers, e, n), np.float32) for n in (f, f, d))
+    return rng.standard_normal(e, np.float32), stacks
+
+
 def rows(count: int) -> np.ndarray:
     return np.random.default_rng(1).standard_normal((count, MODEL.hidden_size), np.float32)
 
 
 def expected(config: ModelConfig, router: np.ndarray, experts: Experts, x: np.ndarray) -> np.ndarray:
-    return oracle.mixture(config, *(np.asarray(w, np.float64) for w in (router, *(s[LAYER] for s in experts))), x)
+    return oracle.mixture(config, *(np.asarray(w, np.float64) for w in (router, *(s[LAYER] for s in experts[:3]))), x)
 
 
 @pytest.mark.parametrize("normalised", [True, False])
@@ -70,7 +80,7 @@ def test_a_row_never_sees_another(same):
 def test_the_product_of_tpus_says_the_same():
     """lax.ragged_dot over the stack of all layers. On CPUs it reads all of the stack, which therefore has numbers."""
     router, experts = weights(MODEL)
-    whole = Experts(*(np.nan_to_num(stack) for stack in experts))
+    whole = Experts(*(np.nan_to_num(stack) for stack in experts[:3]))
     layout = make_mesh_layout(EngineConfig(), MODEL.num_kv_heads)
     got = run(MODEL, rows(24), router, whole, LAYER, layout, "tpu")
     near(got, expected(MODEL, router, experts, rows(24)))
@@ -83,14 +93,29 @@ def test_meshes_say_the_same(mesh, num_experts, implementation):
     config = dataclasses.replace(MODEL, num_experts=num_experts)
     router, experts = weights(config)
     if implementation == "tpu":
-        experts = Experts(*(np.nan_to_num(stack) for stack in experts))
+        experts = Experts(*(np.nan_to_num(stack) for stack in experts[:3]))
     layout = make_mesh_layout(EngineConfig(mesh=mesh), config.num_kv_heads)
-    names = ("experts_gate", "experts_up", "experts_down")
-    placed = Experts(*(jax.device_put(w, layout.param(n, w.shape)) for n, w in zip(names, experts, strict=True)))
+    placed = Experts(*(jax.device_put(w, layout.param(n, w.shape)) for n, w in zip(EXPERTS, experts[:3], strict=True)))
     held = placed.gate.sharding.shard_shape(placed.gate.shape)[1]
     assert held == {("1x8", 8): 1, ("2x4", 8): 2, ("1x4", 6): 3, ("2x2", 7): 7}[mesh, num_experts]
     got = run(config, rows(24), router, placed, LAYER, layout, implementation)
     near(got, expected(config, router, experts, rows(24)))
+
+
+@pytest.mark.parametrize("implementation", ["xla", "tpu"])
+@pytest.mark.parametrize("mesh, num_experts", [("1x1", 8), ("2x4", 8), ("2x2", 7)])
+def test_biases_and_the_clamped_swiglu(mesh, num_experts, implementation):
+    config = dataclasses.replace(CLAMPED, num_experts=num_experts)
+    router, experts = weights(config)
+    experts = Experts(*(np.nan_to_num(stack) for stack in experts[:3]))
+    router_bias, stacks = biases(config)
+    want = oracle.mixture(
+        config, router, *(s[LAYER] for s in experts[:3]), rows(24), (router_bias, *(b[LAYER] for b in stacks))
+    )
+    layout = make_mesh_layout(EngineConfig(mesh=mesh), config.num_kv_heads)
+    names = (*EXPERTS, *EXPERT_BIASES)
+    placed = [jax.device_put(w, layout.param(n, w.shape)) for n, w in zip(names, (*experts[:3], *stacks), strict=True)]
+    near(run(config, rows(24), router, Experts(*placed), LAYER, layout, implementation, router_bias), want)
 
 
 def test_what_the_product_leaves_undefined_counts_for_nothing(monkeypatch):
@@ -104,7 +129,7 @@ def test_what_the_product_leaves_undefined_counts_for_nothing(monkeypatch):
     monkeypatch.setattr(moe, "grouped", spoiling)
     router, experts = weights(MODEL)
     layout = make_mesh_layout(EngineConfig(mesh="1x8"), MODEL.num_kv_heads)
-    got = jax.jit(lambda x: mixture(MODEL, x, router, Experts(*map(jnp.asarray, experts)), LAYER, layout))(rows(24))
+    got = jax.jit(lambda x: mixture(MODEL, x, router, Experts(*map(jnp.asarray, experts[:3])), LAYER, layout))(rows(24))
     near(got, expected(MODEL, router, experts, rows(24)))
 
 
@@ -112,7 +137,7 @@ def test_a_part_of_the_experts_is_read(tmp_path):
     """As a device of a mesh reads it: some layers, some experts, some columns."""
     folder = tiny.tiny_model("qwen3_moe", tmp_path)
     whole, stored = load_trunk(folder).params, open_trunk(folder).params
-    for name in ("experts_gate", "experts_up", "experts_down"):
+    for name in EXPERTS:
         index = np.s_[1:3, 2:5, 4:20, 8:16]
         np.testing.assert_array_equal(stored[name][index], whole[name][index])
 
@@ -147,6 +172,13 @@ def test_a_gguf_that_leaves_weights_as_they_are(tmp_path):
     folder = tiny.tiny_model("qwen3_moe", tmp_path)
     file = tiny.write_gguf(folder, tmp_path / "a.gguf", keys=[("expert_weights_norm", False)])
     assert load_trunk(folder).config.norm_topk_prob and not open_trunk(file).config.norm_topk_prob
+
+
+def test_adapters_on_bare_experts_are_refused(tmp_path):
+    folder = tiny.tiny_model("gpt_oss", tmp_path)
+    head = tiny.tiny_adapter(folder, tmp_path, ("q_proj",), target_parameters=["mlp.experts.gate_up_proj"])
+    with pytest.raises(ValueError, match=r"target_parameters .*such as experts.* is not supported"):
+        load_adapter(head, load_trunk(folder).config)
 
 
 def test_adapters_on_experts_are_refused(tmp_path):

@@ -36,6 +36,7 @@ class Layout:
     window: int | None = None
     soft_cap: float | None = None
     scaled: bool = False
+    sinks: bool = False
     shards: int = 1
     tiling: tuple[int, int] | None = None
     rows: int = 72
@@ -77,6 +78,7 @@ class Problem(NamedTuple):
     work: op.WorkList
     kv_scales: np.ndarray | None
     sequences: list[op.SequenceRows]
+    sinks: np.ndarray | None
 
 
 LAYER = 1
@@ -124,6 +126,7 @@ def problem(layout: Layout, case: tuple[Seq, ...], seed: int = 0) -> Problem:
         op.build_work(sequences, layout.shape, page),
         scales.astype(np.float32) if layout.scaled else None,
         sequences,
+        3 * rng.standard_normal((1, layout.n)).astype(np.float32) if layout.sinks else None,
     )
 
 

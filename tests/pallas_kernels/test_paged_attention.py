@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
+from transformers.models.gpt_oss import modeling_gpt_oss
 
 from pallas_kernels import paged_attention as op
 from pallas_kernels.paged_attention import cpu, tpu
@@ -31,7 +33,9 @@ from tests.pallas_kernels.pallas_races import DMA_MODES, simulated_dma
 SHARDED = {
     "2 shards": Layout(4, 2, 64, 32, shards=2, tiling=(8, 8)),
     "4 shards, window": Layout(4, 1, 64, 32, "bfloat16", window=90, shards=4, tiling=(32, 16)),
+    "2 shards, sinks": Layout(4, 2, 64, 32, sinks=True, shards=2, tiling=(8, 8)),
 }
+SINKS = {name: dataclasses.replace(LAYOUTS[name], sinks=True) for name in ("h128-page16-window-cap", "h128-bf16")}
 ANY_SIZES = ("xla", "cpu")  # the others' head_dim is a multiple of 64, or a power of two
 ODD = Layout(6, 2, 20, 24, window=70)
 OTHERS = [name for name in op.IMPLEMENTATIONS if name != "reference"]
@@ -50,13 +54,14 @@ def small_blocks(request, monkeypatch):
 def program(layout: Layout, implementation: str):
     """One compiled program for all cases of a layout, and for all its windows."""
 
-    def run(q, kv_pages, layer, work, kv_scales, page_offset, window):
+    def run(q, kv_pages, layer, work, kv_scales, page_offset, window, sinks):
         return op.paged_attention(
             q,
             kv_pages,
             layer,
             work,
             kv_scales=kv_scales,
+            sinks=sinks,
             page_offset=page_offset,
             return_lse=True,
             implementation=implementation,
@@ -68,11 +73,12 @@ def program(layout: Layout, implementation: str):
 
 def attend(layout: Layout, p: Problem, implementation: str, page_offset: int = 0) -> tuple[np.ndarray, np.ndarray]:
     window = None if layout.window is None else np.int32(layout.window)  # traced: layers may differ in it
-    args = (p.q, p.kv_pages, np.int32(LAYER), p.work, p.kv_scales, np.int32(page_offset), window)
+    args = (p.q, p.kv_pages, np.int32(LAYER), p.work, p.kv_scales, np.int32(page_offset), window, p.sinks)
     if implementation == "reference":
         out, lse = op.paged_attention(
             *args[:4],
             kv_scales=p.kv_scales,
+            sinks=p.sinks,
             page_offset=page_offset,
             return_lse=True,
             implementation="reference",
@@ -106,6 +112,19 @@ def test_matches_the_oracle(layout, implementation, case):
 @pytest.mark.parametrize("layout", [ODD, dataclasses.replace(ODD, window=None)], ids=["window", "causal"])
 def test_sizes_that_fill_no_tile(layout, implementation, case):
     check(layout, attend(layout, problem(layout, case), implementation), wanted(layout, case))
+
+
+@pytest.mark.parametrize("implementation", OTHERS)
+@pytest.mark.parametrize("layout", SINKS.values(), ids=SINKS)
+def test_sinks(layout, implementation):
+    check(layout, attend(layout, problem(layout, CASES["mixed"]), implementation), wanted(layout, CASES["mixed"]))
+
+
+def test_a_row_may_have_sinks_of_its_own():
+    layout = SINKS["h128-bf16"]
+    p = problem(layout, CASES["mixed"])
+    each = p._replace(sinks=np.random.default_rng(1).standard_normal((layout.rows, layout.n), np.float32))
+    check(layout, attend(layout, each, "xla"), attend(layout, each, "reference"))
 
 
 @pytest.mark.parametrize("implementation", OTHERS)
@@ -150,8 +169,14 @@ def test_a_query_that_is_no_number_stays_none(implementation):
 def test_shards_of_every_page_merge_to_the_whole(layout, implementation, case):
     p = problem(layout, case)
     size = layout.page // layout.shards
+    nowhere = None if p.sinks is None else np.full_like(p.sinks, -np.inf)
     parts = [
-        attend(layout, p._replace(kv_pages=p.kv_pages[:, :, :, at : at + size]), implementation, at)
+        attend(
+            layout,
+            p._replace(kv_pages=p.kv_pages[:, :, :, at : at + size], sinks=nowhere if at else p.sinks),
+            implementation,
+            at,
+        )
         for at in range(0, layout.page, size)
     ]
     outs, lses = map(np.stack, zip(*parts, strict=True))
@@ -254,6 +279,22 @@ def test_the_oracle_matches_jax(layout, case):
         )
         np.testing.assert_allclose(out[seq.rows], want[:n], atol=2e-5, rtol=2e-5)
         np.testing.assert_allclose(lse[seq.rows], want_lse[:n], atol=2e-5, rtol=2e-5)
+
+
+def test_the_oracle_has_the_sinks_of_transformers():
+    layout = SINKS["h128-bf16"]
+    p = problem(layout, CASES["prefix tree"])
+    out, _ = attend(layout, p, "reference")
+    gpt_oss = torch.nn.Module().eval()
+    gpt_oss.num_key_value_groups, gpt_oss.sinks = layout.n // layout.k, torch.tensor(p.sinks[0])
+    for seq in p.sequences:
+        tokens = p.kv_pages[LAYER][seq.page_table].astype(np.float32).transpose(1, 0, 2, 3)
+        tokens = torch.tensor(tokens.reshape(1, layout.k, -1, 2 * layout.h))
+        for row, position in zip(seq.rows, seq.positions, strict=True):
+            key, value = tokens[:, :, : position + 1].split(layout.h, -1)
+            query = torch.tensor(p.q[row].astype(np.float32))[None, :, None]
+            want, _ = modeling_gpt_oss.eager_attention_forward(gpt_oss, query, key, value, None, layout.h**-0.5)
+            np.testing.assert_allclose(out[row], want[0, 0], atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("implementation", op.IMPLEMENTATIONS)

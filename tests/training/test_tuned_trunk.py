@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 
 from icarus_jax.config import LORA_TARGETS, TARGETS
 from icarus_jax.training.heads import Method, TrunkLora, init_heads, init_tuning, stacked
@@ -16,6 +17,7 @@ from icarus_jax.training.two_stream import drift, token_logprobs
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk
 from icarus_jax.weights.peft import Adapter, save_adapter
 from tests import tiny
+from tests.models import oracle
 from tests.training.test_step import PREFIX, make_examples, packed, params_of, random_heads
 
 METHOD = Method("shared", targets=LORA_TARGETS, rank=4, scale=2.0)
@@ -48,6 +50,16 @@ def save(trunk, tuning, path):
     return str(path)
 
 
+@pytest.mark.parametrize("family, targets", [("qwen2", TARGETS), ("gpt_oss", ("q_proj", "k_proj", "v_proj", "o_proj"))])
+def test_a_merged_lora_is_pefts(family, targets, tmp_path):
+    """Of families whose projections have biases, which it leaves as they are."""
+    folder = tiny.tiny_model(family, tmp_path)
+    path, tokens = tiny.tiny_adapter(folder, tmp_path, targets), np.arange(40, 60)
+    with torch.no_grad():
+        want = tiny.hf_model(folder, path)(torch.tensor(tokens)[None]).logits[0].numpy()
+    np.testing.assert_allclose(oracle.logits(load_trunk(folder, adapter=path), tokens), want, rtol=1e-4, atol=1e-4)
+
+
 def test_the_loss_is_that_of_heads_on_the_merged_trunk(trunk, folder, tmp_path):
     heads, tuning = random_heads(trunk, METHOD, count=2), random_tuning(trunk)
     examples = make_examples(4) + make_examples(3, seed=1, slot=2)
@@ -67,8 +79,6 @@ def test_the_merged_trunk_is_pefts(trunk, folder, tmp_path):
     tokens = torch.arange(40, 60)[None]
     with torch.no_grad():
         want = tiny.hf_model(folder, path)(tokens).logits[0].numpy()
-    from tests.models import oracle
-
     got = oracle.logits(load_trunk(folder, adapter=path), np.arange(40, 60))
     np.testing.assert_allclose(got, want, atol=1e-4 * np.abs(want).max())
 
@@ -121,8 +131,6 @@ def test_the_trunks_gradient_is_the_finite_difference(trunk):
 
 
 def test_drift_is_the_kl_of_the_logits_and_zero_without_an_adapter(trunk, folder, tmp_path):
-    from tests.models import oracle
-
     tuning, empty = random_tuning(trunk), np.zeros(0, np.int32)
     examples = make_examples(3, seed=4)
     (batch,) = packed(examples, rows=2, length=40, prefix=empty)

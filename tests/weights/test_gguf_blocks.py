@@ -14,8 +14,9 @@ from gguf import GGMLQuantizationType as Kind
 from icarus_jax.config import EngineConfig
 from icarus_jax.models.sharding import make_mesh_layout
 from icarus_jax.models.trunk import place_weights
+from icarus_jax.weights.as_stored import read_blocks, stored_form
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk
-from icarus_jax.weights.gguf_blocks import read_blocks, unpack
+from icarus_jax.weights.gguf_blocks import unpack
 from pallas_kernels.linear import Panels, QuantisedPanels, pack_blocks
 from tests.engine.harness import generate, make_engine, score
 from tests.tiny import tiny_model, write_gguf
@@ -77,8 +78,8 @@ def test_parameters_are_those_of_the_expanded_trunk(file, caplog):
             np.testing.assert_allclose(got, values[layer].reshape(din, -1), atol=5e-3 if name == "gate_up" else 1e-6)
     assert caplog.messages == ["gate_up: Q4_1 quantised once more, to 8 bits (Q8_0)"]
     for name in ("down", "final_norm", "attn_norm"):
-        assert read_blocks(stored.params[name]) is None
-    assert read_blocks(want.params["qkv"]) is None  # an array
+        assert stored_form(stored.params[name]) == ""
+    assert stored_form(want.params["qkv"]) == ""  # an array
 
 
 def test_they_are_served_as_they_are_stored(file):
@@ -109,7 +110,7 @@ def test_a_projection_of_no_whole_panels_is_expanded(tmp_path):
 
 @pytest.mark.parametrize("changes", [{"dtype": "bfloat16"}, {"mesh": "1x2"}, {"kernels": "xla"}], ids=str)
 def test_where_no_kernel_multiplies_them_it_is_said(file, changes):
-    words = r"'as_stored' is for a single CPU device and engine.dtype='float32'.*engine.kernels='auto'"
+    words = r"'as_stored': blocks .* a single CPU device and engine.dtype='float32'.*engine.kernels='auto'.*'int8'"
     with pytest.raises(ValueError, match=words):
         make_engine(open_trunk(file), config=dataclasses.replace(AS_STORED, **changes))
 

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import pathlib
 
 import ml_dtypes
 import numpy as np
 import pytest
+import safetensors.torch as torch_files
+import torch
 from safetensors.numpy import load_file, save_file
 
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk
@@ -24,6 +27,12 @@ def compressed(bits=8, strategy="channel", kind="int", form="int-quantized", **m
     return {"quant_method": "compressed-tensors", "format": form, "config_groups": groups, "ignore": ["lm_head"]}
 
 
+def several_schemes() -> dict:
+    settings = compressed()
+    settings["config_groups"]["group_1"] = compressed(strategy="tensor")["config_groups"]["group_0"]
+    return settings
+
+
 def whole_numbers(w: np.ndarray, scales: np.ndarray, bits: int) -> np.ndarray:
     return np.clip(np.rint(w / scales), -(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
 
@@ -37,9 +46,9 @@ def pack(values: np.ndarray, bits: int, order=None) -> np.ndarray:
     return words.view(np.int32)
 
 
-def groups_of(w: np.ndarray) -> np.ndarray:
+def groups_of(w: np.ndarray, size: int = GROUP) -> np.ndarray:
     """The largest magnitude of each group of inputs: [out, groups]."""
-    return np.abs(w.reshape(len(w), -1, GROUP)).max(-1)
+    return np.abs(w.reshape(len(w), -1, size)).max(-1)
 
 
 def int8_channel(w):
@@ -71,17 +80,40 @@ def fp8_blocks(w):
 
 
 def int4_groups(w):
-    scales = (groups_of(w) / 7).astype(np.float32)
-    q = whole_numbers(w, scales.repeat(GROUP, 1), 4)
+    return packed(w, 4, GROUP)
+
+
+def packed(w, bits, group):
+    scales = (groups_of(w, group) / (2 ** (bits - 1) - 1)).astype(np.float32)
+    q = whole_numbers(w, scales.repeat(group, 1), bits)
     shape = np.array(w.shape, np.int64)
-    stored = {"weight_packed": pack(q + 8, 4), "weight_scale": scales, "weight_shape": shape}
-    return stored, q * scales.repeat(GROUP, 1)
+    stored = {"weight_packed": pack(q + 2 ** (bits - 1), bits), "weight_scale": scales, "weight_shape": shape}
+    return stored, q * scales.repeat(group, 1)
 
 
-def with_zeros(w, groups):
+def int8_packed(w):
+    return packed(w, 8, w.shape[1])
+
+
+def int4_with_zeros(w):
+    q, zeros, scales, want = with_zeros(w, np.arange(w.shape[1]) // GROUP)
+    stored = {"weight_packed": pack(q.T, 4), "weight_zero_point": pack(zeros, 4).T.copy()}
+    return stored | {"weight_scale": scales.T.copy(), "weight_shape": np.array(w.shape, np.int64)}, want
+
+
+def int8_with_zeros(w):
+    low, high = w.min(1, keepdims=True), w.max(1, keepdims=True)
+    scales = ((high - low) / 255).astype(np.float32)
+    zeros = np.rint(-low / scales)
+    q = np.clip(np.rint(w / scales) + zeros, 0, 255)
+    stored = {"weight_packed": pack(q, 8), "weight_zero_point": pack(zeros.T, 8).T.copy(), "weight_scale": scales}
+    return stored | {"weight_shape": np.array(w.shape, np.int64)}, (q - zeros) * scales
+
+
+def with_zeros(w, groups, size=GROUP):
     """Unsigned 4-bit numbers, zero points and scales, each [in, out], as asymmetric quantisation makes them."""
     rng = np.random.default_rng(w.size)
-    scales = (groups_of(w).T / 6).astype(np.float16)
+    scales = (groups_of(w, size).T / 6).astype(np.float16)
     zeros = rng.integers(1, 16, scales.shape)
     spread, zero = scales.astype(np.float32)[groups], zeros[groups]
     q = np.clip(np.rint(w.T / spread) + zero, 0, 15)
@@ -97,6 +129,20 @@ def gptq(w, zero=1, groups=None, bits=4):
 
 def gptq_act_order(w):
     return gptq(w, groups=np.random.default_rng(1).permutation(w.shape[1]) // GROUP)
+
+
+def gptq_symmetric(w, bits=4, size=64):
+    """As writers do, the zero points are in the middle."""
+    scales = (groups_of(w, size).T / (2 ** (bits - 1) - 1)).astype(np.float16)
+    spread, middle = scales.astype(np.float32).repeat(size, 0), 2 ** (bits - 1)
+    q = np.clip(np.rint(w.T / spread), -middle, middle - 1)
+    zeros = np.full(scales.shape, middle - 1)
+    stored = {"qweight": pack((q + middle).T, bits).T.copy(), "qzeros": pack(zeros, bits), "scales": scales}
+    return stored, (q * spread).T
+
+
+def gptq_8_bits_symmetric(w):
+    return gptq_symmetric(w, 8, 32)
 
 
 def gptq_8_bits(w):
@@ -117,19 +163,27 @@ FORMATS = {
     "fp8": ({"quant_method": "fp8", "activation_scheme": "static"}, fp8_tensor),
     "fp8 in blocks": ({"quant_method": "fp8", "weight_block_size": [48, 48]}, fp8_blocks),
     "int4 in groups": (compressed(4, "group", form="pack-quantized", group_size=GROUP), int4_groups),
+    "int4 with zero points": (
+        compressed(4, "group", form="pack-quantized", group_size=GROUP, symmetric=False),
+        int4_with_zeros,
+    ),
+    "int8 by channel, packed": (compressed(form="pack-quantized"), int8_packed),
+    "int8 with zero points, packed": (compressed(form="pack-quantized", symmetric=False), int8_with_zeros),
     "gptq": ({**GPTQ, "desc_act": False}, gptq),
+    "gptq, symmetric": ({**GPTQ, "group_size": 64, "sym": True}, gptq_symmetric),
+    "gptq, 8 bits, symmetric": ({**GPTQ, "bits": 8}, gptq_8_bits_symmetric),
     "gptq with act-order": ({**GPTQ, "desc_act": True}, gptq_act_order),
     "gptq, 8 bits": ({**GPTQ, "bits": 8, "checkpoint_format": "gptq_v2"}, gptq_8_bits),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm"}, awq),
 }
 
 
-def write(folder: str, settings: dict, store) -> dict[str, np.ndarray]:
+def write(folder: str, settings: dict, store, ignored: str = "lm_head") -> dict[str, np.ndarray]:
     """Quantises a folder's linear layers where it lies; returns the numbers that its tensors stand for."""
     file, config = pathlib.Path(folder) / "model.safetensors", pathlib.Path(folder) / "config.json"
     stored, want = {}, {}
     for name, w in load_file(file).items():
-        if "_proj.weight" not in name:
+        if "_proj.weight" not in name or ignored in name:
             stored[name] = want[name] = w
             continue
         tensors, want[name] = store(w)
@@ -139,10 +193,10 @@ def write(folder: str, settings: dict, store) -> dict[str, np.ndarray]:
     return {name: np.ascontiguousarray(values, np.float32) for name, values in want.items()}
 
 
-def pair(family, tmp_path, settings, store) -> tuple[str, str]:
+def pair(family, tmp_path, settings, store, ignored: str = "lm_head") -> tuple[str, str]:
     """Two folders: quantised, and the float one that it stands for."""
     quantised, plain = (tiny_model(family, tmp_path, **SIZES) for _ in range(2))
-    save_file(write(quantised, settings, store), pathlib.Path(plain) / "model.safetensors")
+    save_file(write(quantised, settings, store, ignored), pathlib.Path(plain) / "model.safetensors")
     return quantised, plain
 
 
@@ -160,8 +214,19 @@ def test_read_as_what_it_stands_for(name, tmp_path):
     assert got.identity != want.identity
 
 
+def test_scales_of_kv_and_activations_are_not_for_weights(tmp_path, caplog):
+    settings, store = FORMATS["fp8 by tensor"]
+    caplog.set_level(logging.INFO)
+    folder, plain = pair("llama", tmp_path, {**settings, "kv_cache_scheme": {"num_bits": 8, "type": "float"}}, store)
+    file = pathlib.Path(folder) / "model.safetensors"
+    scales = {f"model.layers.{i}.self_attn.{kind}_scale": torch.ones(1) for i in range(3) for kind in "kv"}
+    torch_files.save_file(torch_files.load_file(file) | scales, file)  # NumPy's does not know fp8
+    assert_same_params(load_trunk(folder), load_trunk(plain), rtol=1e-6)
+    assert "kv_cache_scheme is not followed: engine.kv_dtype says how K/V are kept" in caplog.text
+
+
 def test_fused_tensors_are_taken_apart_with_their_scales(tmp_path):
-    for name in ("fp8 by channel", "fp8"):
+    for name in ("fp8 by channel", "fp8", "int4 in groups", "int8 by channel, packed"):
         quantised, plain = pair("phi3", tmp_path, *FORMATS[name])
         assert_same_params(load_trunk(quantised), load_trunk(plain), rtol=1e-6)
 
@@ -181,15 +246,24 @@ def test_scales_are_part_of_the_identity(tmp_path):
     [
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, r"quant_method 'bitsandbytes'\); supported are compr"),
         ({"bits": 4}, r"quant_method None"),
-        ({**GPTQ, "bits": 3}, "quant_method 'gptq'"),
-        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "quant_method 'awq'"),
-        (compressed(symmetric=False), "quant_method 'compressed-tensors'"),
-        (compressed(4, kind="float", strategy="tensor_group", form="nvfp4-pack-quantized"), "quantization_config"),
+        ({**GPTQ, "bits": 3}, r"\(quant_method 'gptq' with bits=3\); supported"),
+        ({**GPTQ, "checkpoint_format": "marlin"}, "'gptq' with checkpoint_format='marlin'"),
+        ({**GPTQ, "dynamic": {"-:.*down.*": {}, ".*up.*": {"bits": 8}}}, r"'gptq' with dynamic='\.\*up\.\*'"),
+        ({"quant_method": "awq", "bits": 4, "version": "gemv"}, "'awq' with version='gemv'"),
+        (compressed(symmetric=False), "'compressed-tensors' with format='int-quantized' and symmetric=False"),
+        (compressed(4, kind="float", form="nvfp4-pack-quantized"), "with format='nvfp4-pack-quantized'"),
+        (compressed(4, "group", form="pack-quantized", group_size=32, actorder="group"), "with actorder='group'"),
+        (compressed(form="dense"), "with format='dense'"),  # the weights are rounded already; scales are not for them
+        (compressed(4, strategy="tensor_group", form="pack-quantized"), "with strategy='tensor_group'"),
+        (compressed(3, form="pack-quantized"), "with format='pack-quantized' and num_bits=3"),
+        ({**compressed(), "transform_config": {"config_groups": {"u": {}}}}, "with transform_config="),
+        ({**compressed(), "sparsity_config": {"format": "sparse-24-bitmask"}}, "with sparsity_config='sparse-24"),
+        (several_schemes(), "with config_groups='of several kinds'"),
         ({"quant_method": "compressed-tensors"}, "quantization_config that cannot be read"),
         ({"quant_method": "compressed-tensors", "format": 3, "config_groups": [1]}, "that cannot be read"),
         ({"quant_method": "fp8", "weight_block_size": 128}, "that cannot be read"),
-        (compressed(strategy="group", group_size=64), r"down_proj.weight_scale has the shape \(48, 1\), not \[48, 2\]"),
-        ({"quant_method": "fp8"}, r"weight_scale has the shape \(48, 1\), not \[1, 1\]"),
+        (compressed(strategy="group", group_size=64), r"down_proj.weight_scale has the shape \(48, 1\), not \(48, 2\)"),
+        ({"quant_method": "fp8"}, r"weight_scale has the shape \(48, 1\), not \(1, 1\)"),
         ({**GPTQ, "desc_act": False}, "weight_scale is no part"),
     ],
 )
@@ -205,4 +279,66 @@ def test_values_without_scales_are_refused(tmp_path):
     folder = tiny_model("llama", tmp_path)
     write(folder, compressed(), lambda w: ({"weight": w.astype(np.int8)}, w))
     with pytest.raises(ValueError, match=r"q_proj.weight is int8 and has no scales"):
+        load_trunk(folder)
+
+
+def twice(t):
+    return np.concatenate([t, t])
+
+
+@pytest.mark.parametrize(
+    "name, tensor, change, message",
+    [
+        ("int4 in groups", "weight_scale", np.transpose, r"weight_scale has the shape \(4, 64\), not \(64, 4\)"),
+        ("int4 in groups", "weight_scale", None, r"down_proj.weight_scale is missing"),
+        ("int4 in groups", "weight_packed", lambda t: t.astype(np.int64), r"int64 in place of int32"),
+        ("int4 with zero points", "weight_zero_point", None, r"down_proj.weight_zero_point is missing"),
+        (
+            "int4 with zero points",  # as older versions stored them
+            *(
+                "weight_zero_point",
+                lambda t: np.zeros((64, 4), np.int8),
+                r"zero_point has the shape \(64, 4\), not \(8, 4\)",
+            ),
+        ),
+        ("gptq", "qzeros", None, r"down_proj.qzeros is missing"),
+        ("gptq", "qzeros", twice, r"qzeros has the shape \(8, 8\), not \(4, 8\)"),
+        ("gptq", "scales", twice, r"scales has the shape \(8, 64\), not \(4, 64\)"),
+        ("gptq", "g_idx", twice, r"g_idx has the shape \(256,\), not \(128,\)"),
+        ("gptq", "g_idx", lambda t: t - 1, r"g_idx has a group below 0"),
+        ("gptq", "g_idx", lambda t: t + 1, r"is not as its quantization_config says"),
+        ("awq", "scales", twice, r"scales has the shape \(8, 64\), not \(4, 64\)"),
+        ("awq", "qzeros", None, r"down_proj.qzeros is missing"),
+        ("awq", "scales", None, r"down_proj.scales is missing"),
+        ("int8 by channel", "weight", lambda t: t.astype(np.float16), r"weight is float16, not int8 or fp8, but has"),
+    ],
+)
+def test_what_is_stored_otherwise_is_refused(name, tensor, change, message, tmp_path):
+    """It would be read as other numbers."""
+    folder, _ = pair("llama", tmp_path, *FORMATS[name])
+    file, key = pathlib.Path(folder) / "model.safetensors", f"model.layers.1.mlp.down_proj.{tensor}"
+    tensors = load_file(file)
+    stored = tensors.pop(key)
+    if change is not None:
+        tensors[key] = np.ascontiguousarray(change(stored))
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=message):
+        load_trunk(folder)
+
+
+def test_a_weight_has_one_kind_of_scales(tmp_path):
+    folder = tiny_model("llama", tmp_path)
+    write(
+        folder, compressed(), lambda w: (int8_channel(w)[0] | {"weight_scale_inv": np.ones((len(w), 1), np.float32)}, w)
+    )
+    with pytest.raises(ValueError, match=r"down_proj.weight_scale does not go with its quantization_config"):
+        load_trunk(folder)
+
+
+def test_scales_of_blocks_are_not_transposed(tmp_path):
+    folder, _ = pair("llama", tmp_path, *FORMATS["fp8 in blocks"])
+    file, key = pathlib.Path(folder) / "model.safetensors", "model.layers.1.mlp.down_proj.weight_scale_inv"
+    tensors = torch_files.load_file(file)  # NumPy's does not know fp8
+    torch_files.save_file(tensors | {key: tensors[key].T.contiguous()}, file)
+    with pytest.raises(ValueError, match=r"weight_scale_inv has the shape \(3, 2\), not \(2, 3\)"):
         load_trunk(folder)

