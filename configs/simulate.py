@@ -71,6 +71,9 @@ def get_config(arg: str = "llama8b_a100") -> ConfigDict:
         "max_num_seqs": 256,
         "max_num_batched_tokens": 2048,
         "max_model_len": 65536,
+        "dtype": "bfloat16",
+        "weights": "",  # or int8, fp8
+        "kv_dtype": "bfloat16",  # or int8, fp8
     }
     config.engine = ConfigDict(engine)
     config.assumed = ConfigDict(dataclasses.asdict(Assumptions()))

@@ -1,6 +1,7 @@
 """Simulation of serving on chips that we do not have: the real scheduler, with a roofline model as the device. No JAX.
 
-Owns: public peak rates of chips, and a step's time from its bytes and FLOPs.
+Owns: public peak rates of chips, a step's time from its bytes and FLOPs, and a coarser replica for fleets of many.
 Takes: a model's sizes, a chip, a workload. Gives: latencies and throughput under a virtual clock, all SIMULATED.
-Parts: Chip (chips), Roofline and Assumptions (roofline), Simulation (run).
+Parts: Chip (chips), Precision (precision), Roofline and Assumptions (roofline), Simulation (run); FleetSimulation
+(fleet) of Replica (replica), with the real router, and its traffic and page store (traffic).
 """

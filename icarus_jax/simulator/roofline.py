@@ -15,6 +15,7 @@ from collections.abc import Callable
 from icarus_jax.config import ModelConfig
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.simulator.chips import Chip
+from icarus_jax.simulator.precision import Precision
 
 # How many vectors of size D, F and N * H a row reads or writes in a layer, as activations.
 _ROW_VECTORS = (10, 4, 4)
@@ -37,8 +38,6 @@ class Assumptions:
         overhead_s: Seconds of a step for launches and for host work that is not hidden.
         collective_s: The latency of one all-reduce, in seconds.
         memory_share: The fraction of a chip's memory that can be used; the rest is the runtime's.
-        weight_bytes: Bytes of one weight or activation.
-        kv_bytes: Bytes of one value of K or V.
     """
 
     flops_share: float = 0.6
@@ -48,8 +47,6 @@ class Assumptions:
     overhead_s: float = 2e-3
     collective_s: float = 5e-6
     memory_share: float = 0.9
-    weight_bytes: int = 2
-    kv_bytes: int = 2
 
 
 @dataclasses.dataclass
@@ -139,6 +136,7 @@ class Roofline:
         shards: The number of chips.
         rank: r, the rank of the adapters.
         assumptions: The efficiencies; None for the defaults.
+        precision: The bytes of weights, activations and K/V; None for two of each.
         rows: Maps the (writers, readers, logits) that are wanted to those that are computed, for padded shapes.
 
     Attributes:
@@ -146,6 +144,7 @@ class Roofline:
         chip: The kind of chip.
         shards: The number of chips.
         assumed: The efficiencies.
+        precision: The bytes of weights, activations and K/V.
         kv_token_bytes: Bytes of one token's K/V in all layers.
 
     Raises:
@@ -159,12 +158,14 @@ class Roofline:
         shards: int = 1,
         rank: int = 16,
         assumptions: Assumptions | None = None,
+        precision: Precision | None = None,
         rows: Callable[[int, int, int], tuple[int, int, int]] = lambda *wanted: wanted,
     ):
         if model.num_heads % shards:
             raise ValueError(f"{model.num_heads} attention heads do not split over {shards} chips")
         self.model, self.chip, self.shards = model, chip, shards
-        self.assumed = a = assumptions or Assumptions()
+        self.assumed = assumptions or Assumptions()
+        self.precision = precision or Precision()
         self._rows = rows
         layers = model.num_layers
         self._vocab = model.vocab_size * model.hidden_size
@@ -173,17 +174,17 @@ class Roofline:
         d, f, q = _ROW_VECTORS
         heads = model.num_heads * model.head_dim
         mlp = model.intermediate_size * (model.num_experts_per_tok or 1)
-        self._row_bytes = layers * a.weight_bytes * (d * model.hidden_size + f * mlp + q * heads)
-        self.kv_token_bytes = 2 * layers * model.num_kv_heads * model.head_dim * a.kv_bytes
+        self._row_bytes = layers * self.precision.values * (d * model.hidden_size + f * mlp + q * heads)
+        self.kv_token_bytes = 2 * layers * model.num_kv_heads * model.head_dim * self.precision.kv
         # K/V is split by KV head. If there are more chips than KV heads, several chips store the same K/V.
         self._kv_shards = min(shards, model.num_kv_heads)
 
     @property
     def weight_bytes(self) -> int:
         """Bytes of the whole model's weights, over all chips."""
-        tables = 1 if self.model.tie_word_embeddings else 2
         layers = self.model.num_layers * layer_weights(self.model, math.inf)
-        return self.assumed.weight_bytes * (int(layers) + tables * self._vocab)
+        embeddings = 0 if self.model.tie_word_embeddings else self.precision.values * self._vocab
+        return self.precision.weights * (int(layers) + self._vocab) + embeddings
 
     def num_pages(self, page_size: int, adapters: int) -> int:
         """Computes how many pages fit in the memory that weights and adapters leave free.
@@ -198,10 +199,8 @@ class Roofline:
         Raises:
             ValueError: Not one page fits.
         """
-        a = self.assumed
-        free = (
-            self.shards * self.chip.memory * a.memory_share - self.weight_bytes - adapters * self._lora * a.weight_bytes
-        )
+        usable = self.shards * self.chip.memory * self.assumed.memory_share
+        free = usable - self.weight_bytes - adapters * self._lora * self.precision.values
         pages = int(free * self._kv_shards / self.shards // (page_size * self.kv_token_bytes))
         if pages < 1:
             raise ValueError(
@@ -228,8 +227,9 @@ class Roofline:
         rows = writers + readers
         layers = self.model.num_layers
         flops = 2 * (layers * row_weights(self.model) * rows + self._lora * load.adapted + self._vocab * logits)
-        read = layers * layer_weights(self.model, rows) + (self._vocab if logits else 0) + load.adapters * self._lora
-        moved = self.assumed.weight_bytes * (read + logits * self.model.vocab_size) + rows * self._row_bytes
+        weights = layers * layer_weights(self.model, rows) + (self._vocab if logits else 0)
+        values = load.adapters * self._lora + logits * self.model.vocab_size
+        moved = self.precision.weights * weights + self.precision.values * values + rows * self._row_bytes
         return flops, moved
 
     def _attention(self, load: Load) -> tuple[float, float]:
@@ -255,7 +255,7 @@ class Roofline:
         if self.shards == 1:
             return 0.0
         rows = load.writers + load.readers
-        size = rows * self.model.hidden_size * self.assumed.weight_bytes
+        size = rows * self.model.hidden_size * self.precision.values
         one_way = self.chip.link / 2 * self.assumed.link_share
         each = 2 * (self.shards - 1) / self.shards * size / one_way + self.assumed.collective_s
         return 2 * self.model.num_layers * each

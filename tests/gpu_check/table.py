@@ -124,12 +124,12 @@ def constants(found: Mapping[str, Any]) -> Assumptions:
     per_token, rest = np.polyfit(*np.transpose(points), 1)
     chip, assumed, model = CHIPS["h100"], Assumptions(), LLAMA31_8B
     bare = Roofline(model, chip, 1, RANK, assumed)
-    read = bare.weight_bytes - assumed.weight_bytes * model.vocab_size * model.hidden_size  # not the embeddings
+    read = bare.weight_bytes - bare.precision.values * model.vocab_size * model.hidden_size  # not the embeddings
     return dataclasses.replace(
         assumed,
         kv_share=float(bare.kv_token_bytes / per_token / chip.bandwidth),
         overhead_s=max(0.0, float(rest) - read / assumed.bandwidth_share / chip.bandwidth),
-        flops_share=found["llama8b, prefill"]["tokens_s"] * 2 * read / assumed.weight_bytes / chip.flops,
+        flops_share=found["llama8b, prefill"]["tokens_s"] * 2 * read / bare.precision.weights / chip.flops,
     )
 
 

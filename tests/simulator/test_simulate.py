@@ -17,6 +17,7 @@ from icarus_jax.scheduling.registry import Model
 from icarus_jax.scheduling.request import SamplingParams
 from icarus_jax.scheduling.sequence import Sequence
 from icarus_jax.simulator.chips import CHIPS, Chip
+from icarus_jax.simulator.precision import Precision
 from icarus_jax.simulator.roofline import Assumptions, Load, Roofline, layer_weights, load_of, row_weights
 from icarus_jax.simulator.run import Simulation, make_models
 from icarus_jax.workloads import agents, workload
@@ -83,6 +84,30 @@ def test_a_step_by_hand():
     both = Roofline(TINY, Chip("x", 1, 0, 1, 0, overlaps=False), assumptions=IDEAL)
     assert both.seconds(load) == sum(seconds.values())
     assert both.flops(load) == flops
+
+
+def test_weights_and_pages_in_eight_bits_by_hand():
+    """8 bits: products and the table of the logits; adapters, activations and the embeddings keep the dtype."""
+    load = Load(writers=3, readers=2, logits=1, adapted=2, adapters=1, kv_tokens=7, pairs=9)
+    slow = Chip("x", 1e18, 0, 1, 0)
+    precision = Precision.of("float32", "int8", "fp8")
+    assert precision == Precision(1, 4, 1) and Precision.of("bfloat16", "", "bfloat16") == Precision()
+    layers, lora = 2 * (2 * 16 + 2 * 8 + 3 * 32), 2 * 16 * (8 + 8 + 12 + 12 + 12)
+    activations, kv = 5 * 4 * 2 * (10 * 4 + 4 * 8 + 4 * 4), 1 * 2 * 2 * 2 * (7 + 3)
+    roofline = Roofline(TINY, slow, assumptions=IDEAL, precision=precision)
+    assert roofline.seconds(load) == (layers + 40) + 4 * lora + 4 * 10 + activations + kv
+    assert roofline.weight_bytes == layers + 40 + 4 * 40
+    tied = dataclasses.replace(TINY, tie_word_embeddings=True)
+    assert Roofline(tied, slow, precision=precision).weight_bytes == layers + 40
+    wide, narrow = (Roofline(presets.LLAMA31_8B, CHIPS["a100"], precision=p) for p in (Precision(), Precision(1, 2, 1)))
+    assert narrow.num_pages(16, 0) * 16 == pytest.approx((72e9 - 8.55e9) / 65536, rel=0.01)
+    assert narrow.num_pages(16, 8) < narrow.num_pages(16, 0) > 2 * wide.num_pages(16, 0)
+
+
+def test_the_engines_options_set_the_precision():
+    plain, small_pages = (simulate.make_machine(small(*changes), 2) for changes in ((), (("engine.kv_dtype", "int8"),)))
+    assert small_pages.engine.num_pages == pytest.approx(2 * plain.engine.num_pages, abs=1)
+    assert plain.roofline.precision == Precision()
 
 
 def test_chips_split_the_work():
@@ -200,7 +225,8 @@ def test_replicas_share_the_sessions():
     "key, value, said",
     [("chip", "b200", "h200"), ("model", "gpt", "qwen3-14b"), ("workload.name", "chat", "reflexion"),
      ("mesh.model", 7, "7 chips"), ("model", "llama-3.1-70b", "missing"), ("rates", "1,x", "config.rates"),
-     ("workload.assign", "random", "round_robin"), ("workload.arrivals", "late", "poisson")],
+     ("workload.assign", "random", "round_robin"), ("workload.arrivals", "late", "poisson"),
+     ("engine.weights", "as_stored", "int8"), ("engine.kv_dtype", "int4", "fp8")],
 )  # fmt: skip
 def test_a_wrong_word_is_one_line(key, value, said):
     with pytest.raises(UsageError, match=said):
