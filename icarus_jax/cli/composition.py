@@ -87,7 +87,7 @@ def build(config: ConfigDict) -> App:
     from icarus_jax.engine.engine import Engine
     from icarus_jax.models import full_heads
     from icarus_jax.server.head_loader import HeadLoader
-    from icarus_jax.weights import checkpoint, peft, tokenizer
+    from icarus_jax.weights import as_stored, checkpoint, peft, tokenizer
     from icarus_jax.weights.adapter_cache import AdapterCache
 
     enable_compilation_cache()  # before the first program: joining other hosts runs one
@@ -98,8 +98,11 @@ def build(config: ConfigDict) -> App:
             raise ValueError("a trunk with an adapter in it is not as it is stored: set engine.weights=int8, or ''")
         stored = "float32" if engine.weights else engine.dtype  # quantised from the numbers as they are stored
         trunk = checkpoint.open_trunk(config.trunk.source, stored, config.trunk.adapter)
-        if engine.weights == AS_STORED and trunk.path.suffix != ".gguf":
-            raise ValueError(f"engine.weights={AS_STORED!r} is for GGUF files; engine.weights='int8' is for all")
+        if engine.weights == AS_STORED and not any(map(as_stored.stored_form, trunk.params.values())):
+            raise ValueError(
+                f"engine.weights={AS_STORED!r}: {trunk.path} has no weights in fewer bits that can be kept so "
+                "(docs/quantisation.md lists the formats); engine.weights='int8' is for all checkpoints"
+            )
         text = tokenizer.load_tokenizer(trunk.path)
     heads: dict = {}
     cache = AdapterCache(config.server.adapter_cache_bytes)
@@ -122,7 +125,7 @@ def build(config: ConfigDict) -> App:
     check_context(engine, trunk.config)
     eos_ids = frozenset(tokenizer.eos_token_ids(text, trunk.path))
     with usage_errors():
-        made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name)
+        made = Engine.create(engine, trunk.config, trunk.params, heads, eos_ids, config.trunk.name, trunk.identity)
     sources = {config.trunk.name: config.trunk.source} | {name: head.path for name, (head, _) in heads.items()}
     folders = [folder for folder in config.server.head_folders.split(",") if folder]
     with usage_errors("config.server.head_folders"):

@@ -40,8 +40,12 @@ def serving_config() -> ConfigDict:
     config.server.update(api_keys_file="", admin_keys_file="", key_weights="", allow_remote_without_keys=False)
     # Past these limits on what waits for its first token, the server answers 429. 0: no limit.
     config.server.update(max_waiting_requests=1024, max_waiting_tokens=1_000_000)
+    # How many seconds the body of a request may take to come, and for each 64 KiB of it one more; then it is a 408.
+    config.server.update(body_timeout=60.0)
     # cors_origins (ORIGIN,ORIGIN): web pages that may use the server. access_log: a line of JSON for each request.
     config.server.update(cors_origins="", access_log=True)
+    # otlp_traces_endpoint: a collector for traces of requests, such as http://HOST:4318/v1/traces. '': none are sent.
+    config.server.update(otlp_traces_endpoint="")
     # allowed_hosts (NAME,NAME; *: any): the names under which clients may ask the server, besides localhost. '': any if
     # there are keys or allow_remote_without_keys, else none.
     config.server.update(allowed_hosts="")

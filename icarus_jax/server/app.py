@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import uvicorn
 from fastapi import Depends, FastAPI
@@ -30,6 +32,9 @@ from icarus_jax.server.page_routes import PAGE_FILES, PageRoutes
 from icarus_jax.server.response_routes import ResponseRoutes
 from icarus_jax.server.tool_formats import AUTO
 
+if TYPE_CHECKING:  # OpenTelemetry's packages are optional
+    from icarus_jax.server.tracing import Traces
+
 
 def create_app(
     engine: Engine,
@@ -44,6 +49,8 @@ def create_app(
     resolver: HeadResolver | None = None,
     extra: Sequence[Endpoints] = (),
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
+    traces: Traces | None = None,
+    body_timeout: float = 60.0,
 ) -> FastAPI:
     """Makes the ASGI app that serves the HTTP API over an engine.
 
@@ -60,12 +67,14 @@ def create_app(
         resolver: loads heads that requests name and that are not served; None: they are refused.
         extra: more groups of endpoints.
         lifespan: lifespan(app) is a context that is open while the app is served; None: there is none.
+        traces: gets the spans of the requests, and is closed when the app is not served any more; None: there are none.
+        body_timeout: how many seconds the body of a request may take, besides those that a large one has (body.py).
 
     Returns:
         The app. `app.state.drain` holds its Drain, which `run` needs to stop the server.
     """
     api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser, resolver)
-    app = FastAPI(title="icarus-jax", version=__version__, lifespan=lifespan)
+    app = FastAPI(title="icarus-jax", version=__version__, lifespan=_closing(traces, lifespan))
     groups: list[Endpoints] = [api, HeadRoutes(loader, api.card), ResponseRoutes(api), PageRoutes(engine), *extra]
     for method, path, handler in (route for group in groups for route in group.routes()):
         needs = [Depends(admin_only)] if path in ADMIN_PATHS else []
@@ -75,7 +84,7 @@ def create_app(
             app.add_api_route(path, handler, methods=["HEAD"], include_in_schema=False, **more)
     describe_bodies(app, {path: body for group in groups for path, body in group.bodies.items()})
     add_error_handlers(app)
-    app.state.drain = Drain()
+    app.state.drain, app.state.body_timeout = Drain(), body_timeout
     if keys:
         app.add_middleware(Auth, keys=keys)
     else:
@@ -87,8 +96,27 @@ def create_app(
         shown = ["X-Request-Id", "Retry-After"]
         every: Any = {"allow_methods": ["*"], "allow_headers": ["*"], "expose_headers": shown}
         app.add_middleware(CORSMiddleware, allow_origins=cors_origins, **every)
+    if traces is not None:
+        app.add_middleware(traces.middleware)
     app.add_middleware(AccessLog)
     return app
+
+
+def _closing(
+    traces: Traces | None, lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None
+) -> Callable[[FastAPI], AbstractAsyncContextManager[None]]:
+    """Returns a lifespan like another one, with traces that are sent at its end."""
+
+    @contextlib.asynccontextmanager
+    async def served(app: FastAPI) -> AsyncIterator[None]:
+        try:
+            async with lifespan(app) if lifespan else contextlib.nullcontext():
+                yield
+        finally:
+            if traces is not None:
+                await asyncio.to_thread(traces.close)
+
+    return served
 
 
 def run(app: FastAPI, engine: Engine, host: str, port: int, drain_seconds: float = 120.0) -> None:

@@ -6,9 +6,10 @@ fields that a body does not have are refused; all others are ignored.
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -20,6 +21,7 @@ from icarus_jax.server.other_fields import check_other
 log = logging.getLogger(__name__)
 
 MAX_BODY_BYTES = 32 << 20
+BYTES_PER_SECOND = 64 << 10  # of a body: for so many it has a second more
 # Python's lock is held while JSON is read, on whatever thread; these keep that to some tenths of a second.
 MAX_BODY_COMMAS = 2_000_000
 MAX_BODY_BRACKETS = 200_000
@@ -99,14 +101,41 @@ async def read_body(http: HttpRequest) -> bytes:
         The body's bytes.
 
     Raises:
-        ApiError: the body is larger than MAX_BODY_BYTES.
+        ApiError: the body is larger than MAX_BODY_BYTES, or does not come in time.
     """
     raw = bytearray()
-    async for chunk in http.stream():
+    async for chunk in body_chunks(http):
         raw += chunk
         if len(raw) > MAX_BODY_BYTES:
             raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
     return bytes(raw)
+
+
+async def body_chunks(http: HttpRequest) -> AsyncGenerator[bytes, None]:
+    """Yields the body of a request as it comes.
+
+    Args:
+        http: the request. Its app's `state.body_timeout` says how many seconds the body may take, besides those that it
+            has for what has come.
+
+    Raises:
+        ApiError: the body does not come in time: status 408.
+    """
+    seconds, size, chunks = http.app.state.body_timeout, 0, http.stream()
+    started = asyncio.get_running_loop().time()
+    while True:
+        try:
+            async with asyncio.timeout_at(started + seconds + size / BYTES_PER_SECOND):
+                chunk = await anext(chunks, None)
+        except TimeoutError:
+            message = (
+                f"the body did not come in time: it has {seconds:g} s, and 1 s more for each {BYTES_PER_SECOND} bytes"
+            )
+            raise ApiError(408, message, code="request_timeout", headers={"Connection": "close"}) from None
+        if chunk is None:
+            return
+        size += len(chunk)
+        yield chunk
 
 
 def parse(kind: type[B], raw: bytes) -> B:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import dataclasses
 import time
 from contextvars import ContextVar
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from icarus_jax.server.timeline import Timeline
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +49,7 @@ class Exchange:
         caller: who sends it.
         model: the models that answer, with commas between them; '' if none is known.
         usage: the token counts, as the answer gives them.
+        timelines: when what happened to each choice.
     """
 
     request_id: str = ""
@@ -56,6 +60,7 @@ class Exchange:
     caller: Caller = Caller()
     model: str = ""
     usage: dict[str, Any] = dataclasses.field(default_factory=dict)
+    timelines: list[Timeline] = dataclasses.field(default_factory=list)
 
 
 EXCHANGE: ContextVar[Exchange] = ContextVar("exchange")  # `access_log.AccessLog` sets it

@@ -21,6 +21,7 @@ from icarus_jax.server.limits import Limits, Place
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.responses import usage
 from icarus_jax.server.streams import Choice, Delta
+from icarus_jax.server.timeline import Timeline
 
 log = logging.getLogger(__name__)
 
@@ -69,7 +70,6 @@ class Generation:
         self._metrics = metrics
         self._loop = asyncio.get_running_loop()
         self._arrival = time.monotonic()
-        self._last: dict[int, float] = {}  # choice index -> time of its last token
         self._running: dict[int, tuple[Choice, int]] = {}  # index of a running choice -> the choice, its sequence id
         self._exchange = current()
         self._limits = limits or Limits()
@@ -141,8 +141,10 @@ class Generation:
         with self._lock:
             if self._cut is not None:
                 raise self._cut
+            submitted = time.monotonic()
             seq_ids = self._engine.submit(request, on_output)
             self.choices += choices
+            self._exchange.timelines += [Timeline(choice, self._arrival, submitted) for choice in choices]
             self._running |= {choice.index: (choice, seq_id) for choice, seq_id in zip(choices, seq_ids, strict=True)}
         self._unstarted |= {choice.index: 0 if i else len(request.prompt_ids) for i, choice in enumerate(choices)}
         self._exchange.model = ",".join(request.models)
@@ -182,12 +184,12 @@ class Generation:
         choice, output = arrival.choice, arrival.output
         if self._place is not None and choice.index in self._unstarted:
             self._place.leave(1, self._unstarted.pop(choice.index))
-        delta = choice.feed(output)
+        delta, timeline = choice.feed(output), self._exchange.timelines[choice.index]
+        last = timeline.last_token
+        timeline.take(output, delta, arrival.time)
         if delta.token_ids:
-            last = self._last.get(choice.index)
             since = arrival.time - (self._arrival if last is None else last)
             self._metrics.tokens(choice.model, len(delta.token_ids), since, first=last is None)
-            self._last[choice.index] = arrival.time
         if delta.finish_reason:
             _, seq_id = self._running.pop(choice.index)
             self._metrics.finished(choice.model, delta.finish_reason, arrival.time - self._arrival)
@@ -236,6 +238,8 @@ class Generation:
             self._work.cancel()
         if running:
             self._engine.abort([seq_id for _, seq_id in running.values()])
+        now = time.monotonic()
         for choice, _ in running.values():
-            self._metrics.finished(choice.model, reason, time.monotonic() - self._arrival)
+            self._exchange.timelines[choice.index].end(reason, now)
+            self._metrics.finished(choice.model, reason, now - self._arrival)
         self._queue.put_nowait(None)

@@ -33,6 +33,7 @@ THREADS = 4  # that load heads
 FAILED_SECONDS = 10.0
 MAX_FAILED = 4096  # names that are remembered
 MAX_LOADING = 256  # loads that one API key may have in the line
+MAX_NEW = 32  # models that one request may name and that are not loaded
 
 
 class UnknownModel(ApiError):
@@ -40,12 +41,14 @@ class UnknownModel(ApiError):
 
     Attributes:
         name: the model's name.
+        num_new: how many such models the request names.
     """
 
-    def __init__(self, name: str, status: int, message: str, param: str, code: str | None = None):
-        """Takes the model's name and the fields of the error object."""
+    def __init__(self, name: str, status: int, message: str, param: str, code: str | None = None, num_new: int = 1):
+        """Takes the model's name, the fields of the error object, and how many such models the request names."""
         super().__init__(status, message, param, code)
         self.name = name
+        self.num_new = num_new
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,11 +59,13 @@ class _Failure:
         until: when the head is looked for again, in seconds (monotonic).
         status: of the answer; 404: there is no such head.
         message: of the answer, as are the others.
+        reason: more, which says where the adapter lies: only administrators are told.
     """
 
     until: float
     status: int
     message: str = ""
+    reason: str = ""
     code: str | None = None
     headers: dict[str, str] | None = None
 
@@ -68,7 +73,8 @@ class _Failure:
         """Returns the error of a request that lacks the head."""
         if self.status == 404:
             return unknown
-        return ApiError(self.status, self.message, unknown.param, self.code, self.headers)
+        message = f"{self.message}: {self.reason}" if current().caller.admin else self.message
+        return ApiError(self.status, message, unknown.param, self.code, self.headers)
 
 
 class Leases:
@@ -174,6 +180,9 @@ class HeadResolver:
         Raises:
             ApiError: there is no such head, it cannot be loaded, or too many are loaded at once.
         """
+        if unknown.num_new > MAX_NEW:
+            message = f"the request names {unknown.num_new} models that are not loaded; at most {MAX_NEW} may be"
+            raise ApiError(400, message, unknown.param)
         name, caller = unknown.name, current().caller.name
         if not NAME.fullmatch(name):
             raise unknown
@@ -228,6 +237,8 @@ class HeadResolver:
         return None
 
     def _remember(self, name: str, failure: _Failure) -> _Failure:
+        if failure.reason:
+            log.warning("head %s: cannot be loaded: %s", name, failure.reason)
         with self._state:
             self._failed[name] = failure
             self._failed.move_to_end(name)
@@ -272,5 +283,6 @@ def _failure(name: str, error: Exception) -> _Failure:
     if isinstance(error, FileNotFoundError | PermissionError):
         return _Failure(until, 404)
     if isinstance(error, StoreError):
-        return _Failure(until, 503, said, "adapter_store_error", {"Retry-After": "10"})
-    return _Failure(until, 400, f"the model {name!r} was found, and cannot be loaded: {said}")
+        message = f"the model {name!r} cannot be fetched now"
+        return _Failure(until, 503, message, said, "adapter_store_error", {"Retry-After": "10"})
+    return _Failure(until, 400, f"the model {name!r} was found, and cannot be loaded", said)

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from icarus_jax.engine.stats import EngineStats
+from icarus_jax.page_store.stats import StoreStats
 from icarus_jax.scheduling.registry import NO_SLOT, Model
 from icarus_jax.scheduling.scheduler import Scheduler
 
@@ -63,6 +64,23 @@ _GAUGES = (
     ("icarus_num_requests_waiting", "waiting", "Sequences waiting."),
     ("icarus_sessions", "sessions", "Sessions that hold pages."),
 )
+# Of the tiers below the device's pages: (name, attribute of StoreStats, help)
+_STORE_COUNTERS = (
+    ("icarus_page_store_saved_pages", "saved_pages", "KV pages saved in host memory, a folder or a bucket."),
+    ("icarus_page_store_saved_bytes", "saved_bytes", "... their bytes."),
+    ("icarus_page_store_lost_pages", "lost_pages", "KV pages that could not be saved, or not in time."),
+    ("icarus_page_store_misses", "misses", "KV pages looked for that were nowhere."),
+    (
+        "icarus_page_store_invalid_pages",
+        "invalid_pages",
+        "Stored KV pages that were torn, altered or foreign: removed.",
+    ),
+    ("icarus_page_store_loads", "loads", "Loads of KV pages for waiting sequences."),
+    ("icarus_page_store_loads_not_paid", "loads_not_paid", "Loads left out, as computing the pages is faster."),
+    ("icarus_page_store_loaded_pages", "loaded_pages", "KV pages copied to the device."),
+    ("icarus_page_store_loaded_bytes", "loaded_bytes", "... their bytes."),
+    ("icarus_page_store_load_seconds", "load_seconds", "Seconds that these loads took."),
+)
 
 
 class _EngineCollector(Collector):
@@ -93,6 +111,7 @@ class _EngineCollector(Collector):
         usage = stats.pages_used / stats.pages_total if stats.pages_total else 0.0
         yield GaugeMetricFamily("icarus_kv_cache_usage_perc", "KV pages held by sequences, of all.", value=usage)
         yield self._adapters()
+        yield from _page_store(stats.page_store)
 
     def _adapters(self) -> Metric:
         """Returns which adapters are on the device and which wait for a slot, in the labels that vLLM has."""
@@ -109,6 +128,19 @@ class _EngineCollector(Collector):
         slots = str(scheduler.slots.num_slots)
         gauge.add_metric([",".join(sorted(loaded)), ",".join(sorted(wanted)), slots], time.time())
         return gauge
+
+
+def _page_store(stats: StoreStats) -> Iterator[Metric]:
+    for name, attribute, text in _STORE_COUNTERS:
+        yield CounterMetricFamily(name, text, value=getattr(stats, attribute))
+    hits = CounterMetricFamily("icarus_page_store_hits", "KV pages found, by where they were.", labels=["tier"])
+    pages = GaugeMetricFamily("icarus_page_store_pages", "KV pages stored, as far as is known.", labels=["tier"])
+    size = GaugeMetricFamily("icarus_page_store_bytes", "... their bytes.", labels=["tier"])
+    for tier in ("host", "folder"):
+        hits.add_metric([tier], getattr(stats, f"{tier}_hits"))
+        pages.add_metric([tier], getattr(stats, f"{tier}_pages"))
+        size.add_metric([tier], getattr(stats, f"{tier}_bytes"))
+    yield from (hits, pages, size)
 
 
 class Metrics:

@@ -13,20 +13,21 @@ from icarus_jax.server.prompts import PromptReader
 MAX_NAMES = 20  # of the served models that an error lists
 
 
-def check_model(name: str | None, engine: Engine, field: str = "model") -> None:
+def check_model(name: str | None, engine: Engine, field: str = "model", num_new: int = 1) -> None:
     """Checks that a model is served.
 
     Args:
         name: the model's name; None passes.
         engine: the engine that serves it.
         field: the request's field that names it.
+        num_new: how many models the request names that are not served.
 
     Raises:
         UnknownModel: there is no such model.
     """
     if name is not None and name not in engine.models:
         message = f"the model {name[:64]!r} is not served; served: {_listed(engine.models)}"
-        raise UnknownModel(name, 404, message, field, "model_not_found")
+        raise UnknownModel(name, 404, message, field, "model_not_found", num_new)
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -55,12 +56,13 @@ def check_routing(body: Routing, engine: Engine, reader: PromptReader) -> None:
         UnknownModel: a model is not served.
         ApiError: a model cannot be combined with what else the request asks for.
     """
-    models = engine.models
-    for field, name in named_models(body):
+    models, named = engine.models, named_models(body)
+    num_new = len({name for _, name in named} - models.keys())
+    for field, name in named:
         if name not in models and field in ("handoff", "session"):
             message = f"{field} names the model {name[:64]!r}, which is not served; served: {_listed(models)}"
-            raise UnknownModel(name, 400, message, field)
-        check_model(name, engine, field)
+            raise UnknownModel(name, 400, message, field, num_new=num_new)
+        check_model(name, engine, field, num_new)
     if body.reference_logprobs:
         own = [rule.model for rule in body.handoff if models[rule.model].salt]  # they make K/V of their own
         if own:

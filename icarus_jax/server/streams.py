@@ -142,6 +142,7 @@ class Choice:
         index: the choice's number in the answer.
         model: the model that writes now; a handoff changes it.
         prompt: the prompt that the choice continues.
+        params: the sampling parameters that the engine was given.
         tokens_by_model: model -> how many tokens it has generated.
         handoffs: (index of a generated token, the model that writes from there on).
         kl_to_base: the sum of logprob - reference over the generated tokens, in nats.
@@ -182,7 +183,7 @@ class Choice:
         self.cached_tokens = 0
         self.finish_reason: str | None = None
         self.begun = False
-        self._params = params
+        self.params = params
         self._ends = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else eos_ids)
         self._eos_ids = eos_ids
         self._detokenizer = Detokenizer(vocabulary, params, skip_special_tokens, prompt.ids)
@@ -209,7 +210,7 @@ class Choice:
             self.model = output.model
             self.handoffs.append((self.num_tokens, self.model))
         delta = Delta(self.model, prompt_logprobs=output.prompt_logprobs)
-        if self._params.logprobs is not None:
+        if self.params.logprobs is not None:
             delta.scored = []
         if self._echo:
             self._add_echo(delta, output)
@@ -225,7 +226,7 @@ class Choice:
                 delta.finish_reason = output.finish_reason
                 if output.finish_reason == "stop" and delta.token_ids and delta.token_ids[-1] in self._ends:
                     last = delta.token_ids[-1]
-                    delta.stop_reason = last if self._params.ignore_eos or last not in self._eos_ids else None
+                    delta.stop_reason = last if self.params.ignore_eos or last not in self._eos_ids else None
         self.tokens_by_model[self.model] = self.tokens_by_model.get(self.model, 0) + len(delta.token_ids)
         self.finish_reason = delta.finish_reason
         return delta
@@ -238,7 +239,7 @@ class Choice:
             and i == len(output.token_ids) - 1
             and token_id in self._ends
         )
-        delta.text += self._detokenizer.push([token_id], is_stop and not self._params.include_stop_str_in_output)
+        delta.text += self._detokenizer.push([token_id], is_stop and not self.params.include_stop_str_in_output)
         if delta.scored is not None and output.logprobs is not None:
             logprob, reference = output.logprobs[i], None
             if output.reference_logprobs is not None:

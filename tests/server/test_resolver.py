@@ -20,6 +20,7 @@ from icarus_jax.server.auth import Keys
 from icarus_jax.server.head_places import HeadPlaces
 from icarus_jax.server.head_resolver import HeadResolver, Leases, UnknownModel
 from icarus_jax.server.routing import MAX_NAMES
+from icarus_jax.weights.adapter_cache import StoreError
 from tests.server.served import CHAT, GOOD, HANG_SECONDS, Served, check_error, serving, wait_for
 from tests.server.test_heads import says, write
 
@@ -383,3 +384,39 @@ def test_places_that_are_none(place):
 def test_a_folder_that_goes_after_the_start_is_a_404(served, folder):
     shutil.rmtree(folder / "team")
     check_error(ask(served, "team/h0"), 404, "model", "model_not_found")
+
+
+def test_one_request_may_not_have_a_whole_library_loaded(served):
+    names = [f"lib/h{i}" for i in range(head_resolver.MAX_NEW)]
+    fields = {"models": ["trunk", *names], "handoff": [{"on": "x", "model": "lib/one-more"}]}
+    error = check_error(ask(served, "trunk", **fields), 400, "models")
+    most = head_resolver.MAX_NEW
+    assert f"{most + 1} models that are not loaded" in error["message"] and f"at most {most}" in error["message"]
+    assert not served.loader.engine.loaded
+    # As many as that are looked for, and so are any number of those that are served.
+    check_error(ask(served, "trunk", models=["trunk", "parrot", *names]), 404, "models", "model_not_found")
+    fields = {"models": names, "handoff": [{"on": "x", "model": names[0]}]}
+    check_error(ask(served, names[0], **fields), 404, "models", "model_not_found")
+
+
+def test_only_administrators_read_where_adapters_lie(folder, monkeypatch):
+    write(folder / "bad", use_dora=True)
+    keys = Keys(["ann:sk-ann"], ["root:sk-root"])
+    with serving(adapter_resolver=str(folder), keys=keys) as served:
+        load = served.loader.load
+
+        def far(name, source, **options):
+            if name == "far":
+                raise StoreError(f"adapter {source}: TimeoutError")
+            return load(name, source, **options)
+
+        monkeypatch.setattr(served.loader, "load", far)
+        write(folder / "far")
+        for name, status, code in (("bad", 400, None), ("far", 503, "adapter_store_error")):
+            said = {}
+            for key in ("sk-ann", "sk-root"):
+                headers = {"Authorization": f"Bearer {key}"}
+                answer = served.http.post("/v1/completions", json=GOOD | {"model": name}, headers=headers)
+                said[key] = check_error(answer, status, "model", code)["message"]
+            assert repr(name) in said["sk-ann"] and str(folder) not in said["sk-ann"]
+            assert said["sk-root"].startswith(said["sk-ann"]) and str(folder / name) in said["sk-root"]
