@@ -11,7 +11,8 @@
 
 The models are those of multi.py; --config.models=a,b chooses some of them. --config.limit=N takes the first N rows. The
 answers are written to --config.out=FILE (results/TASK.jsonl). If a run was stopped, the same command continues it, also
-with a larger limit. Other models need another FILE.
+with a larger limit. Other models need another FILE. --config.ray.workers=N spreads the requests over N engines on a Ray
+cluster (pip install 'icarus-jax[ray]').
 
 The files are read from ../shared/data, or from --config.data.path (and for sql --config.data.database). They come from
 PolyAI-LDN/task-specific-datasets (banking77: {"text", "category"}), sonos/nlu-benchmark of 2017 (snips:
@@ -54,4 +55,6 @@ def get_config(arg: str = "") -> ConfigDict:
     config.models = ""  # a,b; empty: all
     config.limit = 0  # rows; 0: all
     config.out = f"results/{arg}.jsonl"
+    # workers: how many engines answer, on a Ray cluster (0: one, in this process). The others are those of ray.py.
+    config.ray = ConfigDict({"workers": 0, "address": "", "num_cpus": 1.0, "num_gpus": 0.0, "resources": ""})
     return config.lock()

@@ -9,8 +9,9 @@
     python launch/compile_check.py --config=multi.py:llama8b --topology=v5e:2x4
                                                          the sizes of a trunk are enough for this program
 
-The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b, qwen3-30b-a3b, granite8b (Granite 3.3),
-mistral-small (24B), gemma27b (Gemma 3) and smollm2, with 8 untrained heads unless N says otherwise. GET /v1/models lists what is served. One more head: --heads=NAME=PATH.
+The trunks are llama8b, llama70b (Llama 3.1), qwen3-8b, qwen3-14b, qwen3-30b-a3b, granite8b (Granite 3.3), mistral-small
+(24B), gemma27b (Gemma 3) and smollm2, with 8 untrained heads unless N says otherwise. GET /v1/models lists what
+is served. One more head: --heads=NAME=PATH.
 """
 
 import re

@@ -6,6 +6,7 @@
     python launch/bench.py peers --config=multi.py:8     writes trunk and heads as files for vLLM and llama.cpp
     python launch/bench.py prefix                        the prefill saved if eight heads take turns in a conversation
     python launch/bench.py fanout --config=multi.py:8    one prompt for eight heads, against eight isolated requests
+    python launch/bench.py restart --prompt=1500         an engine that is started anew: with a page store, and without
     python launch/bench.py host --sequences=32,256,1024 --context=2048   the host's work of a step, without a device
     python launch/bench.py structured --sequences=1,8,24 --schemas=FILE,FOLDER   what it costs to follow JSON schemas
     python launch/bench.py soak                          twice the load that the server can carry, with reloads
@@ -14,9 +15,10 @@
     python launch/bench.py heads --answers=FILE,FILE --models=A,B --baseline=C,D   compares what evaluate.py has scored
     python launch/bench.py loss --config=single.py --texts=FILE,FILE --tokens=50000   the trunk's loss on texts
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    `serve`, SIMULATED on other chips
+    python launch/bench.py fleet                         how many chips a fleet of replicas needs, SIMULATED
     python launch/bench.py calibrate                     compares the simulator with what `serve` has measured here
 
-configs/bench.py and configs/simulate.py describe the options.
+configs/bench.py, configs/simulate.py and configs/fleet.py describe the options.
 """
 
 import json
@@ -35,7 +37,7 @@ from icarus_jax import cli
 _SEQUENCES = flags.DEFINE_list("sequences", ["1", "8", "32"], "step: batch sizes")
 _CONTEXT = flags.DEFINE_integer("context", 512, "step: tokens of each sequence")
 _STEPS = flags.DEFINE_integer("steps", 10, "step: steps timed in each round")
-_PROMPT = flags.DEFINE_integer("prompt", 2000, "fanout: tokens of the prompt")
+_PROMPT = flags.DEFINE_integer("prompt", 2000, "fanout, restart: tokens of the prompt")
 _OUTPUT = flags.DEFINE_string("output", "results/peers", "peers: the folder to write")
 _SCHEMAS = flags.DEFINE_list("schemas", [], "structured: files and folders with JSON schemas; none: our own requests'")
 _REPORT = flags.DEFINE_string("report", "results/structured.json", "structured: the file for the figures")
@@ -116,11 +118,25 @@ def bench_simulate(config: ConfigDict) -> dict:
     return simulate.run(config)
 
 
+def bench_fleet(config: ConfigDict) -> dict:
+    """Simulates fleets of replicas."""
+    from icarus_jax.bench import fleet
+
+    return fleet.run(config)
+
+
 def bench_fanout(config: ConfigDict) -> dict:
     """Compares one request for eight shared heads with eight requests to isolated heads."""
     from icarus_jax.bench import fanout
 
     return fanout.run(config, _PROMPT.value, _STEPS.value)
+
+
+def bench_restart(config: ConfigDict) -> dict:
+    """Compares an engine that finds its pages in a store with one that has to compute them."""
+    from icarus_jax.bench import restart
+
+    return restart.run(config, _PROMPT.value)
 
 
 def bench_soak(config: ConfigDict) -> dict:
@@ -154,11 +170,13 @@ COMMANDS = {
     "calibrate": (bench_calibrate, "bench.py"),
     "peers": (write_peers, "multi.py:8"),
     "fanout": (bench_fanout, "multi.py:8"),
+    "restart": (bench_restart, "multi.py:2"),
     "heads": (bench_heads, "multi.py"),
     "loss": (bench_loss, "single.py"),
     "soak": (bench_soak, "soak.py"),
     "cpu": (bench_cpu, "single.py"),
     "kernels": (bench_kernels, "single.py"),
+    "fleet": (bench_fleet, "fleet.py"),
     "simulate": (bench_simulate, "simulate.py:llama8b_a100"),
 }
 

@@ -47,7 +47,13 @@ def main(config: ConfigDict) -> None:
         evaluation = make_evaluation(config, models)
         for number, why in evaluation.unusable.items():
             print(f"{config.data.path}:{number}: {why}; this line gets no answer", file=sys.stderr)
-        report = batch.run(evaluation, Path(config.out).expanduser(), lambda: serve(config), progress_bar)
+        out = Path(config.out).expanduser()
+        if config.ray.workers:
+            from icarus_jax.on_ray.batches import asker
+
+            report = batch.run_with(evaluation, out, asker(config), progress_bar)
+        else:
+            report = batch.run(evaluation, out, lambda: serve(config), progress_bar)
     print(json.dumps(report))
 
 

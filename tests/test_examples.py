@@ -111,6 +111,19 @@ def test_agents_langgraph(url, capsys):
     assert [line.partition(":")[0] for line in lines] == ["planner", "writer"] * 2
 
 
+# On workers, and with one killed: tests/ray/test_batches.py.
+def test_ray_data(files):
+    pytest.importorskip("ray")
+    trunk, heads = files
+    module = example("ray_data")
+    heads_of = module.Heads(heads, 3, {"trunk": trunk, "trunk_name": "trunk", **ENGINE})
+    with heads_of.llm:
+        rows = heads_of({"id": ["x", "y"], "prompt": ["One", "Two"]})
+        batch = heads_of({"custom_id": ["x"], "url": ["/v1/completions"], "body": [{"prompt": "One"}]})
+    assert list(rows) == ["id", "a", "b"] and rows["id"] == ["x", "y"]
+    assert [batch["a"][0], batch["b"][0]] == [rows["a"][0], rows["b"][0]]
+
+
 def test_every_example_is_tested():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {file.stem for file in EXAMPLES.glob("*.py")} <= tested

@@ -15,7 +15,7 @@ import json
 from collections.abc import AsyncIterator, Callable, Container, Hashable, Iterable, Iterator, Mapping
 from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import httpx
 from starlette.types import ASGIApp
@@ -70,6 +70,13 @@ class Evaluation:
     unusable: Mapping[int, str] = dataclasses.field(default_factory=dict)
 
 
+class Lines(Protocol):
+    """What takes lines: a result file, or a list."""
+
+    def append(self, line: Line, /) -> object:
+        """Takes a line."""
+
+
 def run(
     evaluation: Evaluation,
     out: Path,
@@ -94,23 +101,52 @@ def run(
             or a job's record(..) has ended the run. The lines that `out` has are kept, and the next run does the rest.
         OSError: `out` cannot be opened.
     """
+
+    def ask(left: list[Job], results: ResultFile, step: Callable[[], object]) -> None:
+        with serve() as (app, in_flight):
+            asyncio.run(ask_all(app, each_of(left), in_flight, results, step))
+
+    return run_with(evaluation, out, ask, progress)
+
+
+def run_with(
+    evaluation: Evaluation,
+    out: Path,
+    ask: Callable[[list[Job], ResultFile, Callable[[], object]], None],
+    progress: Callable[[int, int], Callable[[], object]] = lambda total, done: lambda: None,
+) -> dict[str, Any]:
+    """Does what `run` does, with other means to get the answers.
+
+    Args:
+        evaluation: as for `run`.
+        out: as for `run`.
+        ask: ask(jobs, results, step) appends the line of each job to `results`, and calls step() after each.
+        progress: as for `run`.
+
+    Returns:
+        The report on all jobs.
+
+    Raises:
+        ValueError: as for `run`.
+        OSError: as for `run`.
+    """
     lines: dict[Hashable, Line] = {}
 
     def take(line: Line) -> None:
         lines[evaluation.key(line)] = line
 
-    async def each() -> AsyncIterator[Job]:
-        for job in left:
-            yield job
-
     with ResultFile(out, evaluation.header, take, evaluation.begins) as results:
         left = list(jobs_left(evaluation.jobs, lines, results))
         if left:
-            with serve() as (app, in_flight):
-                step = progress(len(evaluation.jobs), len(evaluation.jobs) - len(left))
-                asyncio.run(ask_all(app, each(), in_flight, results, step))
+            ask(left, results, progress(len(evaluation.jobs), len(evaluation.jobs) - len(left)))
         results.check_in_place()
         return evaluation.report([lines[job.key] for job in evaluation.jobs])
+
+
+async def each_of(jobs: Iterable[Job]) -> AsyncIterator[Job]:
+    """Yields jobs as `ask_all` takes them."""
+    for job in jobs:
+        yield job
 
 
 def jobs_left(jobs: Iterable[Job], known: Container[Hashable], results: ResultFile) -> Iterator[Job]:
@@ -137,7 +173,7 @@ async def ask_all(
     app: ASGIApp,
     jobs: AsyncIterator[Job],
     in_flight: int,
-    results: ResultFile,
+    results: Lines,
     step: Callable[[], object],
     place: Callable[[Job], AbstractAsyncContextManager[None]] = lambda job: contextlib.nullcontext(),
 ) -> None:
@@ -147,7 +183,7 @@ async def ask_all(
         app: the app.
         jobs: the requests.
         in_flight: how many to keep in flight.
-        results: the file that takes the answers.
+        results: takes the answers.
         step: called on the event loop after each line, before the next is written.
         place: place(job) is a context in which a request is asked.
 
@@ -181,31 +217,36 @@ async def ask_all(
 
 
 async def _ask(client: httpx.AsyncClient, job: Job) -> tuple[int, Any]:
-    """Returns the status and the JSON answer. If the server fails on the request, it is asked once more.
+    """Returns the status and the JSON answer. If the server fails on the request, it is asked once more, when it says.
 
     Raises:
         ValueError: the engine has failed, so it would fail on the other requests too.
     """
-    status, answer = await _post(client, job)
+    status, answer, retry_after = await _post(client, job)
     if status >= 500:
-        await asyncio.sleep(RETRY_SECONDS)
-        status, answer = await _post(client, job)
+        await asyncio.sleep(retry_after)
+        status, answer, _ = await _post(client, job)
     if status >= 500 and (await client.get("/health")).status_code != 200:
         raise ValueError("the engine has failed; the answers so far are kept, and the same command does the rest")
     return status, answer
 
 
-async def _post(client: httpx.AsyncClient, job: Job) -> tuple[int, Any]:
-    """Returns the status and the JSON answer. While the server has no room for the request, it waits."""
+async def _post(client: httpx.AsyncClient, job: Job) -> tuple[int, Any, float]:
+    """Returns the status, the JSON answer, and after how many seconds to ask again if that is an error.
+
+    While the server has no room for the request, it waits.
+    """
     while True:
         answer = await client.post(job.url, content=job.body, headers={"Content-Type": "application/json"})
+        retry_after = float(answer.headers.get("Retry-After", RETRY_SECONDS))
         if answer.status_code != 429:
             break
-        await asyncio.sleep(float(answer.headers.get("Retry-After", RETRY_SECONDS)))
+        await asyncio.sleep(retry_after)
     try:
-        return answer.status_code, await asyncio.to_thread(answer.json)  # a long one would hold the event loop
+        shown = await asyncio.to_thread(answer.json)  # a long one would hold the event loop
+        return answer.status_code, shown, retry_after
     except ValueError:
-        return 500, {"error": {"code": "server_error", "message": "the server's answer is no JSON"}}
+        return 500, {"error": {"code": "server_error", "message": "the server's answer is no JSON"}}, retry_after
 
 
 def encode(body: Mapping[str, Any]) -> bytes:
@@ -234,47 +275,3 @@ def digest(value: Any) -> str:
     """Returns a short name of a JSON value or of bytes: the first 24 hexadecimal digits of a SHA-256."""
     raw = value if isinstance(value, bytes) else json.dumps(value, sort_keys=True).encode()
     return hashlib.sha256(raw).hexdigest()[:24]
-
-
-def parse_line(text: bytes) -> dict[str, Any]:
-    """Reads a line of a file of JSON lines.
-
-    Args:
-        text: the line.
-
-    Returns:
-        The JSON object.
-
-    Raises:
-        ValueError: the line is no JSON object.
-    """
-    try:
-        value = json.loads(text)
-    except ValueError as error:
-        raise ValueError(f"broken JSON: {error}") from None
-    except RecursionError:
-        raise ValueError("broken JSON: nested too deeply") from None
-    if not isinstance(value, dict):
-        raise ValueError("a line must be a JSON object")
-    return value
-
-
-def read_lines(path: Path, raw: bytes) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yields the JSON objects of a file of JSON lines. Blank lines are skipped.
-
-    Args:
-        path: the file's path, for error messages.
-        raw: its content.
-
-    Yields:
-        (line number, object); the first line has the number 1.
-
-    Raises:
-        ValueError: a line is no JSON object. The message names the file and the line.
-    """
-    for number, text in enumerate(raw.splitlines(), 1):
-        if text.strip():
-            try:
-                yield number, parse_line(text)
-            except ValueError as error:
-                raise ValueError(f"{path}:{number}: {error}") from None

@@ -14,7 +14,8 @@ from collections.abc import Container, Generator, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, RESPONSES, Evaluation, Job, digest, encode, parse_line
+from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, RESPONSES, Evaluation, Job, digest, encode
+from icarus_jax.evaluation.json_lines import parse_line
 from icarus_jax.evaluation.result_file import Line
 from icarus_jax.server.body import MAX_BODY_BRACKETS, MAX_BODY_BYTES, MAX_BODY_COMMAS
 

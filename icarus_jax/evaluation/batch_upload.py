@@ -9,7 +9,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request as HttpRequest
 
-from icarus_jax.server.body import ApiError
+from icarus_jax.server.body import ApiError, body_chunks
 
 FORM_BYTES = 1 << 20  # of a form that sends a file, besides the file
 
@@ -40,12 +40,12 @@ async def read_form(http: HttpRequest, most: int) -> FormData:
         most: the size of the largest file, in bytes.
 
     Raises:
-        ApiError: it is no form, or too large, or the disk takes no more.
+        ApiError: it is no form, too large or too slow, or the disk takes no more.
     """
 
     async def limited() -> AsyncGenerator[bytes, None]:
         size = 0
-        async for chunk in http.stream():
+        async for chunk in body_chunks(http):
             size += len(chunk)
             if size > most + FORM_BYTES:
                 raise _too_large(most)

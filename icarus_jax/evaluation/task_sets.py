@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from icarus_jax.evaluation import sandbox, scoring
-from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, encode, read_lines
+from icarus_jax.evaluation.batch import CHAT, COMPLETIONS, Evaluation, Job, digest, encode
+from icarus_jax.evaluation.json_lines import read_lines
 from icarus_jax.evaluation.result_file import Line
 from icarus_jax.evaluation.scoring import Score
 from icarus_jax.evaluation.tool_scores import score_tools

@@ -834,3 +834,18 @@ def test_sigterm_ends_the_process_while_a_batch_runs(tmp_path):
         threading.Event().wait(0.5)
         running.send_signal(signal.SIGTERM)
         assert running.wait(60) == 0  # its request would run for 100 s, and the drain for 120
+
+
+def test_an_upload_that_stops_leaves_its_room_to_others(tmp_path):
+    limits = BatchLimits(file_bytes=3000, sent_bytes=6000)
+    keys = Keys([f"ann:{ANN}"])
+    with serving(keys=keys, body_timeout=1.0, **options(tmp_path, limits)) as served:
+        ann = served.openai.with_options(api_key=ANN)
+        host, port = served.url.removeprefix("http://").split(":")
+        head = f"POST /v1/files HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {ANN}\r\nContent-Length: 2500\r\n"
+        head += f"Content-Type: {CONTENT_TYPE}\r\n\r\n--x\r\n"
+        with socket.create_connection((host, int(port))) as slow:  # it stays open
+            slow.sendall(head.encode())
+            wait_for(lambda: refused(ann))
+            assert slow.recv(65536).startswith(b"HTTP/1.1 408 ")
+            assert not refused(ann)

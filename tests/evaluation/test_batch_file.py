@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import os
@@ -11,7 +12,9 @@ import sys
 import threading
 from pathlib import Path
 
+import httpx
 import pytest
+from starlette.responses import JSONResponse
 
 from icarus_jax.evaluation import batch, batch_file, result_file, task_sets
 from icarus_jax.evaluation.result_file import ResultFile
@@ -363,3 +366,28 @@ def test_killed_at_random_points_no_line_is_lost_or_doubled(tmp_path):
         answers = {line["custom_id"]: line["error"] or said(line) for line in lines}
         assert "surrogate" in answers.pop("r30")["message"]
         assert answers == {f"r{i}": counted(i + 1) for i in range(count) if i != 30}
+
+
+def test_a_batch_waits_as_long_as_the_server_says(monkeypatch):
+    """A 503 says when to ask again: after the half second of other failures the place of adapters may still be down."""
+    waits: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waits.append(seconds)
+
+    async def app(scope, receive, send) -> None:
+        headers = {"Retry-After": "10"} if scope["path"] == "/down" else {}
+        status = 503 if len(waits) < 1 else 200
+        await JSONResponse({}, status, headers)(scope, receive, send)
+
+    monkeypatch.setattr(batch.asyncio, "sleep", sleep)
+
+    async def ask(path: str) -> int:
+        transport = httpx.ASGITransport(app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            job = batch.Job("a", path, b"{}", lambda status, answer: {})
+            return (await batch._ask(client, job))[0]
+
+    for path, seconds in (("/down", 10.0), ("/broken", batch.RETRY_SECONDS)):
+        waits.clear()
+        assert asyncio.run(ask(path)) == 200 and waits == [seconds]

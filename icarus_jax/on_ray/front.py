@@ -1,0 +1,215 @@
+"""The front: takes HTTP requests and passes them on to the replicas.
+
+It reads the whole body of a request, because the router has to know the conversation; Ray Serve's proxy shows a router
+the headers only. Everything else is the work of the replica's app: keys, limits, errors, streams.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import re
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from typing import Any
+
+from ray import serve
+from ray.exceptions import RayError
+from ray.serve.exceptions import RayServeException
+from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
+from starlette.applications import Starlette
+from starlette.datastructures import Headers
+from starlette.requests import Request as HttpRequest
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Mount
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
+
+from icarus_jax.fleet.routing import Routed
+from icarus_jax.on_ray.asked import Asked, read_json, read_routed
+from icarus_jax.on_ray.head_log import HEAD_PATHS
+from icarus_jax.on_ray.joined_metrics import join_metrics
+from icarus_jax.on_ray.replica import Whole
+from icarus_jax.server.body import ApiError, read_body
+from icarus_jax.server.delivery import written_event
+from icarus_jax.server.responses import error_body
+
+log = logging.getLogger(__name__)
+
+METRICS, RELEASE, RESPONSES, PAGE_STATS = "/metrics", "/v1/release_session", "/v1/responses", "/page/stats"
+RESPONSE_ID = re.compile(rb'"id": ?"(resp_\w+)"')
+MAX_RESPONSES = 100_000  # ids of which the front remembers the replica
+LARGE = 1 << 16  # bytes; the JSON of more is read on a thread
+
+
+class ReplicaLost(Exception):
+    """The replica that worked on a request has died, or takes no requests."""
+
+
+class Front:
+    """The ASGI app of the front."""
+
+    def __init__(self, replicas: DeploymentHandle, head_log: DeploymentHandle, accept_seconds: float):
+        """Takes what it works with.
+
+        Args:
+            replicas: the deployment of `Replica`.
+            head_log: the changes of heads.
+            accept_seconds: how long a request waits for a replica that takes it.
+        """
+        self._replicas, self._head_log, self._accept_seconds = replicas, head_log, accept_seconds
+        self._answers = replicas.options(stream=True).answer
+        self._heads: int | None = None  # the version that every replica must have; None: not known yet
+        self._changing = asyncio.Lock()
+        self._responses: OrderedDict[str, str] = OrderedDict()  # id of a response -> the replica that keeps it
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers a request, as an ASGI app.
+
+        Args:
+            scope: the connection.
+            receive: gives the client's messages.
+            send: takes the messages to the client.
+        """
+        if scope["type"] != "http":
+            return await WebSocketClose()(scope, receive, send)
+        try:
+            body = await read_body(HttpRequest(scope, receive))
+            asked = await self._asked(scope, body)
+            path = scope["path"] if scope["method"] in ("GET", "POST") else ""
+            if path in HEAD_PATHS:
+                await _send_whole(await self._change_heads(asked), scope, receive, send)
+            elif path in (METRICS, RELEASE):
+                await _send_whole(await self._from_all(asked), scope, receive, send)
+            else:
+                await self._pass_on(asked, send)
+        except ApiError as error:
+            answer = JSONResponse(
+                error_body(error.status, str(error), error.param, error.code), error.status, error.headers
+            )
+            await answer(scope, receive, send)
+        except ReplicaLost as error:
+            answer = JSONResponse(error_body(503, str(error), code="replica_lost"), 503, {"Retry-After": "1"})
+            await answer(scope, receive, send)
+
+    async def _asked(self, scope: Scope, body: bytes) -> Asked:
+        """Reads what the router needs to know."""
+        if self._heads is None:
+            self._heads, _ = await self._head_log.since.remote(1 << 62)
+        path = scope["path"]
+        if path == PAGE_STATS:  # its rates make sense from one replica only
+            return Asked.of(scope, body, routed=Routed(PAGE_STATS), heads=self._heads)
+        read = await asyncio.to_thread(read_json, body) if len(body) > LARGE else read_json(body)
+        before = read.get("previous_response_id") if path == RESPONSES else path.removeprefix(RESPONSES + "/")
+        replica = self._responses.get(before.partition("/")[0], "") if isinstance(before, str) else ""
+        routed = read_routed(Headers(scope=scope), read)
+        return Asked.of(scope, body, routed=routed, replica=replica, heads=self._heads)
+
+    async def _pass_on(self, asked: Asked, send: Send) -> None:
+        """Lets a replica answer, and sends what it says."""
+        started: Message | None = None
+        answers: Any = self._answers.remote(asked)  # a generator, as the handle streams
+        try:
+            replica = await self._accepted(answers)
+            async for message in _messages(answers):
+                if message["type"] == "http.response.start":
+                    # Ray Serve's proxy adds the same header.
+                    message["headers"] = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                    started = message
+                elif asked.scope["path"] == RESPONSES and (found := RESPONSE_ID.search(message.get("body", b""))):
+                    self._remember(found[1].decode(), replica)
+                await send(message)
+        except (RayError, RayServeException) as error:
+            log.warning("%s %s: %s", asked.scope["method"], asked.scope["path"], type(error).__name__)
+            lost = ReplicaLost("the replica that worked on this request has failed; send the request again")
+            if started is None:
+                raise lost from error
+            if b"text/event-stream" not in Headers(raw=started["headers"]).get("content-type", "").encode():
+                raise
+            await send({"type": "http.response.body", "body": _last_events(asked.scope["path"], lost)})
+
+    async def _accepted(self, answers: DeploymentResponseGenerator) -> str:
+        """Waits until a replica has taken the request, and returns its id."""
+        try:
+            async with asyncio.timeout(self._accept_seconds):
+                return await anext(answers)
+        except TimeoutError:
+            answers.cancel()
+            waited = f"no replica has taken the request in {self._accept_seconds:g} s"
+            raise ReplicaLost(f"{waited}: they start, or have more than they can do; send it again") from None
+
+    def _remember(self, response_id: str, replica: str) -> None:
+        self._responses[response_id] = replica
+        self._responses.move_to_end(response_id)
+        if len(self._responses) > MAX_RESPONSES:
+            self._responses.popitem(last=False)
+
+    async def _change_heads(self, asked: Asked) -> Whole:
+        """Loads or unloads a head: one replica first, so that a bad request changes nothing, then the others."""
+        async with self._changing:
+            try:
+                answer, version = await self._replicas.change_heads.remote(asked)
+                if answer.status >= 300:
+                    return answer
+                results = await self._replicas.broadcast("follow_heads", version).results_async(return_exceptions=True)
+            except (RayError, RayServeException) as error:
+                raise ReplicaLost("the replica that worked on this request has failed; send it again") from error
+            self._heads = version
+            failures = [error for result in results if isinstance(result, list) for error in result]
+            if failures:
+                message = f"the heads now differ between replicas: {'; '.join(failures)}"
+                raise ApiError(500, message, code="heads_differ")
+            return answer
+
+    async def _from_all(self, asked: Asked) -> Whole:
+        """Lets every replica answer, and makes one answer of theirs."""
+        try:
+            results = await self._replicas.broadcast("whole", asked).results_async(return_exceptions=True)
+        except (RayError, RayServeException) as error:
+            raise ReplicaLost("there is no replica; send the request again") from error
+        answers = [result for result in results if isinstance(result, Whole)]
+        good = [answer for answer in answers if answer.status == 200]
+        if not answers:
+            raise ReplicaLost("all replicas have failed; send the request again")
+        if asked.scope["path"] == METRICS and good:
+            body = join_metrics({answer.replica: answer.body.decode() for answer in good})
+            return Whole("", 200, [(b"content-type", b"text/plain; version=0.0.4")], body)
+        released = [answer for answer in good if read_json(answer.body).get("released")]
+        return [*released, *good, *answers][0]
+
+
+async def _messages(answers: DeploymentResponseGenerator) -> AsyncIterator[Message]:
+    async for batch in answers:
+        for message in batch:
+            yield message
+
+
+async def _send_whole(answer: Whole, scope: Scope, receive: Receive, send: Send) -> None:
+    response = Response(answer.body, answer.status)
+    response.raw_headers = [pair for pair in answer.headers if pair[0].lower() != b"x-request-id"]
+    await response(scope, receive, send)
+
+
+def _last_events(path: str, error: ReplicaLost) -> bytes:
+    """Writes the end of a stream that cannot go on, as the replica's app would."""
+    if path == RESPONSES:
+        event: dict[str, Any] = {"type": "error", "code": "replica_lost", "message": str(error), "param": None}
+        return f"event: error\ndata: {json.dumps(event | {'sequence_number': 0})}\n\n".encode()
+    return (written_event(error_body(503, str(error), code="replica_lost")) + "data: [DONE]\n\n").encode()
+
+
+@serve.ingress()
+class FrontDeployment:
+    """The front as a deployment."""
+
+    def __init__(
+        self, replicas: DeploymentHandle, head_log: DeploymentHandle, accept_seconds: float, body_timeout: float
+    ):
+        """Takes the arguments of `Front`, and how many seconds a body may take; see `body_chunks`."""
+        self._app = Starlette(routes=[Mount("", app=Front(replicas, head_log, accept_seconds))])
+        self._app.state.body_timeout = body_timeout
+
+    def __serve_build_asgi_app__(self) -> ASGIApp:
+        """Returns the app, for Ray Serve."""
+        return self._app
