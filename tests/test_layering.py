@@ -38,7 +38,7 @@ WITHOUT_JAX = (
         )
     ),
 )
-OUTSIDE_ROOMS = {"__init__", "config", "errors", "tasks", "chat_template", "llm"}
+OUTSIDE_ROOMS = {"__init__", "errors", "tasks", "chat_template", "llm"}
 MAX_LINES = 300
 
 
@@ -118,7 +118,17 @@ def test_host_code_is_free_of_jax():
 
 
 @pytest.mark.parametrize(
-    "module", ["cli", "scheduling.scheduler", "simulator.run", "workloads.agents", "evaluation.batch"]
+    "module",
+    [
+        "cli",
+        "scheduling.scheduler",
+        "simulator.run",
+        "simulator.fleet",
+        "workloads.agents",
+        "evaluation.batch",
+        "fleet.routing",
+        "page_store.store",
+    ],
 )
 def test_importing_host_code_loads_no_jax(module):
     code = f"import sys, icarus_jax.{module}; sys.exit('jax' in sys.modules)"

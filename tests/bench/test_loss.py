@@ -60,6 +60,13 @@ def test_every_file_has_its_share(config, tmp_path):
     assert report["tokens"] == 100 and len(report["files"]) == 2
 
 
+def test_chunks_are_no_longer_than_the_engine_takes(config, tmp_path, monkeypatch):
+    monkeypatch.setattr(loss, "CHUNK", 1024)
+    config.engine.max_model_len = 30
+    (text := tmp_path / "a.txt").write_text("abcdefgh" * 10)
+    assert loss.run(config, [str(text)], 1000)["tokens"] == 28 + 28 + 21
+
+
 def test_what_cannot_be_read_is_said(config, tmp_path):
     with pytest.raises(UsageError, match="nowhere"):
         loss.texts_of([str(tmp_path / "nowhere")])
@@ -71,3 +78,12 @@ def test_what_cannot_be_read_is_said(config, tmp_path):
         loss.run(config, [str(tmp_path / "one.txt")], 10)
     with pytest.raises(UsageError, match="--texts"):
         loss.run(config, [], 10)
+    for tokens in (1, 0, -5):
+        with pytest.raises(UsageError, match=f"--tokens={tokens}: it is at least 1 for each file, 2 in all"):
+            loss.run(config, ["a", "b"], tokens)
+
+
+def test_a_row_may_hold_other_ends_of_lines(tmp_path):
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps("one\u2028two\x85three", ensure_ascii=False) + "\n\n" + json.dumps("four") + "\n")
+    assert loss.texts_of([str(rows)]) == ["one\u2028two\x85three", "four"]

@@ -60,7 +60,7 @@ def test_weights_are_quantised_from_the_numbers_in_the_file(tmp_path, monkeypatc
     assert weights["final_norm"].get_value().dtype == "bfloat16"
 
 
-@pytest.mark.parametrize("adapter, words", [(False, "is for GGUF files"), (True, "is not as it is stored")])
+@pytest.mark.parametrize("adapter, words", [(False, "has no weights in fewer bits"), (True, "is not as it is stored")])
 def test_what_is_not_stored_in_blocks_cannot_be_kept_so(adapter, words, tmp_path, monkeypatch):
     monkeypatch.setattr(composition, "enable_compilation_cache", lambda: None)
     folder = tiny.tiny_model("llama", tmp_path)
