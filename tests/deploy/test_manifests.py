@@ -1,8 +1,8 @@
 """The Kubernetes manifests: valid by Kubernetes' own schemas, and what they promise holds in our code.
 
 `kubectl kustomize` renders them; it asks no cluster. The schemas come with the package kubernetes-validate. For
-LeaderWorkerSet, ServiceMonitor and PodMonitoring no package has them: pod templates are checked by Kubernetes' schemas
-all the same, and other fields here, by name.
+LeaderWorkerSet, RayService, ServiceMonitor and PodMonitoring no package has them: pod templates are checked by
+Kubernetes' schemas all the same, and other fields here, by name.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import yaml
 from ml_collections import ConfigDict
 
 from icarus_jax.cli import engine_config
+from icarus_jax.errors import UsageError
 from icarus_jax.server.auth import ADMIN_PATHS, OPEN_PATHS, Keys, check_host
 from tests.server.served import serving
 
@@ -32,6 +33,7 @@ KUBERNETES = ROOT / "docs" / "deploy" / "kubernetes"
 FOLDERS = ("base", "gpu", "tpu", "slice")
 OLDEST, NEWEST = "1.30", "1.37"  # preStop.sleep is there since 1.30
 LWS, SERVICE_MONITOR, POD_MONITORING = "LeaderWorkerSet", "ServiceMonitor", "PodMonitoring"
+RAY = "RayService"
 MARGIN_SECONDS = 20  # from the end of the drain to the end of the process
 PRINT_CONFIG = """
 from icarus_jax import cli
@@ -69,6 +71,13 @@ def templates(folder: str) -> dict[str, dict[str, Any]]:
     return {"server": group["leaderTemplate"], "worker": group["workerTemplate"]}
 
 
+def ray_templates() -> dict[str, dict[str, Any]]:
+    """The pod templates of the RayService's cluster."""
+    cluster = the("ray", RAY)["spec"]["rayClusterConfig"]
+    (workers,) = cluster["workerGroupSpecs"]
+    return {"head": cluster["headGroupSpec"]["template"], "worker": workers["template"]}
+
+
 def container(template: dict[str, Any]) -> dict[str, Any]:
     (only,) = template["spec"]["containers"]
     return only
@@ -102,15 +111,15 @@ def schema_errors(part: dict[str, Any], version: str) -> str:
 def native(folder: str) -> Iterator[dict[str, Any]]:
     """The objects that Kubernetes itself knows, and the pod templates of those that it does not."""
     for part in rendered(folder):
-        if part["kind"] not in (LWS, SERVICE_MONITOR, POD_MONITORING):
+        if part["kind"] not in (LWS, RAY, SERVICE_MONITOR, POD_MONITORING):
             yield part
-    if folder == "slice":
-        for name, template in templates(folder).items():
+    if folder in ("slice", "ray"):
+        for name, template in (ray_templates() if folder == "ray" else templates(folder)).items():
             yield {"apiVersion": "v1", "kind": "PodTemplate", "metadata": {"name": name}, "template": template}
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])
-@pytest.mark.parametrize("folder", [*FOLDERS, "monitoring"])
+@pytest.mark.parametrize("folder", [*FOLDERS, "ray", "monitoring"])
 def test_every_object_follows_kubernetes_schema(folder, version):
     found = [schema_errors(part, version) for part in native(folder)]
     assert found and not any(found), found
@@ -132,6 +141,53 @@ def test_the_fields_of_a_leader_worker_set():
     rollout = part["spec"]["rolloutStrategy"]
     assert rollout["type"] == "RollingUpdate"
     assert rollout["rollingUpdateConfiguration"].keys() == {"maxUnavailable", "maxSurge"}
+
+
+def test_the_fields_of_a_ray_service():
+    """As in KubeRay's API reference (ray.io/v1)."""
+    part = the("ray", RAY)
+    assert part["apiVersion"] == "ray.io/v1" and part["spec"].keys() == {"serveConfigV2", "rayClusterConfig"}
+    cluster = part["spec"]["rayClusterConfig"]
+    assert cluster.keys() == {"rayVersion", "enableInTreeAutoscaling", "headGroupSpec", "workerGroupSpecs"}
+    assert cluster["headGroupSpec"].keys() == {"rayStartParams", "template"}
+    (workers,) = cluster["workerGroupSpecs"]
+    assert workers.keys() == {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+    for params in (cluster["headGroupSpec"]["rayStartParams"], workers["rayStartParams"]):
+        assert all(isinstance(value, str) for value in params.values())
+
+
+def test_ray_serve_takes_its_config(monkeypatch):
+    """Ray Serve's own schema, and our application with the arguments; a worker has room for one replica."""
+    serve_ray = pytest.importorskip("launch.serve_ray")
+    ray = pytest.importorskip("ray")
+    from ray.serve.schema import ServeDeploySchema
+
+    from icarus_jax.on_ray.cluster import needs
+
+    part = the("ray", RAY)["spec"]
+    (app,) = ServeDeploySchema.model_validate(yaml.safe_load(part["serveConfigV2"])).applications
+    module, _, name = app.import_path.partition(":")
+    assert module.removeprefix("icarus_jax.") == serve_ray.__name__ and app.route_prefix == "/"
+    made = []
+    monkeypatch.setattr("icarus_jax.on_ray.application.application", made.append)
+    with pytest.raises(UsageError, match="keys"):
+        getattr(serve_ray, name)(app.args)
+    monkeypatch.setenv("ICARUS_API_KEYS", "ann:a")
+    monkeypatch.setenv("ICARUS_ADMIN_KEYS", "b")
+    getattr(serve_ray, name)(app.args)
+    (config,) = made
+
+    (workers,) = part["rayClusterConfig"]["workerGroupSpecs"]
+    assert part["rayClusterConfig"]["rayVersion"] == ray.__version__
+    assert (workers["replicas"], workers["minReplicas"], workers["maxReplicas"]) == (
+        config.ray.replicas,
+        config.ray.replicas,
+        config.ray.max_replicas,
+    )
+    pod = ray_templates()["worker"]["spec"]
+    (server,) = pod["containers"]
+    assert needs(config.ray)["num_cpus"] == float(server["resources"]["limits"]["cpu"])
+    assert pod["terminationGracePeriodSeconds"] >= config.server.drain_seconds + MARGIN_SECONDS
 
 
 @pytest.mark.parametrize(
@@ -254,9 +310,9 @@ def test_the_autoscaler_counts_gauges_of_ours():
         assert f"# TYPE {metric['pods']['metric']['name']} gauge" in page
 
 
-@pytest.mark.parametrize("folder", FOLDERS)
+@pytest.mark.parametrize("folder", [*FOLDERS, "ray"])
 def test_images_are_built_here(folder):
-    for pod in templates(folder).values():
+    for pod in (ray_templates() if folder == "ray" else templates(folder)).values():
         name, tag = container(pod)["image"].split(":")
         assert name == "icarus-jax" and (ROOT / "docker" / f"Dockerfile.{tag}").is_file()
         assert "USER 10001" in (ROOT / "docker" / f"Dockerfile.{tag}").read_text()
@@ -264,9 +320,9 @@ def test_images_are_built_here(folder):
 
 
 def test_nothing_holds_a_secret():
-    parts = [part for folder in (*FOLDERS, "monitoring") for part in rendered(folder)]
+    parts = [part for folder in (*FOLDERS, "ray", "monitoring") for part in rendered(folder)]
     assert not [part for part in parts if part["kind"] == "Secret"]
-    for folder in FOLDERS:
-        for pod in templates(folder).values():
+    for folder in (*FOLDERS, "ray"):
+        for pod in (ray_templates() if folder == "ray" else templates(folder)).values():
             for entry in container(pod)["env"]:
                 assert "KEY" not in entry["name"] or entry.keys() == {"name", "valueFrom"}
