@@ -104,8 +104,8 @@ def make_simulation(config: ConfigDict) -> Callable[[str, int], FleetRun]:
     models, *more = numbers(config.models, "models", int)
     if more or config.mesh.data != 1:
         raise UsageError(
-            f"config.models={config.models}, config.mesh.data={config.mesh.data}: a fleet has one number of models, and "
-            "config.fleet.replicas is how many replicas it has; config.mesh.data is 1"
+            f"config.models={config.models}, config.mesh.data={config.mesh.data}: a fleet has one number of models; "
+            "config.mesh.data is 1, as config.fleet.replicas says how many replicas there are"
         )
     machine, w, fleet, traffic = make_machine(config, models), config.workload, config.fleet, config.traffic
     with usage_errors("config.workload"):

@@ -96,7 +96,7 @@ def run(config: ConfigDict, paths: Sequence[str], tokens: int) -> dict[str, Any]
 
 
 def _losses(llm: LLM, texts: Sequence[str], tokens: int, most: int) -> list[np.ndarray]:
-    """Returns the losses of each chunk's tokens, all but its first one, until there are enough. most: a chunk's tokens."""
+    """Returns the losses of each chunk's tokens, all but its first one, until there are enough; most: its tokens."""
     chunks: list[list[int]] = []
     room = tokens
     for ids in map(llm.tokenizer.encode, texts):

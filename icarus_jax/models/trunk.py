@@ -93,7 +93,7 @@ def _packed(layout: MeshLayout, config: EngineConfig) -> bool:
 def _check_kept(params: Mapping[str, Any], layout: MeshLayout, config: EngineConfig) -> None:
     """Raises ValueError if the weights of these parameters cannot be kept as the config says."""
     if config.weights and not set(EXPERTS).isdisjoint(params):
-        raise ValueError(f"engine.weights={config.weights!r}: experts are kept in engine.dtype; engine.weights='' is")
+        raise ValueError(f"engine.weights={config.weights!r}: experts are kept in engine.dtype; use engine.weights=''")
     products = (*PROJECTIONS, logits_table(params))
     if not in_blocks({name: param for name, param in params.items() if name in products}, config.weights):
         return
@@ -128,7 +128,7 @@ def abstract_weights(shapes: Mapping[str, tuple[int, ...]], layout: MeshLayout, 
         ValueError: The weights cannot be kept as the config says.
     """
     if config.weights == AS_STORED:
-        raise ValueError(f"engine.weights={AS_STORED!r}: no checkpoint is read here; 'int8' and 'fp8' are what one has")
+        raise ValueError(f"engine.weights={AS_STORED!r}: no checkpoint is read here; 'int8' or 'fp8' say what it holds")
     _check_kept(shapes, layout, config)
 
     def describe(name: str, shape: tuple[int, ...]) -> Any:

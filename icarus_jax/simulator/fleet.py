@@ -56,8 +56,8 @@ class FleetConfig:
     def __post_init__(self):
         if self.replicas < 1 or self.kind not in ("shared", "isolated"):
             raise ValueError(f"{self.replicas} replicas of kind {self.kind!r}: at least 1, shared or isolated")
-        stored = 0 <= self.store_bytes < math.inf and self.store_bandwidth > 0
-        if not (self.mean_up_s > 0 and self.down_s > 0 and stored):
+        positive = self.mean_up_s > 0 and self.down_s > 0 and self.store_bandwidth > 0
+        if not (positive and 0 <= self.store_bytes < math.inf):
             raise ValueError("mean_up_s, down_s, store_bandwidth must be above 0, store_bytes finite and not below")
 
 
@@ -148,13 +148,12 @@ class FleetSimulation:
             self._report(name)
             self._fail_later(name, 0.0)
         self._arrive(0)
-        events, result = self._events, self._result
         while self._open:
-            now, _, act, what = heapq.heappop(events)
+            now, _, act, what = heapq.heappop(self._events)
             act(now, what)
-            result.duration_s = now
-        result.prefill_tokens = sum(replica.prefill for replica in self._replicas.values())
-        return result
+            self._result.duration_s = now
+        self._result.prefill_tokens = sum(replica.prefill for replica in self._replicas.values())
+        return self._result
 
     # ---- sessions
 

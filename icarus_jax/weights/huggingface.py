@@ -88,15 +88,18 @@ class HfTrunk:
         # The scale of all of them, or their shape, which is not needed (quantised.py).
         if math.prod(stored.shape) == 1 or name.endswith(".weight_shape"):
             return {name.replace(module, part): stored for part in parts}
-        rows, columns = stored.shape
+        rows, *columns = stored.shape
         if rows != (expected := max(part.stop for part in parts.values())):
-            raise ValueError(f"{stored.file}: {name} has {rows} rows; the config asks for {expected}")
+            raise ValueError(
+                f"{stored.file}: {name} has {rows} rows; the config asks for {expected}, those of {', '.join(parts)}, "
+                "as the tensor is taken apart by its rows"
+            )
         if stored.dtype not in self._dtypes:
             raise ValueError(f"{stored.file}: {name} is {stored.dtype}; weights are {', '.join(self._dtypes)}")
-        size = columns * self._dtypes[stored.dtype].itemsize
+        size = math.prod(columns) * self._dtypes[stored.dtype].itemsize
         return {
             name.replace(module, part): stored._replace(
-                at=stored.at + where.start * size, shape=(where.stop - where.start, columns)
+                at=stored.at + where.start * size, shape=(where.stop - where.start, *columns)
             )
             for part, where in parts.items()
         }

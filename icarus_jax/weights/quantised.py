@@ -1,7 +1,7 @@
 """Hugging Face folders with quantised weights: compressed-tensors, fp8, GPTQ and AWQ.
 
-Weights are dequantised as they are read; or the numbers that they are stored as are read (stored_form.py). How each
-format stores a weight [out, in], as its own writer does (quantization_config.py names them):
+Weights are dequantised as they are read; or the numbers that they are stored as are read (as_stored.py). How each
+format stores a weight [out, in] of 4 bits, or as 'plain', as its own writer does (quantization_config.py names them):
 
     plain   weight in 8 bits, weight_scale or weight_scale_inv: one for the tensor, a row, or a block of it
     packed  weight_packed int32 [out, in / 8], values + 8; weight_scale [out, groups]; if values are not symmetric,
@@ -157,9 +157,7 @@ class QuantisedTrunk:
             if self.scheme.storage == "plain":
                 values = self._part(name, rows, columns)
                 if values.dtype not in EIGHT_BITS:
-                    raise ValueError(
-                        f"{self._folder}: {self._main(name)} is {values.dtype}, not int8 or fp8, but has scales"
-                    )
+                    raise ValueError(f"{self._folder}: {self._main(name)} is {values.dtype}, but has scales")
                 return values
             bits, each = self.scheme.bits, 32 // self.scheme.bits
             if self.scheme.storage == "awq":
@@ -241,11 +239,16 @@ class QuantisedTrunk:
         """Returns the kinds and shapes of the tensors that lie beside a quantised weight."""
         (outputs, inputs), (rows, groups) = self.shape(name), self._blocks(name)
         words, stored = math.ceil(outputs * self.scheme.bits / 32), self._stored[name]
+        due: dict[str, tuple[int, ...]]
         if self.scheme.storage in ("gptq", "awq"):
             due = {"scales": (groups, outputs), "qzeros": (groups, words)}
-            return due | ({"g_idx": (inputs,)} if "g_idx" in stored else {})
-        scale = "weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale"
-        return {scale: (rows, groups)} | ({"weight_zero_point": (words, groups)} if self.scheme.zero_points else {})
+            if self.scheme.act_order or "g_idx" in stored:
+                due["g_idx"] = (inputs,)
+            return due
+        due = {"weight_scale_inv" if "weight_scale_inv" in stored else "weight_scale": (rows, groups)}
+        if self.scheme.zero_points:
+            due["weight_zero_point"] = (words, groups)
+        return due
 
     def _blocks(self, name: str) -> tuple[int, ...]:
         """Returns how many blocks of rows and of columns have scales of their own."""

@@ -33,6 +33,7 @@ class Scheme:
         block: The rows (outputs) and columns (inputs) that have one scale; 0: all of them.
         zero_points: Whether zero points are stored. Else they are in the middle of the integers.
         zero: What is added to the stored zero points of 'gptq'.
+        act_order: Whether the inputs of a group are no neighbours ('gptq'), so that there must be a list of them.
     """
 
     storage: str
@@ -40,6 +41,7 @@ class Scheme:
     block: tuple[int, int] = (0, 0)
     zero_points: bool = False
     zero: int = 0
+    act_order: bool = False
 
 
 def read_scheme(settings: Mapping[str, Any]) -> Scheme:
@@ -66,7 +68,8 @@ def read_scheme(settings: Mapping[str, Any]) -> Scheme:
         _need("gptq", form in ("gptq", "gptq_v2"), checkpoint_format=form)
         other = next((key for key in settings.get("dynamic") or () if not key.startswith("-:")), None)
         _need("gptq", other is None, dynamic=other)  # a setting of its own for some modules
-        return Scheme("gptq", bits, (1, max(0, group)), zero_points=True, zero=0 if form == "gptq_v2" else 1)
+        zero, act_order = 0 if form == "gptq_v2" else 1, bool(settings.get("desc_act"))
+        return Scheme("gptq", bits, (1, max(0, group)), zero_points=True, zero=zero, act_order=act_order)
     if method == "awq":
         version = settings.get("version", "gemm")
         _need("awq", bits == 4, bits=bits)

@@ -244,8 +244,9 @@ def test_sessions_that_fail_do_not_keep_a_target():
 @pytest.mark.parametrize(
     "key, value, said",
     [("systems", "shared+disk", "isolated"), ("traffic.end_h", 25.0, "hours of one day"),
-     ("fleet.replicas", "0", "0 replicas"), ("models", "8,16", "one number of models"), ("mesh.data", 2, "mesh.data is 1"),
-     ("traffic.sessions", 0, "no session arrives"), ("fleet.store_tb", math.inf, "store_bytes finite"),
+     ("fleet.replicas", "0", "0 replicas"), ("models", "8,16", "one number of models"),
+     ("mesh.data", 2, "mesh.data is 1"), ("traffic.sessions", 0, "no session arrives"),
+     ("fleet.store_tb", math.inf, "store_bytes finite"),
      ("fleet.down_s", 0.0, "down_s"), ("routing.max_keys", 0, "max_keys"), ("engine.weights", "as_stored", "int8"),
      ("workload.assign", "random", "round_robin")],
 )  # fmt: skip

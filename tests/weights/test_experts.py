@@ -93,7 +93,7 @@ def test_the_published_config():
     assert config.sliding_window == 128 and config.full_attention_layers == tuple(range(1, 24, 2))
     for left_out in ("layer_types", "rope_scaling", "rope_theta", "swiglu_limit", "attention_bias", "head_dim"):
         assert config_from_hf({k: v for k, v in settings.items() if k != left_out}, "here") == config
-    with pytest.raises(ValueError, match="config.json says swiglu_limit=None, which is not supported"):
+    with pytest.raises(ValueError, match=r"config.json says swiglu_limit=None, which is not supported"):
         config_from_hf({**settings, "swiglu_limit": None}, "here")
     assert config.context_length == 131072 and not config.rope_scaling.truncate
     assert config.rope_scaling.attention_factor == pytest.approx(0.1 * math.log(32) + 1)

@@ -231,6 +231,25 @@ def test_fused_tensors_are_taken_apart_with_their_scales(tmp_path):
         assert_same_params(load_trunk(quantised), load_trunk(plain), rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["gptq", "awq", "int4 with zero points", "fp8 in blocks"])
+def test_fused_tensors_whose_rows_are_no_outputs_are_refused(name, tmp_path):
+    folder = tiny_model("phi3", tmp_path, **SIZES)
+    write(folder, *FORMATS[name])
+    with pytest.raises(
+        ValueError, match=r"rows; the config asks for \d+, those of .*_proj, .* taken apart by its rows"
+    ):
+        load_trunk(folder)
+
+
+def test_scales_of_one_axis_are_taken_apart(tmp_path):
+    def flat(w):
+        stored, want = int8_channel(w)
+        return stored | {"weight_scale": stored["weight_scale"].reshape(-1)}, want
+
+    quantised, plain = pair("phi3", tmp_path, compressed(), flat)
+    assert_same_params(load_trunk(quantised), load_trunk(plain), rtol=1e-6)
+
+
 def test_scales_are_part_of_the_identity(tmp_path):
     settings, store = FORMATS["int8 by channel"]
     quantised, _ = pair("llama", tmp_path, settings, store)
@@ -307,10 +326,11 @@ def twice(t):
         ("gptq", "g_idx", twice, r"g_idx has the shape \(256,\), not \(128,\)"),
         ("gptq", "g_idx", lambda t: t - 1, r"g_idx has a group below 0"),
         ("gptq", "g_idx", lambda t: t + 1, r"is not as its quantization_config says"),
+        ("gptq with act-order", "g_idx", None, r"down_proj.g_idx is missing"),
         ("awq", "scales", twice, r"scales has the shape \(8, 64\), not \(4, 64\)"),
         ("awq", "qzeros", None, r"down_proj.qzeros is missing"),
         ("awq", "scales", None, r"down_proj.scales is missing"),
-        ("int8 by channel", "weight", lambda t: t.astype(np.float16), r"weight is float16, not int8 or fp8, but has"),
+        ("int8 by channel", "weight", lambda t: t.astype(np.float16), r"weight is float16, but has scales"),
     ],
 )
 def test_what_is_stored_otherwise_is_refused(name, tensor, change, message, tmp_path):
