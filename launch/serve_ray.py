@@ -11,7 +11,6 @@ from __future__ import annotations
 import ast
 import functools
 import os
-import re
 import signal
 import sys
 import threading
@@ -85,9 +84,10 @@ def why_not(deployments: Mapping[str, DeploymentStatusOverview], error: RuntimeE
     Returns:
         The UsageError of a replica if there is one, else all that is known.
     """
+    from icarus_jax.on_ray.cluster import usage_error_in
+
     messages = "\n".join(deployment.message for deployment in deployments.values())
-    found = re.findall(r"^.*UsageError: (.+)$", messages, re.MULTILINE)
-    return found[-1] if found else f"{error} {messages}"
+    return usage_error_in(messages) or f"{error} {messages}"
 
 
 def wait_for_signal() -> None:

@@ -15,6 +15,14 @@ def test_a_dtype_that_is_not_served_is_refused(field, value):
         EngineConfig(**{field: value})
 
 
+@pytest.mark.parametrize(
+    ("field", "least"), [("num_pages", 1), ("page_store_bytes", 1), ("host_cache_bytes", 0), ("max_loras", 0)]
+)
+def test_a_number_that_is_too_small_is_refused(field, least):
+    with pytest.raises(ValueError, match=f"engine.{field}={least - 1}; it must be at least {least}"):
+        EngineConfig(**{field: least - 1})
+
+
 @pytest.mark.parametrize("value", DTYPES)
 @pytest.mark.parametrize("kv", KV_DTYPES)
 def test_the_dtypes_that_are_served(value, kv):

@@ -95,8 +95,9 @@ class EngineConfig:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if field.type == "int" and value < 1 and not field.name.startswith(("max_lora", "host_cache")):
-                raise ValueError(f"engine.{field.name}={value}; it must be at least 1")
+            least = 0 if field.name.startswith(("max_lora", "host_cache")) else 1
+            if field.type == "int" and value < least:
+                raise ValueError(f"engine.{field.name}={value}; it must be at least {least}")
         for name, known in (("dtype", DTYPES), ("kv_dtype", KV_DTYPES), ("kernels", KERNELS), ("warmup", WARMUPS)):
             if (value := getattr(self, name)) not in known:
                 raise ValueError(f"engine.{name}={value!r}; it is one of {', '.join(known)}")

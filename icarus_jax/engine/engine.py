@@ -19,6 +19,7 @@ from icarus_jax.engine.stepper import Stepper
 from icarus_jax.models.full_heads import FullHead
 from icarus_jax.models.head_bank import Factors
 from icarus_jax.models.sharding import Weight
+from icarus_jax.page_store.stats import StoreStats
 from icarus_jax.page_store.store import PageStore
 from icarus_jax.scheduling.registry import Model, Registry
 from icarus_jax.scheduling.request import MAX_STOPS, Request, TokenOutput
@@ -69,11 +70,9 @@ class Engine:
         self.eos_ids = frozenset(eos_ids)
         window = None if runner.model.full_attention_layers else runner.model.sliding_window
         self.scheduler = Scheduler(config, runner.num_slots, window=window)
-        self.stats = EngineStats(pages_total=config.num_pages)
+        self.stats = EngineStats(pages_total=config.num_pages, page_store=store.stats if store else StoreStats())
         self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}
-        if store is not None:
-            self.stats.page_store = store.stats
         self._pages = PageMover(self.scheduler, runner, store) if store is not None else None
         self._stepper = Stepper(self.scheduler, runner, self._reuse, self.stats, self._deliver, self._pages)
         self._thread = StepThread(lambda: self.has_work, self.step, self._recover, self._end_all)
@@ -218,6 +217,8 @@ class Engine:
         Args:
             drain: Whether running requests finish first; else they are aborted.
         """
+        if self._pages is not None:
+            self._pages.leave_rest()
         self._thread.close(drain)
         if self._pages is not None and not self.failed:
             self._pages.close()

@@ -12,6 +12,8 @@ import hashlib
 import logging
 import queue
 import time
+from collections import deque
+from collections.abc import Sequence as Seq
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
 import jax
@@ -34,11 +36,12 @@ log = logging.getLogger(__name__)
 
 SAVES = 2  # copies to the host that may be under way at once, each of `load_pages` at most
 LOADS = 4  # likewise, from the store to the device
+LOAD_SECONDS = 10.0  # how long a sequence waits for its pages, before it computes them
 IDLE_SECONDS = 0.05  # how long the engine's thread waits for pages at a time, if there is nothing else to do
 FLUSH_SECONDS = 60.0  # how long the end of the engine may wait for pages that are being saved
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Load:
     """Pages that a sequence waits for.
 
@@ -46,6 +49,7 @@ class _Load:
         prefix: The keys of the cached pages that they continue.
         contents: What they hold.
         asked: When they were asked for, in seconds of time.perf_counter().
+        late: Whether nobody waits for them any more.
         found: How many of them, from the first on, were found.
         values: Their K/V, on the device.
     """
@@ -53,6 +57,7 @@ class _Load:
     prefix: list[bytes]
     contents: list[Content]
     asked: float
+    late: bool = False
     found: int = 0
     values: jax.Array | None = None
 
@@ -77,13 +82,16 @@ class PageMover:
         self._rule = CopyRule()
         self._savers, self._loaders = ThreadPoolExecutor(SAVES, "page-saver"), ThreadPoolExecutor(LOADS, "page-loader")
         self._saves: set[Future] = set()
+        self._asked: deque[_Load] = deque()  # loads that have not begun
+        self._under_way: list[_Load] = []  # and those that have, up to LOADS
+        self._closing = False
         self._arrived: queue.SimpleQueue[_Load] = queue.SimpleQueue()
         self._cache.loader = self
 
     @property
     def has_work(self) -> bool:
-        """Whether there are pages whose copy to the host has not begun."""
-        return bool(self._cache.filled)
+        """Whether there are pages whose copy to the host has not begun, and is not left to `close`."""
+        return bool(self._cache.filled) and not self._closing
 
     def warmup(self) -> None:
         """Compiles the programs, and changes no page."""
@@ -105,12 +113,27 @@ class PageMover:
             wait(self._saves, IDLE_SECONDS if len(self._saves) == SAVES else 0, FIRST_COMPLETED)
         self._saves = {save for save in self._saves if not save.done()}
         while filled and len(self._saves) < SAVES:
-            taken = [filled.popleft() for _ in range(min(len(filled), self._most))]
-            kept = [(page, key) for page, key in taken if self._pool.page_of(key) == page]  # others were evicted
-            self._store.count(lost_pages=len(taken) - len(kept))
-            if kept:
-                contents = self._runner.read_pages([page for page, _ in kept])
-                self._saves.add(self._savers.submit(self._keep, [key for _, key in kept], contents))
+            if kept := self._cached([filled.popleft() for _ in range(min(len(filled), self._most))]):
+                self._begin_save(*zip(*kept, strict=True))
+        if len(filled) > 2 * self._pool.num_pages:  # the store is behind: the memory for their names has a limit too
+            taken = list(filled)
+            filled.clear()
+            filled.extend(self._cached(taken))
+
+    def _cached(self, filled: Seq[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
+        """Returns the pages (page, key) that still hold what they are named for. The others are lost."""
+        kept = [(page, key) for page, key in dict.fromkeys(filled) if self._pool.page_of(key) == page]
+        self._store.count(lost_pages=len(filled) - len(kept))
+        return kept
+
+    def _begin_save(self, pages: Seq[int], keys: Seq[bytes]) -> None:
+        try:
+            contents = self._runner.read_pages(list(pages))
+        except Exception as error:  # there is no memory for the copy: no request need suffer
+            log.warning("pages are not saved, as they cannot be read from the device: %s", error)
+            self._store.count(lost_pages=len(pages))
+        else:
+            self._saves.add(self._savers.submit(self._keep, list(keys), contents))
 
     def _keep(self, keys: list[bytes], contents: jax.Array) -> None:
         """Waits for the copy of pages to the host, and gives them to the store."""
@@ -131,13 +154,19 @@ class PageMover:
             contents: What the pages hold, in order.
 
         Returns:
-            False if computing them is faster.
+            False if computing them is faster, or the store does not answer.
         """
-        if not self._rule.pays():
+        if any(load.late for load in self._under_way) or not self._rule.pays():
             self._store.count(loads_not_paid=1)
             return False
-        self._loaders.submit(self._fetch, _Load(prefix, contents, time.perf_counter()))
+        self._asked.append(_Load(prefix, contents, time.perf_counter()))
+        self._begin_loads()
         return True
+
+    def _begin_loads(self) -> None:
+        while self._asked and len(self._under_way) < LOADS:
+            self._under_way.append(self._asked.popleft())
+            self._loaders.submit(self._fetch, self._under_way[-1])
 
     def _fetch(self, load: _Load) -> None:
         """Reads pages from the store, and copies them to the device."""
@@ -159,6 +188,7 @@ class PageMover:
         Args:
             idle: Whether to wait for a short time, as there is nothing else to do.
         """
+        self._give_up_late()
         wait_for = idle and bool(self._cache.loading)
         while True:
             try:
@@ -166,9 +196,23 @@ class PageMover:
             except queue.Empty:
                 return
             wait_for = False
-            self._cache.loading.difference_update(content.key for content in load.contents)
+            self._under_way.remove(load)
+            self._begin_loads()
+            self._stop_waiting(load)
             if load.values is not None:
                 self._put(load, load.values)
+
+    def _give_up_late(self) -> None:
+        """Lets sequences compute what has not come in time. If it comes later, it is cached all the same."""
+        first = time.perf_counter() - LOAD_SECONDS
+        for load in [load for load in (*self._under_way, *self._asked) if load.asked < first]:
+            self._stop_waiting(load)
+        self._asked = deque(load for load in self._asked if not load.late)
+
+    def _stop_waiting(self, load: _Load) -> None:
+        if not load.late:
+            load.late = True
+            self._cache.loading.difference_update(content.key for content in load.contents)
 
     def _put(self, load: _Load, values: jax.Array) -> None:
         table, targets = self._cache.make_places(load.prefix, load.contents[: load.found])
@@ -192,6 +236,10 @@ class PageMover:
             self._rule.computing.add(plan.num_writers / self._pool.page_size, seconds)
 
     # ---- the end
+
+    def leave_rest(self) -> None:
+        """Leaves what is not saved yet to `close`, so that a slow store does not keep the engine's thread."""
+        self._closing = True
 
     def close(self) -> None:
         """Saves what is left, as far as FLUSH_SECONDS suffice."""

@@ -13,14 +13,14 @@ from typing import Any
 
 import ray.data
 from ml_collections import ConfigDict
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError
 
 from icarus_jax.cli.platforms import leave_libtpu_alone
 from icarus_jax.errors import UsageError
 from icarus_jax.evaluation.batch import Job, ask_all, each_of
 from icarus_jax.evaluation.result_file import Line, ResultFile
 from icarus_jax.llm import LLM
-from icarus_jax.on_ray.cluster import cluster, needs
+from icarus_jax.on_ray.cluster import cluster, needs, usage_error_in
 
 BATCHES = 2  # that a worker asks at a time: while one ends, the next keeps the engine full
 RETRIES = 5  # how often a batch is asked again because its worker has died; requests may be what kills it
@@ -89,7 +89,8 @@ def asker(config: ConfigDict) -> Callable[[list[Job], ResultFile, Callable[[], o
                     for line in pool.map(lambda row: jobs[row[0]].record(int(row[1]), json.loads(row[2])), found):
                         results.append(line)
                         step()
-            except RayTaskError as error:
-                raise ValueError(f"a worker has failed: {error.cause or error}") from error
+            except RayError as error:
+                said = usage_error_in(str(error)) or f"a worker has failed: {getattr(error, 'cause', None) or error}"
+                raise ValueError(said) from error
 
     return ask

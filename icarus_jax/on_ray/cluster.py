@@ -38,6 +38,15 @@ def cluster(address: str, num_cpus: float) -> Iterator[None]:
         ray.shutdown()
 
 
+def usage_error_in(message: str) -> str:
+    """Returns what the last UsageError of another process says; '' if there is none.
+
+    Args:
+        message: What Ray says, with the traceback of that process.
+    """
+    return (re.findall(r"^.*UsageError: (.+)$", message, re.MULTILINE) or [""])[-1]
+
+
 def needs(section: ConfigDict) -> dict[str, Any]:
     """Returns what an actor with an engine asks the cluster for.
 

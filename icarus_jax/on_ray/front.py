@@ -20,6 +20,7 @@ from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Mount
@@ -84,6 +85,8 @@ class Front:
                 await _send_whole(await self._from_all(asked), scope, receive, send)
             else:
                 await self._pass_on(asked, send)
+        except ClientDisconnect:
+            log.info("%s %s: the client has gone", scope["method"], scope["path"])
         except ApiError as error:
             answer = JSONResponse(
                 error_body(error.status, str(error), error.param, error.code), error.status, error.headers

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 
 from icarus_jax.server.body import parse
 from icarus_jax.server.head_routes import LoadHead, LoadLoraAdapter, UnloadHead, UnloadLoraAdapter
@@ -47,16 +48,17 @@ class HeadChange:
 
 
 class HeadLog:
-    """The changes of heads, numbered from 1; of each head the last one. A deployment of one replica.
+    """The changes of heads, numbered in order; of each head the last one. A deployment of one replica.
 
     A replica that starts carries out all of them, one that has missed some carries out those. If this process dies, the
-    changes are forgotten: replicas that start later serve the heads of the config only.
+    changes are forgotten: replicas that start later serve the heads of the config only. The numbers begin with the time
+    of the start, so that those of the next process are above all that replicas have seen.
     """
 
     def __init__(self) -> None:
         """Starts without changes."""
         self._last: dict[str, tuple[int, HeadChange]] = {}
-        self._version = 0
+        self._version = time.time_ns()
 
     def add(self, change: HeadChange) -> int:
         """Notes a change, and returns its number.

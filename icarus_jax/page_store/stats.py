@@ -19,7 +19,7 @@ class StoreStats:
         misses: Pages looked for that were nowhere.
         invalid_pages: Those of them that were there, torn, altered or foreign. They were removed.
         loads: How often a waiting sequence had pages loaded.
-        loads_not_paid: How often it had not, as computing them is faster.
+        loads_not_paid: How often it had not, as computing them is faster, or the store did not answer.
         loaded_pages, loaded_bytes: Pages copied to the device.
         load_seconds: How long that took, from the request for the pages on.
     """

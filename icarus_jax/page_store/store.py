@@ -16,7 +16,7 @@ from icarus_jax.page_store.stats import StoreStats
 
 log = logging.getLogger(__name__)
 
-THREADS = 16  # pages that are read or written at once
+THREADS = 16  # pages that are read at once, and that are written
 QUIET_SECONDS = 60.0  # between two warnings of a store that does not answer
 
 
@@ -39,7 +39,9 @@ class PageStore:
         self.stats = StoreStats()
         self._identity, self._page_bytes = identity, page_bytes
         self._host, self._folder = host, folder
-        self._threads = ThreadPoolExecutor(THREADS, "page-store")
+        # Sequences wait for what is read: that stands in no line with what is written.
+        self._readers = ThreadPoolExecutor(THREADS, "page-reader")
+        self._writers = ThreadPoolExecutor(THREADS, "page-writer")
         self._lock = threading.Lock()
         self._warned = -QUIET_SECONDS
 
@@ -49,7 +51,7 @@ class PageStore:
         Args:
             pages: Their keys and K/V.
         """
-        list(self._threads.map(self._save, pages))
+        list(self._writers.map(self._save, pages))
 
     def _save(self, page: tuple[bytes, memoryview]) -> None:
         key, values = page
@@ -74,7 +76,7 @@ class PageStore:
         """
         found: list[memoryview] = []
         for part in (keys[:1], keys[1:]):  # the first one alone: a prompt that is new costs one look
-            for values in self._threads.map(self._read, part):
+            for values in self._readers.map(self._read, part):
                 if values is None:
                     return found
                 found.append(values)
@@ -95,7 +97,8 @@ class PageStore:
 
     def close(self) -> None:
         """Reads and saves nothing any more."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for pool in (self._readers, self._writers):
+            pool.shutdown(wait=False, cancel_futures=True)
 
     def _read(self, key: bytes) -> memoryview | None:
         """Reads a page from the first tier that has it whole."""

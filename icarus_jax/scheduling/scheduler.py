@@ -138,7 +138,7 @@ class Scheduler:
             self._admit(budget, plan)
         if not (plan.work or self._in_flight or self.cache.loading) and self.waiting:  # unless what is pinned yields
             self._admit(budget, plan, last_resort=True)
-            while not plan.work and self.sessions.release_next(pinned=True):
+            while not (plan.work or self.cache.loading) and self.sessions.release_next(pinned=True):
                 self._admit(budget, plan, last_resort=True)
         if plan.work:  # else it is not launched, and its adapters are loaded with the next one
             plan.loads, self.slots.loads = self.slots.loads, []

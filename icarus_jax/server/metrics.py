@@ -76,7 +76,7 @@ _STORE_COUNTERS = (
         "Stored KV pages that were torn, altered or foreign: removed.",
     ),
     ("icarus_page_store_loads", "loads", "Loads of KV pages for waiting sequences."),
-    ("icarus_page_store_loads_not_paid", "loads_not_paid", "Loads left out, as computing the pages is faster."),
+    ("icarus_page_store_loads_not_paid", "loads_not_paid", "Loads left out: computing is faster, or no answer."),
     ("icarus_page_store_loaded_pages", "loaded_pages", "KV pages copied to the device."),
     ("icarus_page_store_loaded_bytes", "loaded_bytes", "... their bytes."),
     ("icarus_page_store_load_seconds", "load_seconds", "Seconds that these loads took."),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import threading
+import time
 from concurrent.futures import Future
 
 import numpy as np
@@ -375,6 +376,113 @@ def test_a_step_that_fails_leaves_no_wrong_page(world, wanted, tmp_path, monkeyp
     assert first.token_ids == wanted["a"]
     assert generate(two, "b", PROMPT, max_tokens=9).token_ids == wanted["b"]
     end(two)
+
+
+def hanging(engine: Engine, monkeypatch, what: str) -> threading.Event:
+    """The engine's store does not answer any more, until the event is set."""
+    answers, method = threading.Event(), getattr(engine._pages._store, what)
+
+    def hangs(*args):
+        assert answers.wait(300)
+        return method(*args)
+
+    monkeypatch.setattr(engine._pages._store, what, hangs)
+    return answers
+
+
+def test_a_store_that_hangs_keeps_nobody_waiting(world, wanted, tmp_path, monkeypatch):
+    one = engine_for(world, tmp_path)
+    generate(one, "a", PROMPT, max_tokens=1)
+    end(one)
+    two = engine_for(world, tmp_path)
+    monkeypatch.setattr(page_mover, "LOAD_SECONDS", 0.1)
+    answers = hanging(two, monkeypatch, "read")
+    assert generate(two, "a", PROMPT, max_tokens=9).token_ids == wanted["a"]
+    assert two.stats.prefill_tokens == len(PROMPT)
+    monkeypatch.setattr(page_mover, "LOAD_SECONDS", 300.0)  # the next one is not even asked for
+    generate(two, "a", PROMPT[1:], max_tokens=1)
+    assert two.stats.page_store.loads_not_paid == 1
+    answers.set()
+    while two._pages._under_way:
+        two._pages.place(idle=False)
+    assert generate(two, "b", PROMPT, max_tokens=9).token_ids == wanted["b"]
+    end(two)
+    three = engine_for(world, tmp_path)
+    assert generate(three, "b", PROMPT, max_tokens=9).token_ids == wanted["b"] and three.stats.page_store.loads == 1
+    end(three)
+
+
+def test_no_more_loads_are_on_the_device_than_are_allowed(world, tmp_path, monkeypatch):
+    engine, puts = engine_for(world, tmp_path, max_num_seqs=16), []
+    put = page_mover.jax.device_put
+    monkeypatch.setattr(page_mover.jax, "device_put", lambda *args: puts.append(1) or put(*args))
+    prompts = [np.random.default_rng(seed).integers(0, 256, 8).tolist() for seed in range(12)]
+    page = np.zeros(engine._pages._shape, engine._pages._dtype).tobytes()
+    monkeypatch.setattr(engine._pages._store, "read", lambda keys: [memoryview(page) for _ in keys])
+    for prompt in prompts:
+        submit(engine, "a", prompt, max_tokens=1)
+    engine.run_inbox()
+    engine.scheduler.schedule()  # a step that takes long: all ask, and nobody places what has come
+    engine._pages._loaders.submit(int).result()
+    page_mover.wait([engine._pages._loaders.submit(time.sleep, 0.05) for _ in range(page_mover.LOADS)])
+    assert len(engine.scheduler.cache.loading) == 2 * len(prompts) and len(puts) <= page_mover.LOADS
+    engine.scheduler.reset(keep_pages=True)
+    drain(engine)
+    assert len(puts) == len(prompts) and not engine.scheduler.cache.loading
+    end(engine)
+
+
+def test_a_store_that_hangs_does_not_keep_the_engine_from_ending(world, wanted, tmp_path, monkeypatch):
+    """It was waited for without a limit, by an engine that had filled more pages than are saved at once."""
+    monkeypatch.setattr(page_mover, "load_pages", lambda page_size: 1)
+    monkeypatch.setattr(page_mover, "FLUSH_SECONDS", 0.1)
+    engine = engine_for(world, tmp_path)
+    answers = hanging(engine, monkeypatch, "save")
+    engine.start()
+    tokens, done = [], threading.Event()
+
+    def on_output(index, output):
+        tokens.extend(output.token_ids)
+        if output.finish_reason:
+            done.set()
+
+    engine.submit(Request(("a",), tuple(PROMPT), SamplingParams(temperature=0.0, max_tokens=9)), on_output)
+    assert done.wait(300) and tokens == wanted["a"]
+    ending = threading.Thread(target=engine.shutdown, daemon=True)
+    ending.start()
+    ending.join(60)
+    ended = not ending.is_alive()
+    answers.set()
+    ending.join()
+    assert ended
+
+
+def test_what_waits_for_a_slow_store_is_bounded(world, tmp_path):
+    engine = engine_for(world, tmp_path, num_pages=34)
+    engine._pages._saves = slow = {Future() for _ in range(page_mover.SAVES)}
+    for seed in range(10, 20):
+        submit(engine, "b", np.random.default_rng(seed).integers(0, 256, 80).tolist(), max_tokens=1)
+        while engine.scheduler.has_work or engine._live or engine._thread._commands:
+            engine.run_inbox()
+            engine.step()
+        assert len(engine.scheduler.cache.filled) <= 2 * 34
+    for save in slow:
+        save.set_result(None)
+    end(engine)
+    stats = engine.stats.page_store
+    assert stats.lost_pages + stats.saved_pages == 200 and stats.saved_pages >= 20
+
+
+def test_pages_that_cannot_be_read_from_the_device_cost_no_request(world, wanted, tmp_path, monkeypatch):
+    engine = engine_for(world, tmp_path)
+
+    def fails(pages):
+        raise RuntimeError("planted: out of memory")
+
+    monkeypatch.setattr(engine.runner, "read_pages", fails)
+    assert generate(engine, "a", PROMPT, max_tokens=9).token_ids == wanted["a"]
+    assert engine.stats.page_store.lost_pages == (len(PROMPT) + 8) // SMALL.page_size
+    end(engine)
 
 
 @pytest.mark.parametrize(

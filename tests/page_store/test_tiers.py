@@ -19,7 +19,7 @@ from icarus_jax.page_store.host_cache import HostCache
 from icarus_jax.page_store.page_file import HEADER_BYTES, decode, encode
 from icarus_jax.page_store.page_folder import PageFolder
 from icarus_jax.page_store.rates import TRIES, CopyRule
-from icarus_jax.page_store.store import PageStore
+from icarus_jax.page_store.store import THREADS, PageStore
 
 IDENTITY, OTHER = b"identity of one!", b"identity of two!"
 SIZE = 1000  # bytes of a page's K/V
@@ -184,6 +184,31 @@ def test_a_store_that_does_not_answer_is_a_miss(caplog):
     assert [store.read([key]) for key in keys] == [[]] * 5
     assert store.stats.lost_pages == store.stats.misses == 5
     assert len([r for r in caplog.records if "page store" in r.getMessage()]) == 1  # not one for each page
+
+
+def test_reading_does_not_wait_for_writing(tmp_path, monkeypatch):
+    """A sequence waits for what is read, and nobody for what is written."""
+    store = make_store(tmp_path)
+    keys = fill(store, 2)
+    answers, put, begun = threading.Event(), PageFolder.put, threading.Semaphore(0)
+
+    def slow(folder, key, data):
+        begun.release()
+        assert answers.wait(60)
+        return put(folder, key, data)
+
+    monkeypatch.setattr(PageFolder, "put", slow)
+    writing = threading.Thread(target=fill, args=(store, 100))
+    reading = threading.Thread(target=store.read, args=(keys,), daemon=True)
+    writing.start()
+    for _ in range(THREADS):
+        begun.acquire()
+    reading.start()
+    reading.join(10)
+    waits = reading.is_alive()
+    answers.set()
+    writing.join()
+    assert not waits and store.stats.folder_hits == 2
 
 
 def test_several_threads(tmp_path):

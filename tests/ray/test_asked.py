@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import json
+from types import SimpleNamespace
 
 import pytest
+from starlette.applications import Starlette
 from starlette.datastructures import Headers
+from starlette.routing import Mount
 
 from icarus_jax.fleet.routing import ReplicaLoad, Router
 from icarus_jax.on_ray.asked import read_json, read_routed
@@ -64,10 +68,40 @@ def test_the_log_of_heads_keeps_the_last_change_of_each():
     other = HeadChange.of(LOAD, b'{"name": "b", "path": "/y", "kv": "shared"}')
     gone = HeadChange.of("/v1/unload_lora_adapter", b'{"lora_name": "a"}')
     assert (gone.name, gone.path) == ("a", UNLOAD) and HeadChange.of(UNLOAD, b'{"name": "a"}').name == "a"
-    assert [log.add(change) for change in (load, other, gone)] == [1, 2, 3]
-    assert log.since(0) == (3, [other, gone])
-    assert log.since(2) == (3, [gone])
-    assert log.since(3) == (3, [])
+    first, second, third = (log.add(change) for change in (load, other, gone))
+    assert 0 < first < second < third
+    assert log.since(0) == (third, [other, gone])
+    assert log.since(second) == (third, [gone])
+    assert log.since(third) == (third, [])
+
+
+def test_a_log_of_heads_that_starts_anew_goes_on_counting():
+    """It began at 1 again. Replicas, which had seen more changes than that, missed the next ones."""
+    change = HeadChange.of(UNLOAD, b'{"name": "a"}')
+    before = HeadLog()
+    seen = [before.add(change) for _ in range(3)][-1]
+    after = HeadLog()
+    assert after.add(change) > seen and after.since(seen)[1] == [change]
+
+
+def test_a_client_that_leaves_while_it_sends_is_no_error():
+    pytest.importorskip("ray")
+    from icarus_jax.on_ray.front import Front
+
+    handle = SimpleNamespace(options=lambda **options: SimpleNamespace(answer=None))
+    app = Starlette(routes=[Mount("", app=Front(handle, handle, accept_seconds=1.0))])
+    app.state.body_timeout = 1.0
+    sent = []
+
+    async def receive():
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    asyncio.run(app(scope, receive, send))
+    assert not sent
 
 
 def test_metrics_of_replicas_are_joined():

@@ -78,6 +78,17 @@ def test_a_killed_worker_and_a_stopped_run_lose_and_double_nothing(files, tmp_pa
     assert report["rows"] == 48 and report["failed"] == 0
 
 
+@pytest.mark.heavy
+def test_a_worker_that_cannot_start_says_why(files, tmp_path):
+    """It was a traceback of Ray's, some hundred lines long."""
+    config = use_tiny(cli.load_config("evaluate.py:batch"), tmp_path / "nowhere")
+    config.ray.workers = 1
+    evaluation = batch_file.batch_evaluation(requests(tmp_path / "in.jsonl", 2), {})
+    with pytest.raises(ValueError, match=r"^trunk '.*nowhere/trunk': no such file or folder") as refused:
+        batch.run_with(evaluation, tmp_path / "out.jsonl", asker(config))
+    assert "\n" not in str(refused.value)
+
+
 @pytest.mark.full
 @pytest.mark.heavy
 def test_two_thousand_rows_for_four_heads_with_two_workers_killed(files, tmp_path):

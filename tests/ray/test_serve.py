@@ -89,6 +89,18 @@ def test_streams_come_event_by_event(client):
     assert json.loads(events[-2].removeprefix("data: "))["choices"][0]["finish_reason"] == "length"
 
 
+def test_a_client_that_leaves_ends_its_answer(client):
+    body = {"model": "a", "max_tokens": 480, "stream": True, "ignore_eos": True}
+    for i in range(20):  # one may have been answered before it is known that nobody waits
+        with client.stream("POST", COMPLETIONS, json={**body, "prompt": f"{i} leaves"}) as answer:
+            next(answer.iter_raw())
+        while sum(counter(client, "icarus_num_requests_running").values()):
+            time.sleep(0.02)
+        if 'icarus_requests_total{finished_reason="abort"' in client.get("/metrics").text:
+            return
+    raise AssertionError("every answer went on to its end")
+
+
 def test_conversations_stay_where_their_pages_are(client):
     said = {f"{i}: " + "x" * 150: 0 for i in range(8)}
     for prompt in said:

@@ -12,18 +12,23 @@ from icarus_jax.scheduling.page_keys import Chain, page_key
 from icarus_jax.scheduling.page_pool import Content
 from icarus_jax.scheduling.prefix_cache import PrefixCache, load_pages
 from icarus_jax.scheduling.registry import Model
+from icarus_jax.scheduling.request import SessionHint
 from icarus_jax.scheduling.scheduler import Scheduler
 from tests.scheduling.test_random import STEPS, InjectedFault, Simulation
 from tests.scheduling.test_scheduler import CONFIG, Device, add, make_models
 
 
 class Store:
-    """Does what engine/page_mover.py does, with the cells of a Device as K/V; loads take some steps, some find less."""
+    """Does what engine/page_mover.py does, with the cells of a Device as K/V.
+
+    Loads take some steps, some find less, some come when nobody waits for them any more.
+    """
 
     def __init__(self, scheduler: Scheduler, device: Device, rng: random.Random):
         self.cache, self.pool, self.device, self.rng = scheduler.cache, scheduler.pool, device, rng
         self.saved: dict[bytes, list] = {}
         self.loads: list[tuple[list[bytes], list[Content]]] = []
+        self.late: list[list[Content]] = []
         self.loaded = 0
         self.cache.loader = self
 
@@ -37,11 +42,13 @@ class Store:
 
     def place(self, all_of_them: bool = False, fault: float = 0.0) -> None:
         for load in list(self.loads):
+            prefix, contents = load
             if not all_of_them and self.rng.random() < 0.5:
+                if self.rng.random() < 0.1:
+                    self.stop_waiting(contents)
                 continue
             self.loads.remove(load)
-            prefix, contents = load
-            self.cache.loading.difference_update(content.key for content in contents)
+            self.stop_waiting(contents)
             found = next((i for i, c in enumerate(contents) if c.key not in self.saved), len(contents))
             table, targets = self.cache.make_places(prefix, contents[: self.rng.randint(0, found)])
             for page, content in zip(targets, contents, strict=False):
@@ -52,6 +59,11 @@ class Store:
                     if self.rng.random() < fault:
                         raise InjectedFault
             self.cache.put(table, contents[: len(targets)])
+
+    def stop_waiting(self, contents: list[Content]) -> None:
+        if not any(contents is late for late in self.late):  # two loads may ask for the same pages
+            self.late.append(contents)
+            self.cache.loading.difference_update(content.key for content in contents)
 
     def save(self) -> None:
         while self.cache.filled and self.rng.random() < 0.8:
@@ -171,6 +183,22 @@ def test_others_go_on_while_one_waits():
     assert [work.seq for work in plan.work] == [three] and len(store.loads) == 1
     assert [seq.seq_id for seq in scheduler.waiting] == [one.seq_id, two.seq_id]
     scheduler.commit(plan, device.launch(plan))
+
+
+def test_pinned_sessions_stay_while_pages_are_loaded():
+    """Each round of the last resort found nothing to run, as the pages were still to come, and released one more."""
+    scheduler, trunk = Scheduler(CONFIG), make_models()["trunk"]
+    device = Device(scheduler)
+    for i in range(4):
+        hint = SessionHint(str(i), float("inf"))
+        add(scheduler, i, trunk, list(range(100 * i, 100 * i + 16)), max_tokens=1, session=hint)
+        while scheduler.has_work:
+            device.run()
+    assert len(scheduler.sessions) == 4 and scheduler.pool.num_free == 4
+    store = Store(scheduler, device, random.Random(1))
+    add(scheduler, 9, trunk, list(range(900, 920)), max_tokens=1)  # five pages, four are free
+    assert not scheduler.schedule().work and store.loads
+    assert len(scheduler.sessions) == 3
 
 
 def test_pages_that_came_too_late_are_not_written_over():
