@@ -48,7 +48,7 @@ def define_heads() -> flags.FlagHolder[list[str] | None]:
     text = (
         "NAME=PATH[:KV],...: PATH: a folder, hf://.., gs://.. or random:SEED; KV: shared (default), activated, isolated"
     )
-    return flags.DEFINE_list("heads", None, text)
+    return flags.DEFINE_list("heads", None, text, allow_override=True)  # one process may import several programs
 
 
 def add_heads(config: ConfigDict, items: Iterable[str]) -> None:

@@ -32,9 +32,9 @@ def test_help_is_short(program, tmp_path):
 @pytest.mark.parametrize(
     "args, said",
     [
-        (["--config=mutli.py"], ["mutli.py", "did you mean multi.py?", "multi.py, simulate.py, single.py"]),
-        (["--config=nowhere/multi.py"], ["nowhere/multi.py", "multi.py, simulate.py, single.py"]),
-        (["--config="], ["multi.py, simulate.py, single.py"]),
+        (["--config=mutli.py"], ["mutli.py", "did you mean multi.py?", "multi.py, ray.py, simulate.py, single.py"]),
+        (["--config=nowhere/multi.py"], ["nowhere/multi.py", "multi.py, ray.py, simulate.py, single.py"]),
+        (["--config="], ["multi.py, ray.py, simulate.py, single.py"]),
         (["--config=multi.py:many"], ["'many'", "N,isolated"]),
         (["--config=multi.py:0"], ["'0'", "N,isolated"]),
         (["--config=multi.py:2,isolatd"], ["'2,isolatd'", "N,isolated"]),
@@ -128,6 +128,8 @@ def test_configs_are_found_from_anywhere(spec, arg, elsewhere):
         "access_log": True,
         "allowed_hosts": "",
         "tool_call_parser": "auto",
+        "body_timeout": 60.0,
+        "otlp_traces_endpoint": "",
     }
     if arg:
         count, kv = int(arg[1]), "isolated" if "isolated" in arg else "shared"

@@ -229,7 +229,9 @@ def test_several_threads(tmp_path):
     for thread in threads:
         thread.join()
     assert not faults and not store.stats.invalid_pages and not store.stats.lost_pages
-    assert store.stats.host_bytes <= 20 * FILE and len(files(tmp_path)) <= 70  # some threads may just write
+    for i in range(100, 105):  # on a busy machine others have written while one looked through the folder
+        store.save([(key_of(i), memoryview(page(i)))])
+    assert store.stats.host_bytes <= 20 * FILE and len(files(tmp_path)) <= 60
 
 
 WRITER = """

@@ -125,7 +125,7 @@ def test_rope_settings_of_old_and_new_configs(family, tmp_path):
 @pytest.mark.parametrize(
     "family, changes, message",
     [
-        ("llama", {"model_type": "gpt_oss"}, "model_type 'gpt_oss' is not supported"),
+        ("llama", {"model_type": "mamba2"}, "model_type 'mamba2' is not supported"),
         ("llama", {"attention_bias": True}, "attention_bias=True"),
         ("llama", {"mlp_bias": True}, "mlp_bias=True"),
         ("llama", {"hidden_act": "gelu"}, "hidden_act=gelu"),
