@@ -23,12 +23,11 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import fsspec
 
 from icarus_jax.weights.adapter_files import ARRAYS, CONFIG_FILE, WEIGHTS_FILE
-from icarus_jax.weights.reading import read_json
 from icarus_jax.weights.sources import RECORD, cache_dir, sha256
 
 log = logging.getLogger(__name__)
@@ -142,16 +141,17 @@ class AdapterCache:
             while not _hold(copy, held):  # somebody else may have made the copy meanwhile
                 with contextlib.ExitStack() as ours:
                     _hold(part, ours)
-                    try:
-                        part.rename(copy)
-                    except OSError as error:
-                        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                            raise
-                        if not (copy / RECORD).exists():  # somebody has removed a part of it
-                            _remove(copy)
-                    else:
-                        held.push(ours.pop_all())
-                        return
+                    with _changing(copy.parent):
+                        try:
+                            part.rename(copy)
+                        except OSError as error:
+                            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                                raise
+                            if not (copy / RECORD).exists():  # somebody has removed a part of it
+                                _remove(copy)
+                        else:
+                            held.push(ours.pop_all())
+                            return
 
     def _make_room(self, folder: pathlib.Path, size: int) -> None:
         """Removes copies until `size` bytes more are within the limit, or every other copy is being read."""
@@ -231,22 +231,44 @@ def _hold(copy: pathlib.Path, held: contextlib.ExitStack, how: int = fcntl.LOCK_
         try:
             file = own.enter_context((copy / RECORD).open("rb"))
             fcntl.flock(file, how)
-            if not os.path.samestat(os.fstat(file.fileno()), (copy / RECORD).stat()):
-                return False  # it was removed, and made again, before it was locked
         except OSError:
             return False
+        if not _is_record_of(file, copy):
+            return False  # it was removed, and made again, before it was locked
         if how == fcntl.LOCK_SH and not _is_whole(copy):
-            log.warning("%s is not what was downloaded: it is removed", copy)
-            _remove(copy)
+            with _changing(copy.parent):
+                if _is_record_of(file, copy):  # else somebody else has removed it, and it may have been made again
+                    log.warning("%s is not what was downloaded: it is removed", copy)
+                    _remove(copy)
             return False
         os.utime(copy / RECORD)
         held.push(own.pop_all())
         return True
 
 
+def _is_record_of(file: BinaryIO, copy: pathlib.Path) -> bool:
+    """Returns whether an open file is the record that a copy has now."""
+    with contextlib.suppress(OSError):
+        return os.path.samestat(os.fstat(file.fileno()), (copy / RECORD).stat())
+    return False
+
+
+@contextlib.contextmanager
+def _changing(folder: pathlib.Path) -> Iterator[None]:
+    """Lets one at a time look at what lies in the folder of copies, and put a copy there or remove it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def _is_whole(copy: pathlib.Path) -> bool:
     with contextlib.suppress(ValueError, OSError, LookupError, TypeError, AttributeError):
-        return all(sha256(copy / name) == digest for name, digest in read_json(copy / RECORD)["sha256"].items())
+        # Not read_json, which minds that others set the time of last use meanwhile.
+        record = json.loads((copy / RECORD).read_bytes())
+        return all(sha256(copy / name) == digest for name, digest in record["sha256"].items())
     return False
 
 
