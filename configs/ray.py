@@ -36,6 +36,10 @@ def get_config(arg: str = "") -> ConfigDict:
     # With max_replicas (0: replicas, always) Ray Serve starts more when each has more than target_requests, or when
     # their pages are in use.
     config.ray.update(max_replicas=0, target_requests=16.0)
+    # prefill_replicas: more replicas, which compute long prompts for the others and hand the pages over through
+    # engine.page_store, so that streams go on meanwhile. Prompts with at most max_local_prefill_tokens that are neither
+    # cached nor stored are computed where they are answered.
+    config.ray.update(prefill_replicas=0, max_local_prefill_tokens=512)
     # How long a request waits for a replica that takes it, before it gets a 503.
     config.ray.accept_seconds = 60.0
     config.routing = ConfigDict(dataclasses.asdict(RoutingConfig()))

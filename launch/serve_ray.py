@@ -45,7 +45,9 @@ def main(config: ConfigDict) -> None:
     from icarus_jax.on_ray.application import application as make
 
     app = make(config)
-    with cluster(config.ray.address, config.ray.num_cpus * max(config.ray.replicas, config.ray.max_replicas)):
+    ray = config.ray
+    engines = max(ray.replicas, ray.max_replicas) + ray.prefill_replicas
+    with cluster(ray.address, ray.num_cpus * engines):
         serve.start(http_options={"host": config.server.host, "port": config.server.port})
         try:
             serve.run(app, name=NAME)

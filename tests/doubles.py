@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future
 from time import monotonic
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -78,6 +79,24 @@ class _Stream:
     admitted_at: float | None = None
 
 
+class FakeParking:
+    """Parks every session that is asked for, once."""
+
+    def __init__(self):
+        self.parked: list[str] = []
+        self.fail: Exception | None = None  # what comes in place of the result
+        self.hangs = False
+
+    def park(self, session: str) -> Future[bool]:
+        future: Future[bool] = Future()
+        if self.fail:
+            future.set_exception(self.fail)
+        elif not self.hangs:
+            future.set_result(session not in self.parked)
+            self.parked.append(session)
+        return future
+
+
 class FakeEngine:
     """The engine's interface. Output token i of the models, for a prompt p of length n and a vocabulary of V ids:
 
@@ -105,6 +124,7 @@ class FakeEngine:
         self.requests: list[Request] = []
         self.loaded: list[HeadConfig] = []
         self.released: list[str] = []  # sessions
+        self.parking = FakeParking()
         self._says: dict[Model, int] = {}
         self.failed = False
         self.fail: Exception | None = None  # raised by submit

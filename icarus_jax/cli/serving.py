@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from icarus_jax.server.endpoints import Endpoints
     from icarus_jax.server.head_loader import HeadLoader
     from icarus_jax.server.head_resolver import HeadResolver
+    from icarus_jax.server.intake import Prefill
     from icarus_jax.server.limits import Limits
     from icarus_jax.server.tracing import Traces
 
@@ -34,6 +35,7 @@ def make_api(
     traces: Traces | None,
     extra: Sequence[Endpoints] = (),
     lifespan: Callable[[FastAPI], contextlib.AbstractAsyncContextManager[None]] | None = None,
+    prefill: Prefill | None = None,
 ) -> FastAPI:
     """Makes the HTTP API over an engine.
 
@@ -45,6 +47,7 @@ def make_api(
         traces: Where traces go; None: there are none.
         extra: More groups of endpoints.
         lifespan: As for `create_app`.
+        prefill: As for `create_app`.
     """
     from icarus_jax.server.app import create_app
     from icarus_jax.server.auth import host_names
@@ -65,6 +68,7 @@ def make_api(
         lifespan=lifespan,
         traces=traces,
         body_timeout=section.body_timeout,
+        prefill=prefill,
     )
 
 

@@ -8,9 +8,10 @@ import logging
 from collections.abc import Callable, Iterable, Mapping
 
 from icarus_jax.config import EngineConfig, HeadConfig, ModelConfig
-from icarus_jax.engine.build import make_runner
+from icarus_jax.engine.build import make_runner, make_store
 from icarus_jax.engine.multihost import spread
-from icarus_jax.engine.page_mover import PageMover, make_store
+from icarus_jax.engine.page_mover import PageMover
+from icarus_jax.engine.parking import Parking
 from icarus_jax.engine.reuse_check import ReuseCheck
 from icarus_jax.engine.runner import Runner
 from icarus_jax.engine.stats import EngineStats
@@ -53,6 +54,8 @@ class Engine:
         eos_ids: The trunk's end tokens.
         scheduler: Plans the steps.
         stats: Counters and gauges.
+        pages: Saves and loads pages; None without a page store.
+        parking: Parks sessions.
     """
 
     def __init__(
@@ -64,18 +67,17 @@ class Engine:
         store: PageStore | None = None,
     ):
         """Makes an engine on a runner, without heads. `create` makes the runner and loads the heads too."""
-        self.runner, self.config = runner, config
-        self._registry = Registry(trunk_name, runner.num_slots)
-        self.model_config: ModelConfig = runner.model
-        self.eos_ids = frozenset(eos_ids)
+        self.runner, self.config, self.model_config = runner, config, runner.model
+        self._registry, self.eos_ids = Registry(trunk_name, runner.num_slots), frozenset(eos_ids)
         window = None if runner.model.full_attention_layers else runner.model.sliding_window
         self.scheduler = Scheduler(config, runner.num_slots, window=window)
         self.stats = EngineStats(pages_total=config.num_pages, page_store=store.stats if store else StoreStats())
         self._reuse = ReuseCheck(self.scheduler, runner, self.stats, config.check_reuse)
         self._live: dict[int, _Live] = {}
-        self._pages = PageMover(self.scheduler, runner, store) if store is not None else None
-        self._stepper = Stepper(self.scheduler, runner, self._reuse, self.stats, self._deliver, self._pages)
+        self.pages = PageMover(self.scheduler, runner, store) if store is not None else None
+        self._stepper = Stepper(self.scheduler, runner, self._reuse, self.stats, self._deliver, self.pages)
         self._thread = StepThread(lambda: self.has_work, self.step, self._recover, self._end_all)
+        self.parking = Parking(self.scheduler, self.stats, self._thread.call, store, self.pages)
         self._ids = itertools.count()  # any thread may call `next` on it
 
     @classmethod
@@ -148,8 +150,7 @@ class Engine:
     def load_head(self, head: HeadConfig, factors: Factors) -> None:
         """Serves a head from the next request on.
 
-        A name that is served already gets a new version. Requests that are running finish on the version that they
-        started with, and no page of the cache is lost.
+        A name that is served already gets a new version. Running requests finish on theirs; no cached page is lost.
 
         Args:
             head: The head's name, kind and options.
@@ -207,8 +208,8 @@ class Engine:
         """
         assert len(self.eos_ids) <= MAX_STOPS
         self.runner.warmup(progress)
-        if self._pages is not None and self.config.warmup != "off":
-            self._pages.warmup()
+        if self.pages is not None and self.config.warmup != "off":
+            self.pages.warmup()
         self._thread.start()
 
     def shutdown(self, drain: bool = True) -> None:
@@ -217,11 +218,11 @@ class Engine:
         Args:
             drain: Whether running requests finish first; else they are aborted.
         """
-        if self._pages is not None:
-            self._pages.leave_rest()
+        if self.pages is not None:
+            self.pages.leave_rest()
         self._thread.close(drain)
-        if self._pages is not None and not self.failed:
-            self._pages.close()
+        if self.pages is not None and not self.failed:
+            self.pages.close()
         self.runner.close()
 
     # ---- engine thread
@@ -231,8 +232,7 @@ class Engine:
         self._thread.run_commands()
 
     def _load(self, head: HeadConfig, factors: Factors) -> None:
-        old = self._registry.add(head, factors)
-        if old is not None:
+        if (old := self._registry.add(head, factors)) is not None:
             self.scheduler.slots.retire(old)
         self.stats.head_loads += 1
 

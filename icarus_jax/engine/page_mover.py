@@ -8,25 +8,23 @@ when, follows from the order of programs on the device: a page is read before a 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import logging
 import queue
 import time
 from collections import deque
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 
 import jax
 import numpy as np
 
-from icarus_jax import __version__
-from icarus_jax.config import EngineConfig, ModelConfig
 from icarus_jax.engine.page_copies import move_rows
 from icarus_jax.engine.runner import Runner
-from icarus_jax.page_store.host_cache import HostCache
-from icarus_jax.page_store.page_folder import PageFolder
 from icarus_jax.page_store.rates import CopyRule
 from icarus_jax.page_store.store import PageStore
+from icarus_jax.page_store.threads import DaemonExecutor
+from icarus_jax.scheduling.page_keys import Chain
 from icarus_jax.scheduling.page_pool import Content
 from icarus_jax.scheduling.plan import StepPlan
 from icarus_jax.scheduling.prefix_cache import load_pages
@@ -80,8 +78,10 @@ class PageMover:
         self._shape = (layers, *page)  # of a page
         self._most = load_pages(self._pool.page_size)
         self._rule = CopyRule()
-        self._savers, self._loaders = ThreadPoolExecutor(SAVES, "page-saver"), ThreadPoolExecutor(LOADS, "page-loader")
+        self._savers, self._loaders = DaemonExecutor(SAVES, "page-saver"), DaemonExecutor(LOADS, "page-loader")
         self._saves: set[Future] = set()
+        self._begun = 0  # pages whose save has begun, or that were lost before
+        self._waiting: deque[tuple[int, Callable[[], object]]] = deque()  # see `when_saved`
         self._asked: deque[_Load] = deque()  # loads that have not begun
         self._under_way: list[_Load] = []  # and those that have, up to LOADS
         self._closing = False
@@ -91,7 +91,7 @@ class PageMover:
     @property
     def has_work(self) -> bool:
         """Whether there are pages whose copy to the host has not begun, and is not left to `close`."""
-        return bool(self._cache.filled) and not self._closing
+        return bool(self._cache.filled or self._waiting) and not self._closing
 
     def warmup(self) -> None:
         """Compiles the programs, and changes no page."""
@@ -113,12 +113,25 @@ class PageMover:
             wait(self._saves, IDLE_SECONDS if len(self._saves) == SAVES else 0, FIRST_COMPLETED)
         self._saves = {save for save in self._saves if not save.done()}
         while filled and len(self._saves) < SAVES:
-            if kept := self._cached([filled.popleft() for _ in range(min(len(filled), self._most))]):
+            taken = [filled.popleft() for _ in range(min(len(filled), self._most))]
+            self._begun += len(taken)
+            if kept := self._cached(taken):
                 self._begin_save(*zip(*kept, strict=True))
         if len(filled) > 2 * self._pool.num_pages:  # the store is behind: the memory for their names has a limit too
             taken = list(filled)
             filled.clear()
             filled.extend(self._cached(taken))
+            self._begun += len(taken) - len(filled)
+        while self._waiting and self._waiting[0][0] <= self._begun:
+            self._savers.submit(_call_after, list(self._saves), self._waiting.popleft()[1])
+
+    def when_saved(self, then: Callable[[], object]) -> None:
+        """Calls a function once all pages that are filled by now have been saved, or lost. For the engine's thread.
+
+        Args:
+            then: The function. It is called on another thread.
+        """
+        self._waiting.append((self._begun + len(self._cache.filled), then))
 
     def _cached(self, filled: Seq[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
         """Returns the pages (page, key) that still hold what they are named for. The others are lost."""
@@ -145,6 +158,24 @@ class PageMover:
             self._store.count(lost_pages=len(keys))
 
     # ---- loading
+
+    def has(self, tokens: Seq[int], cache_salt: str = "") -> Future[bool]:
+        """Looks whether the trunk's K/V of tokens is on the device or in the store. Any thread may call it.
+
+        Only the last full page is looked for: who has saved it has saved those before it.
+
+        Args:
+            tokens: At least a page of tokens.
+            cache_salt: The salt of the request (`Request.cache_salt`).
+
+        Returns:
+            The answer to come. A store that hangs never gives one.
+        """
+        return self._loaders.submit(self._has, tokens, cache_salt)
+
+    def _has(self, tokens: Seq[int], cache_salt: str) -> bool:
+        key = Chain(cache_salt=cache_salt).keys(tokens, self._pool.page_size)[-1]
+        return self._pool.page_of(key) is not None or bool(self._store.read([key]))
 
     def load(self, prefix: list[bytes], contents: list[Content]) -> bool:
         """Begins to look for pages, and does not wait (prefix_cache.Loader).
@@ -254,45 +285,7 @@ class PageMover:
         self._store.close()
 
 
-def make_store(config: EngineConfig, model: ModelConfig, runner: Runner, trunk: str) -> PageStore | None:
-    """Makes the page store of an engine; None if its config names none.
-
-    Args:
-        config: The engine's sizes.
-        model: The trunk's sizes and options, as its files say.
-        runner: The engine's runner.
-        trunk: The identity of the trunk's weights (TrunkCheckpoint.identity).
-
-    Raises:
-        ValueError: The config makes no sense, or nothing can be written to the store.
-    """
-    if not (config.page_store or config.host_cache_bytes):
-        return None
-    if jax.process_count() > 1:
-        raise ValueError(
-            "engine.page_store and engine.host_cache_bytes need an engine of a single process: each of several has "
-            "only a part of a page; leave them out"
-        )
-    if not config.enable_prefix_caching:
-        raise ValueError("engine.page_store and engine.host_cache_bytes need engine.enable_prefix_caching")
-    if config.page_store and not trunk:
-        raise ValueError("engine.page_store needs the identity of the trunk: pass it to Engine.create")
-    identity = _identity(config, model, runner, trunk)
-    pages = runner.kv_pages
-    folder = PageFolder(config.page_store, identity, config.page_store_bytes) if config.page_store else None
-    return PageStore(identity, pages.nbytes // pages.shape[1], HostCache(config.host_cache_bytes), folder)
-
-
-def _identity(config: EngineConfig, model: ModelConfig, runner: Runner, trunk: str) -> bytes:
-    """Returns a digest of all that K/V depends on beside tokens."""
-    scaling = model.rope_scaling
-    lengthens = scaling is not None and scaling.kind in ("dynamic", "longrope")  # by the length of the longest sequence
-    known = (
-        *(__version__, trunk, model, runner.kv_pages.dtype.name, config.page_size, config.dtype, config.weights),
-        config.max_model_len if lengthens else None,
-    )
-    digest = hashlib.blake2b(repr(known).encode(), digest_size=16)
-    scales = runner.weights[0].get("kv_scales")
-    if scales is not None:
-        digest.update(np.asarray(scales.get_value()).tobytes())
-    return digest.digest()
+def _call_after(saves: Seq[Future], then: Callable[[], object]) -> None:
+    """Waits for saves, which were begun before, and calls a function."""
+    wait(saves)
+    then()

@@ -37,6 +37,7 @@ class EngineStats:
         pages_cached: Gauge: cached pages that nobody holds.
         pages_by_model: Gauge: cached pages, held or not, by the model for which they were first written.
         sessions: Gauge: sessions that hold pages.
+        parked_sessions: Gauge: sessions whose pages the page store has.
         running: Gauge: running sequences.
         waiting: Gauge: waiting sequences.
         host_seconds: Time in which the device waited for the host, at most (flight.py).
@@ -68,6 +69,7 @@ class EngineStats:
     pages_cached: int = 0
     pages_by_model: dict[str, int] = dataclasses.field(default_factory=dict)
     sessions: int = 0
+    parked_sessions: int = 0
     running: int = 0
     waiting: int = 0
     host_seconds: float = 0.0
@@ -90,5 +92,6 @@ class EngineStats:
         self.pages_by_model = dict(+scheduler.pool.written_for)
         self.slot_evictions = scheduler.slots.evictions
         self.sessions = len(scheduler.sessions)
+        self.parked_sessions = scheduler.sessions.num_parked
         self.running = len(scheduler.running)
         self.waiting = len(scheduler.waiting)

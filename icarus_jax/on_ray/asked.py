@@ -1,4 +1,4 @@
-"""A request on its way from the front to a replica, and what the router needs to know of it. No JAX, no Ray."""
+"""What is asked of a replica, and what the router needs to know of it. No JAX, no Ray."""
 
 from __future__ import annotations
 
@@ -45,6 +45,30 @@ class Asked:
         sent = {key: scope[key] for key in PASSED_ON if key in scope}
         ends = {key: tuple(scope[key]) for key in ("client", "server") if scope.get(key)}
         return cls(sent | ends, body, **known)
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A prompt for a prefill replica.
+
+    Attributes:
+        token_ids: its token ids.
+        cache_salt: the salt of the request; see `Request.cache_salt`.
+        tenant: who asks.
+        weight: the tenant's share of the engine.
+        replica: as in `Asked`: any prefill replica can compute it.
+    """
+
+    token_ids: tuple[int, ...]
+    cache_salt: str = ""
+    tenant: str = ""
+    weight: float = 1.0
+    replica: str = ""
+
+    @property
+    def routed(self) -> Routed:
+        """What the router needs to know: a prefill replica has the first pages if it has computed them before."""
+        return Routed(pieces=pieces_of(self.token_ids), cache_salt=self.cache_salt)
 
 
 def read_json(body: bytes) -> dict[str, Any]:

@@ -29,16 +29,17 @@ from starlette.websockets import WebSocketClose
 
 from icarus_jax.fleet.routing import Routed
 from icarus_jax.on_ray.asked import Asked, read_json, read_routed
+from icarus_jax.on_ray.engine_replica import Whole
 from icarus_jax.on_ray.head_log import HEAD_PATHS
-from icarus_jax.on_ray.joined_metrics import join_metrics
-from icarus_jax.on_ray.replica import Whole
+from icarus_jax.on_ray.joined_metrics import METRICS_SECONDS, join_metrics
 from icarus_jax.server.body import ApiError, read_body
 from icarus_jax.server.delivery import written_event
 from icarus_jax.server.responses import error_body
 
 log = logging.getLogger(__name__)
 
-METRICS, RELEASE, RESPONSES, PAGE_STATS = "/metrics", "/v1/release_session", "/v1/responses", "/page/stats"
+METRICS, RESPONSES, PAGE_STATS = "/metrics", "/v1/responses", "/page/stats"
+SESSIONS = ("/v1/release_session", "/v1/park_session")  # it is not known which replica has the pages
 RESPONSE_ID = re.compile(rb'"id": ?"(resp_\w+)"')
 MAX_RESPONSES = 100_000  # ids of which the front remembers the replica
 LARGE = 1 << 16  # bytes; the JSON of more is read on a thread
@@ -51,15 +52,23 @@ class ReplicaLost(Exception):
 class Front:
     """The ASGI app of the front."""
 
-    def __init__(self, replicas: DeploymentHandle, head_log: DeploymentHandle, accept_seconds: float):
+    def __init__(
+        self,
+        replicas: DeploymentHandle,
+        head_log: DeploymentHandle,
+        accept_seconds: float,
+        prefill: DeploymentHandle | None = None,
+    ):
         """Takes what it works with.
 
         Args:
             replicas: the deployment of `Replica`.
             head_log: the changes of heads.
             accept_seconds: how long a request waits for a replica that takes it.
+            prefill: the deployment of `PrefillReplica`, whose metrics are shown too; None: there is none.
         """
         self._replicas, self._head_log, self._accept_seconds = replicas, head_log, accept_seconds
+        self._prefill = prefill
         self._answers = replicas.options(stream=True).answer
         self._heads: int | None = None  # the version that every replica must have; None: not known yet
         self._changing = asyncio.Lock()
@@ -81,7 +90,7 @@ class Front:
             path = scope["path"] if scope["method"] in ("GET", "POST") else ""
             if path in HEAD_PATHS:
                 await _send_whole(await self._change_heads(asked), scope, receive, send)
-            elif path in (METRICS, RELEASE):
+            elif path in (METRICS, *SESSIONS):
                 await _send_whole(await self._from_all(asked), scope, receive, send)
             else:
                 await self._pass_on(asked, send)
@@ -167,19 +176,30 @@ class Front:
 
     async def _from_all(self, asked: Asked) -> Whole:
         """Lets every replica answer, and makes one answer of theirs."""
-        try:
-            results = await self._replicas.broadcast("whole", asked).results_async(return_exceptions=True)
-        except (RayError, RayServeException) as error:
-            raise ReplicaLost("there is no replica; send the request again") from error
+        others = self._prefill if asked.scope["path"] == METRICS else None
+        deployments = [self._replicas] if others is None else [self._replicas, others]
+        results = [result for deployment in deployments for result in await _results_of(deployment, asked)]
         answers = [result for result in results if isinstance(result, Whole)]
         good = [answer for answer in answers if answer.status == 200]
         if not answers:
             raise ReplicaLost("all replicas have failed; send the request again")
         if asked.scope["path"] == METRICS and good:
-            body = join_metrics({answer.replica: answer.body.decode() for answer in good})
+            body = join_metrics({answer.replica: answer.body.decode() for answer in good}, len(results) - len(good))
             return Whole("", 200, [(b"content-type", b"text/plain; version=0.0.4")], body)
-        released = [answer for answer in good if read_json(answer.body).get("released")]
-        return [*released, *good, *answers][0]
+        said = [read_json(answer.body) for answer in good]
+        done = [answer for answer, body in zip(good, said, strict=True) if body.get("released") or body.get("parked")]
+        return [*done, *(answer for answer in answers if answer.status != 200), *good][0]
+
+
+async def _results_of(deployment: DeploymentHandle, asked: Asked) -> list[Any]:
+    """Lets every replica of a deployment answer. Returns its answer, or why there is none, for each of them."""
+    sent = deployment.broadcast("whole", asked)
+    try:
+        if asked.scope["path"] == METRICS:  # only the call that blocks has a time limit for each replica
+            return await asyncio.to_thread(sent.results, timeout_s=METRICS_SECONDS, return_exceptions=True)
+        return await sent.results_async(return_exceptions=True)
+    except (RayError, RayServeException, TimeoutError):  # it has no replica
+        return []
 
 
 async def _messages(answers: DeploymentResponseGenerator) -> AsyncIterator[Message]:
@@ -206,11 +226,9 @@ def _last_events(path: str, error: ReplicaLost) -> bytes:
 class FrontDeployment:
     """The front as a deployment."""
 
-    def __init__(
-        self, replicas: DeploymentHandle, head_log: DeploymentHandle, accept_seconds: float, body_timeout: float
-    ):
-        """Takes the arguments of `Front`, and how many seconds a body may take; see `body_chunks`."""
-        self._app = Starlette(routes=[Mount("", app=Front(replicas, head_log, accept_seconds))])
+    def __init__(self, body_timeout: float, **arguments: Any):
+        """Takes how many seconds a body may take, see `body_chunks`; and the arguments of `Front`."""
+        self._app = Starlette(routes=[Mount("", app=Front(**arguments))])
         self._app.state.body_timeout = body_timeout
 
     def __serve_build_asgi_app__(self) -> ASGIApp:

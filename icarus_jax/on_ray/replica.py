@@ -1,77 +1,40 @@
-"""A replica: an engine with its HTTP API, in an actor of Ray Serve."""
+"""A replica: an engine that answers the requests that the front passes on."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import dataclasses
 import json
 import logging
 from collections.abc import AsyncIterator
-from typing import Any
 
 from ml_collections import ConfigDict
-from ray import serve
 from ray.serve.handle import DeploymentHandle
-from starlette.types import Message, Send
+from starlette.types import Message
 
-from icarus_jax import cli
-from icarus_jax.cli.platforms import leave_libtpu_alone
 from icarus_jax.on_ray.asked import Asked
+from icarus_jax.on_ray.engine_replica import EngineReplica, Whole
 from icarus_jax.on_ray.head_log import UNLOAD, HeadChange
-from icarus_jax.server import access_log
 from icarus_jax.server.auth import TENANT
 
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Whole:
-    """A replica's answer to a request.
+class Replica(EngineReplica):
+    """Answers the requests that the front passes on, with the same heads as all other replicas."""
 
-    Attributes:
-        replica: the replica's id.
-        status: the HTTP status.
-        headers: the headers, as ASGI has them.
-        body: the body.
-    """
-
-    replica: str
-    status: int
-    headers: list[tuple[bytes, bytes]]
-    body: bytes
-
-
-class Replica:
-    """Answers the requests that the front passes on, by the same ASGI app as launch/serve.py."""
-
-    def __init__(self, config: ConfigDict, head_log: DeploymentHandle):
+    def __init__(self, config: ConfigDict, head_log: DeploymentHandle, prefill: DeploymentHandle | None = None):
         """Loads what the config describes, and starts the engine.
 
         Args:
             config: the config.
             head_log: the changes of heads.
+            prefill: the deployment that computes long prompts for this one; None: there is none.
 
         Raises:
             UsageError: a source cannot be read, a head does not fit, or a value makes no sense.
         """
-        leave_libtpu_alone()
-        keys, limits = cli.access(config.server)
-        traces = cli.tracing(config.server.otlp_traces_endpoint)
-        app = cli.build(config)
-        if config.server.access_log:
-            access_log.write_to_stdout()
-        app.start()
-        self._id: str = serve.get_replica_context().replica_id.unique_id
-        self._engine = app.engine
-        self._api = cli.make_api(config, app, keys, limits, traces)
-        self._admin = next((caller.name for caller in keys.tenants.values() if caller.admin), "")
+        super().__init__(config, prefill)
         self._head_log, self._heads, self._changing = head_log, 0, asyncio.Lock()
-        self._ends = contextlib.ExitStack()
-        if traces is not None:
-            self._ends.callback(traces.close)
-        self._ends.callback(self._engine.shutdown, drain=False)
-        self._ends.enter_context(cli.watching(app.loader, config.server.watch_heads))
 
     async def answer(self, asked: Asked) -> AsyncIterator[str | list[Message]]:
         """Answers a request.
@@ -107,7 +70,7 @@ class Replica:
             asked: the request.
         """
         await self.follow_heads(asked.heads)
-        return await self._whole(asked)
+        return await super().whole(asked)
 
     async def change_heads(self, asked: Asked) -> tuple[Whole, int]:
         """Loads or unloads a head.
@@ -120,7 +83,7 @@ class Replica:
         """
         await self.follow_heads(asked.heads)
         async with self._changing:
-            answer = await self._whole(asked)
+            answer = await super().whole(asked)
             if answer.status < 300:
                 change = HeadChange.of(asked.scope["path"], asked.body)
                 self._heads = await self._head_log.add.remote(change)
@@ -147,52 +110,12 @@ class Replica:
         scope = {"type": "http", "method": "POST", "path": change.path, "headers": headers, "query_string": b""}
         if self._admin:
             scope[TENANT] = self._admin
-        answer = await self._whole(Asked(scope, change.body))
+        answer = await super().whole(Asked(scope, change.body))
         if answer.status < 300 or (change.path == UNLOAD and answer.status == 404):
             return ""
         error = f"replica {self._id}: {json.loads(answer.body)['error']['message']}"
         log.error("head %r differs from that of other replicas: %s", change.name, error)
         return error
-
-    async def _whole(self, asked: Asked) -> Whole:
-        messages: list[Message] = []
-
-        async def send(message: Message) -> None:
-            messages.append(message)
-
-        await self._run(asked, send)
-        body = b"".join(message.get("body", b"") for message in messages)
-        return Whole(self._id, messages[0]["status"], list(messages[0]["headers"]), body)
-
-    async def _run(self, asked: Asked, send: Send) -> None:
-        """Calls the app. Its client never goes: if it does, the task that awaits this is cancelled."""
-        body = [{"type": "http.request", "body": asked.body, "more_body": False}]
-
-        async def receive() -> Message:
-            return body.pop() if body else await asyncio.get_running_loop().create_future()
-
-        await self._api(dict(asked.scope), receive, send)
-
-    # ---- what Ray Serve calls
-
-    def check_health(self) -> None:
-        """Fails once the engine has: Ray Serve then starts a replica in place of this one."""
-        if self._engine.failed:
-            raise RuntimeError("the engine has failed")
-
-    def record_routing_stats(self) -> dict[str, Any]:
-        """Returns how busy the replica is, for the router."""
-        stats = self._engine.stats
-        return {"queue": stats.running + stats.waiting, "pages": stats.pages_used / max(1, stats.pages_total)}
-
-    def record_autoscaling_stats(self) -> dict[str, float]:
-        """Returns how full the replica is, for `scaling.desired_replicas`."""
-        return {"pages": self.record_routing_stats()["pages"]}
-
-    def __del__(self) -> None:
-        """Stops the engine. Ray Serve calls it when the requests in flight have ended, or their time is over."""
-        if ends := getattr(self, "_ends", None):
-            ends.close()
 
 
 async def _next_batch(messages: asyncio.Queue[Message | None]) -> list[Message]:

@@ -8,7 +8,7 @@ from typing import Any
 from ray.serve.request_router import PendingRequest, ReplicaID, RequestRouter, RunningReplica
 
 from icarus_jax.fleet.routing import ReplicaLoad, Router, RoutingConfig
-from icarus_jax.on_ray.asked import Asked
+from icarus_jax.on_ray.asked import Asked, Prompt
 
 
 class ConversationRouter(RequestRouter):
@@ -94,6 +94,6 @@ def name(replica: RunningReplica) -> str:
     return replica.replica_id.unique_id
 
 
-def _asked(pending: PendingRequest) -> Asked:
+def _asked(pending: PendingRequest) -> Asked | Prompt:
     args: Sequence[Any] = pending.args
-    return args[0] if args and isinstance(args[0], Asked) else Asked({}, b"")
+    return args[0] if args and isinstance(args[0], Asked | Prompt) else Asked({}, b"")

@@ -1,25 +1,32 @@
 """Stored pages as files, in a local folder or in a bucket.
 
     URL / identity of the engine / first two digits of the page's key / the key.page
+    URL / .total                                                           how many bytes all of them have, at most
 
 Several engines may use one folder at once. In a local folder a file is written under a temporary name and renamed, so
-that nobody reads a part of it; a bucket shows no part of an object anyway.
+that nobody reads a part of it; a bucket shows no part of an object anyway. Room for a file is made before it is
+written, by one engine at a time: so all of them together keep the limit.
 """
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import itertools
 import math
 import os
 import pathlib
 import threading
 import time
 import uuid
+from collections.abc import Iterator
+from io import FileIO
 
 import fsspec
 
 LEFT_SECONDS = 3600.0  # a temporary file of this age was left behind by a process that ended
 SWEEPS = 16  # how often the folder is looked through while it is written once over
+TOTAL = ".total"
 
 
 class PageFolder:
@@ -41,16 +48,17 @@ class PageFolder:
             self._store, root = fsspec.url_to_fs(url)
             self._root, self._local = root.rstrip("/"), bool(getattr(self._store, "local_file", False))
             self._store.makedirs(self._root, exist_ok=True)
-            if self._local and not os.access(self._root, os.W_OK | os.X_OK):
-                raise PermissionError(f"nothing can be written to {self._root}")
+            if self._local:
+                with self._locked():  # what cannot be locked or written is refused now
+                    pass
         except Exception as error:  # every store has errors of its own
             said = " ".join(str(error).split())[:200]
             raise ValueError(f"engine.page_store={url!r}: {type(error).__name__}: {said}") from error
         self._own = f"{self._root}/{identity.hex()}"
         self._max_bytes = max_bytes
-        self._lock, self._sweeping = threading.Lock(), threading.Lock()
+        self._lock = threading.Lock()
         self._pages, self._bytes = 0, 0
-        self._unswept = math.inf  # bytes written since the folder was looked through
+        self._looked = False  # whether the folder has been looked through
 
     @property
     def size(self) -> tuple[int, int]:
@@ -71,10 +79,23 @@ class PageFolder:
             data = self._store.cat_file(path)
         except FileNotFoundError:
             return None
-        if self._local:
-            with contextlib.suppress(OSError):
-                os.utime(path)  # when it was last used
+        self._used(path)
         return data
+
+    def use(self, key: bytes) -> bool:
+        """Notes that a page is used. Returns whether it is here.
+
+        Args:
+            key: The page's key.
+
+        Raises:
+            Exception: The store does not answer.
+        """
+        path = self._path(key)
+        if not self._store.exists(path):
+            return False
+        self._used(path)
+        return True
 
     def put(self, key: bytes, data: bytes) -> bool:
         """Writes a page.
@@ -93,14 +114,11 @@ class PageFolder:
         if self._store.exists(path):
             return False
         if self._local:
-            _write(pathlib.Path(path), data)
+            self._write(pathlib.Path(path), data)
         else:
             self._store.pipe_file(path, data)
         with self._lock:
             self._pages, self._bytes = self._pages + 1, self._bytes + len(data)
-            self._unswept += len(data)
-        if self._local and self._unswept > self._max_bytes // SWEEPS:
-            self._sweep()
         return True
 
     def remove(self, key: bytes) -> None:
@@ -112,46 +130,78 @@ class PageFolder:
         with contextlib.suppress(Exception):  # somebody else was faster, or it will be found again
             self._store.rm_file(self._path(key))
 
+    def _used(self, path: str) -> None:
+        if self._local:
+            with contextlib.suppress(OSError):
+                os.utime(path)  # when it was last used
+
     def _path(self, key: bytes) -> str:
         name = key.hex()
         return f"{self._own}/{name[:2]}/{name}.page"
 
-    def _sweep(self) -> None:
-        """Looks through the folder, and removes pages until there is room for those to come before the next time."""
-        if not self._sweeping.acquire(blocking=False):
-            return
+    def _write(self, path: pathlib.Path, data: bytes) -> None:
+        """Writes a local file, all of it or nothing."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".part-{uuid.uuid4().hex}")
         try:
-            with self._lock:
-                self._unswept = 0
-            root, limit = pathlib.Path(self._root), self._max_bytes - self._max_bytes // SWEEPS
-            for left in root.glob("*/??/.part-*"):
-                with contextlib.suppress(OSError):
-                    if time.time() - left.stat().st_mtime > LEFT_SECONDS:
-                        left.unlink()
-            found = []
-            for file in root.glob("*/??/*.page"):
-                with contextlib.suppress(OSError):  # somebody else removes files too
-                    status = file.stat()
+            self._reserve(part, len(data))
+            with part.open("r+b") as file:
+                file.write(data)
+            part.replace(path)
+        except BaseException:
+            part.unlink(missing_ok=True)
+            raise
+
+    def _reserve(self, part: pathlib.Path, size: int) -> None:
+        """Makes a file of this size, once there is room for it. It counts from now on, whoever looks."""
+        if size > self._max_bytes:
+            raise ValueError(f"a page has {size} bytes, engine.page_store_bytes is {self._max_bytes}")
+        with self._locked() as file:
+            said = file.read()
+            total = int(said) if said.isdigit() and self._looked else math.inf
+            if total + size > self._max_bytes:
+                total = self._sweep(size)
+            file.seek(0)
+            file.write(b"%020d" % (total + size))
+            part.touch()
+            os.truncate(part, size)
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[FileIO]:
+        """Opens the file TOTAL. No other thread or process has it meanwhile."""
+        path = pathlib.Path(self._root, TOTAL)
+        path.touch()
+        with path.open("r+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the lock ends with the process at the latest
+            yield file
+
+    def _sweep(self, size: int) -> int:
+        """Looks through the folder, and removes pages until there is room for one and for some more.
+
+        Args:
+            size: How many bytes the next page has.
+
+        Returns:
+            How many bytes all pages have now, with those that are just being written.
+        """
+        root, limit = pathlib.Path(self._root), self._max_bytes - max(size, self._max_bytes // SWEEPS)
+        found, writing = [], 0
+        # Those that are being written come first: one that is renamed meanwhile is found as a page.
+        for file in itertools.chain(root.glob("*/??/.part-*"), root.glob("*/??/*.page")):
+            with contextlib.suppress(OSError):  # it has just been renamed or removed
+                status = file.stat()
+                if file.suffix == ".page":
                     found.append((status.st_mtime_ns, status.st_size, file))
-            found.sort(reverse=True)
-            total = sum(size for _, size, _ in found)
-            while total > limit:
-                _, size, file = found.pop()
-                total -= size
-                file.unlink(missing_ok=True)
-            with self._lock:
-                self._pages, self._bytes = len(found), total
-        finally:
-            self._sweeping.release()
-
-
-def _write(path: pathlib.Path, data: bytes) -> None:
-    """Writes a local file, all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".part-{uuid.uuid4().hex}")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
+                elif time.time() - status.st_mtime > LEFT_SECONDS:
+                    file.unlink()
+                else:
+                    writing += status.st_size
+        found.sort(reverse=True)
+        total = writing + sum(taken for _, taken, _ in found)
+        while found and total > limit:
+            _, taken, file = found.pop()
+            total -= taken
+            file.unlink(missing_ok=True)
+        with self._lock:
+            self._pages, self._bytes, self._looked = len(found), total - writing, True
+        return total

@@ -7,12 +7,12 @@ import threading
 import time
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
-from concurrent.futures import ThreadPoolExecutor
 
 from icarus_jax.page_store.host_cache import HostCache
 from icarus_jax.page_store.page_file import decode, encode
 from icarus_jax.page_store.page_folder import PageFolder
 from icarus_jax.page_store.stats import StoreStats
+from icarus_jax.page_store.threads import DaemonExecutor
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,8 @@ class PageStore:
         self._identity, self._page_bytes = identity, page_bytes
         self._host, self._folder = host, folder
         # Sequences wait for what is read: that stands in no line with what is written.
-        self._readers = ThreadPoolExecutor(THREADS, "page-reader")
-        self._writers = ThreadPoolExecutor(THREADS, "page-writer")
+        self._readers = DaemonExecutor(THREADS, "page-reader")
+        self._writers = DaemonExecutor(THREADS, "page-writer")
         self._lock = threading.Lock()
         self._warned = -QUIET_SECONDS
 
@@ -81,6 +81,23 @@ class PageStore:
                     return found
                 found.append(values)
         return found
+
+    def missing(self, keys: Seq[bytes]) -> list[bytes]:
+        """Returns those of some pages that no tier has. Waits for the store. The others count as used.
+
+        Args:
+            keys: The keys of the pages.
+        """
+        return [key for key, here in zip(keys, self._readers.map(self._has, keys), strict=True) if not here]
+
+    def _has(self, key: bytes) -> bool:
+        if self._host.get(key) is not None:
+            return True
+        try:
+            return self._folder is not None and self._folder.use(key)
+        except Exception as error:  # every store has errors of its own
+            self._warn("does not answer", error)
+            return False
 
     def count(self, **counts: float) -> None:
         """Adds to counters, and brings the gauges up to date.

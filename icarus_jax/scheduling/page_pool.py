@@ -219,7 +219,7 @@ class PagePool:
             pages: The page table of a sequence. Its last pages are evicted first.
             useful: False: evict these pages before all others.
         """
-        for page in reversed(pages):
+        for page in reversed(pages) if useful else pages:  # its last page goes first either way
             self.refs[page] -= 1
             assert self.refs[page] >= 0, f"page {page} was given back twice"
             if self.refs[page] == 0:

@@ -273,7 +273,7 @@ class Scheduler:
             useful = not seq.chain.salt or hint.next_model in (None, seq.model.name)
             if hint.retain_s is not None:
                 stored = -(-seq.num_stored // self.config.page_size)  # pages further on hold nothing yet
-                self.sessions.retain(hint.id, seq.page_table[:stored], hint.retain_s)
+                self.sessions.retain(hint.id, seq.page_table[:stored], hint.retain_s, self.cache.keys_to_save(seq))
         self._leave(seq, useful)
         seq.status = Status.FINISHED
 

@@ -4,30 +4,36 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Collection
+from collections.abc import Sequence as Seq
 
 from icarus_jax.scheduling.page_pool import PagePool
 
+MAX_PARKED = 100_000  # sessions; those parked first are forgotten
 
-@dataclasses.dataclass
+
+@dataclasses.dataclass(eq=False)
 class Retained:
     """The pages that one session holds.
 
     Attributes:
         pages: The page table of the session's last answer.
         expires: The time at which they are released, in seconds of the clock. inf: not before they are asked for.
+        keys: The names of the first of them: full pages whose K/V the trunk has made.
     """
 
     pages: list[int]
     expires: float
+    keys: list[bytes]
 
 
 class Sessions:
     """Holds pages by session id, so that the next request of a session finds them in the cache.
 
     Running requests come first: if pages run out, sessions are released, the one that expires soonest first. Pinned
-    sessions, which never expire, are released only if no request can run otherwise.
+    sessions, which never expire, are released only if no request can run otherwise. Parked sessions hold no pages: the
+    page store has them.
     """
 
     def __init__(self, pool: PagePool, clock: Callable[[], float]):
@@ -40,35 +46,83 @@ class Sessions:
         self._pool = pool
         self._clock = clock
         self._held: dict[str, Retained] = {}
+        self._parked: OrderedDict[str, None] = OrderedDict()  # the session that was parked last comes last
 
     def __len__(self) -> int:
+        """Returns how many sessions hold pages."""
         return len(self._held)
 
-    def retain(self, session: str, pages: list[int], seconds: float) -> None:
+    @property
+    def num_parked(self) -> int:
+        """How many sessions are parked."""
+        return len(self._parked)
+
+    def retain(self, session: str, pages: list[int], seconds: float, keys: Seq[bytes] = ()) -> None:
         """Holds pages for a session, in place of those that the session held before.
 
         Args:
             session: The session's id.
             pages: The pages to hold. Others may hold them too.
             seconds: How long to hold them. inf: until they are released.
+            keys: The names of the first of them, those that can be saved (`Retained.keys`).
         """
         self._pool.hold(pages)
         self.release(session)
-        self._held[session] = Retained(list(pages), self._clock() + seconds)
+        self._held[session] = Retained(list(pages), self._clock() + seconds, list(keys))
 
     def release(self, session: str) -> bool:
-        """Stops holding the pages of a session. They stay in the cache until they are evicted.
+        """Ends a session, held or parked. Its pages stay in the cache until they are evicted.
 
         Args:
             session: The session's id.
 
         Returns:
-            Whether the session held any pages.
+            Whether there was such a session.
         """
+        if session in self._parked:
+            del self._parked[session]
+            return True
         held = self._held.pop(session, None)
         if held is not None:
             self._pool.release(held.pages)
         return held is not None
+
+    def held(self, session: str) -> Retained | None:
+        """Returns what a session holds; None if it holds no pages.
+
+        Args:
+            session: The session's id.
+        """
+        return self._held.get(session)
+
+    def is_parked(self, session: str) -> bool:
+        """Returns whether a session is parked.
+
+        Args:
+            session: The session's id.
+        """
+        return session in self._parked
+
+    def park(self, session: str, saved: Retained) -> bool:
+        """Stops holding the pages of a session, which are then evicted before all others.
+
+        The session is known until it retains pages again, or is released.
+
+        Args:
+            session: The session's id.
+            saved: What it held when its pages were saved.
+
+        Returns:
+            Whether it still held that.
+        """
+        if self._held.get(session) is not saved:
+            return False
+        del self._held[session]
+        self._pool.release(saved.pages, useful=False)
+        self._parked[session] = None
+        if len(self._parked) > MAX_PARKED:
+            self._parked.popitem(last=False)
+        return True
 
     @property
     def tables(self) -> list[list[int]]:

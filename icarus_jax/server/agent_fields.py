@@ -4,6 +4,8 @@
 "handoff": [{"on": "\\nAction:", "model": "b"}, ...]     b goes on after a token that completes the text or has the id
 "reference_logprobs": true                              also report the trunk's log-probability of each token
 "session": {"id": "x", "retain": 60, "next_model": "b"} keep the pages for 60 seconds (or "pinned": until released)
+
+A session ends by a POST of its id to /v1/release_session. One to /v1/park_session moves its pages to the page store.
 """
 
 from __future__ import annotations
@@ -54,8 +56,8 @@ class Session(Body):
         return SessionHint(self.id, math.inf if self.retain == "pinned" else self.retain, self.next_model)
 
 
-class ReleaseRequest(Body):
-    """Ends the session of this id: the pages retained for it may be evicted.
+class SessionRequest(Body):
+    """Names a session that is to be released or parked.
 
     Attributes:
         id: the client's name of the conversation.

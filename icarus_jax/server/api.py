@@ -14,7 +14,7 @@ from starlette.responses import JSONResponse, Response
 from icarus_jax import __version__
 from icarus_jax.engine.engine import Engine
 from icarus_jax.scheduling.registry import Model
-from icarus_jax.server.agent_fields import ReleaseRequest
+from icarus_jax.server.agent_fields import SessionRequest
 from icarus_jax.server.auth import admin_only
 from icarus_jax.server.body import ApiError, Body, parse, read_body
 from icarus_jax.server.delivery import GenerationStream, event_stream, whole_response
@@ -24,7 +24,7 @@ from icarus_jax.server.exchange import current
 from icarus_jax.server.generation import Generation
 from icarus_jax.server.head_loader import HeadLoader
 from icarus_jax.server.head_resolver import HeadResolver, Leases
-from icarus_jax.server.intake import Intake
+from icarus_jax.server.intake import Intake, Prefill
 from icarus_jax.server.limits import Limits, header_timeout
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.prompts import PromptReader
@@ -33,6 +33,8 @@ from icarus_jax.server.responses import model_card
 from icarus_jax.server.routing import check_model
 from icarus_jax.server.structured import make_compiler
 from icarus_jax.server.tool_formats import AUTO
+
+PARK_SECONDS = 60.0  # how long the page store may take
 
 
 class Api:
@@ -55,7 +57,8 @@ class Api:
         "/v1/chat/completions": ChatRequest,
         "/tokenize": TokenizeRequest,
         "/detokenize": DetokenizeRequest,
-        "/v1/release_session": ReleaseRequest,
+        "/v1/release_session": SessionRequest,
+        "/v1/park_session": SessionRequest,
     }
 
     def __init__(
@@ -67,6 +70,7 @@ class Api:
         limits: Limits,
         tool_call_parser: str = AUTO,
         resolver: HeadResolver | None = None,
+        prefill: Prefill | None = None,
     ):
         """Takes the parts that the endpoints work with.
 
@@ -78,6 +82,7 @@ class Api:
             limits: counts what waits for the engine.
             tool_call_parser: the name of the form in which the trunk writes tool calls.
             resolver: loads heads that requests name and that are not served; None: they are refused.
+            prefill: computes prompts elsewhere, before the engine gets them; None: the engine computes all.
         """
         self.engine = engine
         self.limits = limits
@@ -87,7 +92,7 @@ class Api:
         self.reader = PromptReader(self.vocabulary, engine.model_config.vocab_size, self.limit)
         ends = frozenset(eos_ids)
         compiler = make_compiler(engine, tokenizer, ends)
-        self.intake = Intake(engine, self.vocabulary, self.reader, ends, compiler, tool_call_parser, resolver)
+        self.intake = Intake(engine, self.vocabulary, self.reader, ends, compiler, tool_call_parser, resolver, prefill)
         self.loader = loader
         self.created = int(time.time())
 
@@ -169,13 +174,23 @@ class Api:
 
     async def release_session(self, http: HttpRequest) -> Any:
         """Ends a session, so that the pages retained for it may be evicted."""
-        body = await asyncio.to_thread(parse, ReleaseRequest, await read_body(http))
-        caller = current().caller
-        if body.key not in (None, caller.name):
-            await admin_only()
+        body, session = await _session(http)
         # The engine answers at the end of a step, so a thread waits for it.
-        released = await asyncio.to_thread(self.engine.release_session, caller.session(body.id, body.key))
+        released = await asyncio.to_thread(self.engine.release_session, session)
         return {"id": body.id, "object": "session", "released": released}
+
+    async def park_session(self, http: HttpRequest) -> Any:
+        """Moves the pages retained for a session from the device to the page store; its next request loads them."""
+        body, session = await _session(http)
+        try:
+            async with asyncio.timeout(PARK_SECONDS):
+                parked = await asyncio.wrap_future(self.engine.parking.park(session))
+        except TimeoutError:
+            message = f"the page store has not taken the session's pages in {PARK_SECONDS:g} s"
+            raise ApiError(503, message, code="page_store_error") from None
+        except OSError as error:
+            raise ApiError(503, str(error), code="page_store_error") from error
+        return {"id": body.id, "object": "session", "parked": parked}
 
     async def answer(
         self,
@@ -220,4 +235,14 @@ class Api:
             ("POST", "/tokenize", self.tokenize),
             ("POST", "/detokenize", self.detokenize),
             ("POST", "/v1/release_session", self.release_session),
+            ("POST", "/v1/park_session", self.park_session),
         ]
+
+
+async def _session(http: HttpRequest) -> tuple[SessionRequest, str]:
+    """Reads the body of a request that names a session. Returns it, and the engine's id of the session."""
+    body = await asyncio.to_thread(parse, SessionRequest, await read_body(http))
+    caller = current().caller
+    if body.key not in (None, caller.name):
+        await admin_only()
+    return body, caller.session(body.id, body.key)

@@ -25,6 +25,7 @@ from icarus_jax.server.half_close import HalfCloseProtocol
 from icarus_jax.server.head_loader import HeadLoader
 from icarus_jax.server.head_resolver import HeadResolver
 from icarus_jax.server.head_routes import HeadRoutes
+from icarus_jax.server.intake import Prefill
 from icarus_jax.server.lifecycle import Drain, DrainingServer, Gate
 from icarus_jax.server.limits import Limits
 from icarus_jax.server.openapi import describe_bodies
@@ -51,6 +52,7 @@ def create_app(
     lifespan: Callable[[FastAPI], AbstractAsyncContextManager[None]] | None = None,
     traces: Traces | None = None,
     body_timeout: float = 60.0,
+    prefill: Prefill | None = None,
 ) -> FastAPI:
     """Makes the ASGI app that serves the HTTP API over an engine.
 
@@ -69,11 +71,12 @@ def create_app(
         lifespan: lifespan(app) is a context that is open while the app is served; None: there is none.
         traces: gets the spans of the requests, and is closed when the app is not served any more; None: there are none.
         body_timeout: how many seconds the body of a request may take, besides those that a large one has (body.py).
+        prefill: computes prompts elsewhere, before the engine gets them; None: the engine computes all.
 
     Returns:
         The app. `app.state.drain` holds its Drain, which `run` needs to stop the server.
     """
-    api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser, resolver)
+    api = Api(engine, tokenizer, eos_ids, loader, limits or Limits(), tool_call_parser, resolver, prefill)
     app = FastAPI(title="icarus-jax", version=__version__, lifespan=_closing(traces, lifespan))
     groups: list[Endpoints] = [api, HeadRoutes(loader, api.card), ResponseRoutes(api), PageRoutes(engine), *extra]
     for method, path, handler in (route for group in groups for route in group.routes()):

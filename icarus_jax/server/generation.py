@@ -192,7 +192,7 @@ class Generation:
             self._metrics.tokens(choice.model, len(delta.token_ids), since, first=last is None)
         if delta.finish_reason:
             _, seq_id = self._running.pop(choice.index)
-            self._metrics.finished(choice.model, delta.finish_reason, arrival.time - self._arrival)
+            self._metrics.finished(choice.model, timeline)
             if delta.finish_reason == "error":
                 raise ApiError(500, "the engine failed while it worked on this request", code="engine_error")
             if delta.finish_reason == "abort":
@@ -240,6 +240,7 @@ class Generation:
             self._engine.abort([seq_id for _, seq_id in running.values()])
         now = time.monotonic()
         for choice, _ in running.values():
-            self._exchange.timelines[choice.index].end(reason, now)
-            self._metrics.finished(choice.model, reason, now - self._arrival)
+            timeline = self._exchange.timelines[choice.index]
+            timeline.end(reason, now)
+            self._metrics.finished(choice.model, timeline)
         self._queue.put_nowait(None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any, TypeVar
 
 from icarus_jax.engine.engine import Engine
@@ -32,6 +32,7 @@ from icarus_jax.server.tool_strict import strict_grammar
 COMPLETION_TOKENS = 16  # OpenAI's default max_tokens of a completion
 MAX_CHOICES = 1024  # of one request: prompts times models times n
 T = TypeVar("T")
+Prefill = Callable[[Request], Awaitable[None]]  # computes the prompt of a request that the engine gets afterwards
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Intake:
         compiler: Compiler,
         tool_call_parser: str = AUTO,
         resolver: HeadResolver | None = None,
+        prefill: Prefill | None = None,
     ):
         """Takes the parts that it works with.
 
@@ -78,6 +80,7 @@ class Intake:
             compiler: compiles what answers have to follow.
             tool_call_parser: the name of the form in which the trunk writes tool calls; see tool_formats.py.
             resolver: loads heads that requests name and that are not served; None: they are refused.
+            prefill: computes prompts elsewhere, before the engine gets them; None: the engine computes all.
 
         Raises:
             ValueError: there is no such form.
@@ -89,6 +92,7 @@ class Intake:
         self._reader = reader
         self._eos_ids = eos_ids
         self._resolver = resolver
+        self._prefill = prefill
         self._grammars = CompileQueue(compiler)
         added, most = vocabulary.tokenizer.get_added_vocab(), engine.model_config.vocab_size
         self._tokens: dict[str, int] = {text: token_id for text, token_id in added.items() if token_id < most}
@@ -126,14 +130,24 @@ class Intake:
         """
         begin = functools.partial(self._begin, read, raw, generation)
         asked = await self.with_models(begin, generation.leases)
-        if asked.spec is not None:
-            try:
-                grammar = await self._grammars.compile(asked.spec, current().caller.name)
-            except TooManyGrammars as error:
-                headers = {"Retry-After": str(error.seconds)}
-                raise ApiError(429, str(error), asked.spec.field, "rate_limit_exceeded", headers) from error
+        if not self._at_once(asked):
+            grammar = None if asked.spec is None else await self._compiled(asked.spec)
+            if self._prefill is not None:
+                requests = [self._request(prompt, params, asked.body, None) for prompt, params in asked.jobs]
+                await asyncio.gather(*map(self._prefill, requests))
             await asyncio.to_thread(self._submit, asked, generation, grammar)
         return asked.view
+
+    def _at_once(self, asked: Asked) -> bool:
+        """Returns whether a request goes to the engine as soon as it has been read."""
+        return asked.spec is None and self._prefill is None
+
+    async def _compiled(self, spec: GrammarSpec) -> Grammar:
+        try:
+            return await self._grammars.compile(spec, current().caller.name)
+        except TooManyGrammars as error:
+            headers = {"Retry-After": str(error.seconds)}
+            raise ApiError(429, str(error), spec.field, "rate_limit_exceeded", headers) from error
 
     async def with_models(self, call: Callable[[], T], leases: Leases) -> T:
         """Calls a function on a thread; if it lacks models, once more when they have been loaded.
@@ -157,7 +171,7 @@ class Intake:
                 await self._resolver.load(unknown, leases)
 
     def _begin(self, read: Callable[[bytes], Asked], raw: bytes, generation: Generation) -> Asked:
-        """Reads a request and, unless its grammar is needed first, submits it."""
+        """Reads a request and, unless it needs a grammar or its prompts are computed elsewhere, submits it."""
         try:
             asked = read(raw)
         finally:  # even if models have to be loaded first
@@ -165,7 +179,9 @@ class Intake:
                 generation.end_after(timeout)
         if self._resolver is not None:
             self._resolver.hold(named_models(asked.body), generation.leases)
-        if asked.spec is None:
+        choices = len(asked.jobs) * len(asked.body.answering) * asked.body.n
+        generation.reserve(choices, sum(len(prompt.ids) for prompt, _ in asked.jobs))
+        if self._at_once(asked):
             self._submit(asked, generation, None)
         return asked
 
@@ -249,7 +265,6 @@ class Intake:
     def _submit(self, asked: Asked, generation: Generation, grammar: Grammar | None) -> None:
         body, jobs = asked.body, asked.jobs
         writers = [model for model in body.answering for _ in range(body.n)]
-        generation.reserve(len(jobs) * len(writers), sum(len(prompt.ids) for prompt, _ in jobs))
         for prompt, params in jobs:
             vocabulary, skip, first = self._vocabulary, body.skip_special_tokens, len(generation.choices)
             echoes = isinstance(body, CompletionRequest) and body.echo

@@ -14,6 +14,7 @@ from icarus_jax.engine.stats import EngineStats
 from icarus_jax.page_store.stats import StoreStats
 from icarus_jax.scheduling.registry import NO_SLOT, Model
 from icarus_jax.scheduling.scheduler import Scheduler
+from icarus_jax.server.timeline import Timeline, between
 
 MAX_MODELS = 100  # with series of their own: a scrape of thousands would hold up the server for seconds
 OTHERS = "others"  # the model_name of all the others
@@ -63,6 +64,7 @@ _GAUGES = (
     ("icarus_num_requests_running", "running", "Sequences running."),
     ("icarus_num_requests_waiting", "waiting", "Sequences waiting."),
     ("icarus_sessions", "sessions", "Sessions that hold pages."),
+    ("icarus_parked_sessions", "parked_sessions", "Sessions whose pages the page store has."),
 )
 # Of the tiers below the device's pages: (name, attribute of StoreStats, help)
 _STORE_COUNTERS = (
@@ -174,6 +176,9 @@ class Metrics:
         self._ttft = histogram("time_to_first_token_seconds", "From arrival to the first token.", _LONG)
         self._itl = histogram("inter_token_latency_seconds", "Between two tokens of a stream.", _SHORT)
         self._e2e = histogram("e2e_request_latency_seconds", "From arrival to a stream's end.", _LONG)
+        self._queue = histogram("request_queue_time_seconds", "From submission to admission by the engine.", _LONG)
+        self._prefill = histogram("request_prefill_time_seconds", "From admission to the first output.", _LONG)
+        self._decode = histogram("request_decode_time_seconds", "From the first output to the last token.", _LONG)
 
     def _name(self, model: str) -> str:
         """Returns the label of a model: its name, if it is one of the first MAX_MODELS."""
@@ -206,16 +211,23 @@ class Metrics:
         histogram = self._ttft if first else self._itl
         histogram.labels(self._name(model)).observe(since)
 
-    def finished(self, model: str, reason: str, since_arrival: float) -> None:
-        """Counts a choice that has ended.
+    def finished(self, model: str, timeline: Timeline) -> None:
+        """Counts a choice that has ended. A phase that it has not reached is not counted.
 
         Args:
             model: the model that generated its last tokens.
-            reason: the finish_reason: 'stop', 'length', 'abort', 'error', 'grammar_error' or 'timeout'.
-            since_arrival: seconds since the request's arrival.
+            timeline: when what happened to it.
         """
-        self._requests.labels(self._name(model), reason).inc()
-        self._e2e.labels(self._name(model)).observe(since_arrival)
+        assert timeline.finish_reason is not None
+        self._requests.labels(self._name(model), timeline.finish_reason).inc()
+        for histogram, seconds in (
+            (self._e2e, between(timeline.arrival, timeline.ended)),
+            (self._queue, timeline.queue_seconds),
+            (self._prefill, timeline.prefill_seconds),
+            (self._decode, timeline.decode_seconds),
+        ):
+            if seconds is not None:
+                histogram.labels(self._name(model)).observe(seconds)
 
     def render(self) -> bytes:
         """Returns all metrics in Prometheus's text exposition format."""

@@ -36,6 +36,21 @@ class Timeline:
     ended: float | None = None
     finish_reason: str | None = None
 
+    @property
+    def queue_seconds(self) -> float | None:
+        """How long it waited in the engine's queue."""
+        return between(self.submitted, self.admitted)
+
+    @property
+    def prefill_seconds(self) -> float | None:
+        """How long its prompt took, up to the first output."""
+        return between(self.admitted, self.prefilled)
+
+    @property
+    def decode_seconds(self) -> float | None:
+        """How long its tokens after the first one took."""
+        return between(self.prefilled, self.last_token)
+
     def take(self, output: TokenOutput, delta: Delta, now: float) -> None:
         """Notes an output of the engine that the choice has been fed.
 
@@ -61,3 +76,8 @@ class Timeline:
             now: when.
         """
         self.finish_reason, self.ended = reason, now
+
+
+def between(start: float | None, end: float | None) -> float | None:
+    """Returns the seconds between two times; None if one of them has not come."""
+    return None if start is None or end is None else end - start

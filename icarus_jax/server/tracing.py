@@ -33,7 +33,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from icarus_jax import __version__
 from icarus_jax.server.exchange import Exchange, current
-from icarus_jax.server.timeline import Timeline
+from icarus_jax.server.timeline import Timeline, between
 
 MAX_CHOICES = 64  # of a request, that have spans: those of a thousand would hold up the event loop
 GOOD_ENDS = ("stop", "length", "abort")  # the finish_reasons of choices that did not fail
@@ -197,14 +197,10 @@ def _attributes(timeline: Timeline, writers: Sequence[str]) -> Attributes:
         "gen_ai.usage.input_tokens": len(choice.prompt.ids),
         "gen_ai.usage.cache_read.input_tokens": choice.cached_tokens,
         "gen_ai.usage.output_tokens": choice.num_tokens,
-        "gen_ai.latency.time_in_queue": _between(timeline.submitted, timeline.admitted),
-        "gen_ai.latency.time_to_first_token": _between(timeline.arrival, timeline.first_token),
-        "gen_ai.latency.time_in_model_prefill": _between(timeline.admitted, timeline.prefilled),
-        "gen_ai.latency.time_in_model_decode": _between(timeline.prefilled, timeline.last_token),
-        "gen_ai.latency.e2e": _between(timeline.arrival, timeline.ended),
+        "gen_ai.latency.time_in_queue": timeline.queue_seconds,
+        "gen_ai.latency.time_to_first_token": between(timeline.arrival, timeline.first_token),
+        "gen_ai.latency.time_in_model_prefill": timeline.prefill_seconds,
+        "gen_ai.latency.time_in_model_decode": timeline.decode_seconds,
+        "gen_ai.latency.e2e": between(timeline.arrival, timeline.ended),
     }
     return {name: value for name, value in found.items() if value is not None}
-
-
-def _between(start: float | None, end: float | None) -> float | None:
-    return None if start is None or end is None else end - start

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from icarus_jax.config import EngineConfig, HeadConfig
-from icarus_jax.engine import kv_scales, page_mover
+from icarus_jax.engine import build, kv_scales, page_mover
 from icarus_jax.engine.engine import Engine
 from icarus_jax.page_store.rates import CopyRule
 from icarus_jax.scheduling.page_keys import Chain
@@ -59,7 +59,7 @@ def saved(engine: Engine) -> None:
     """Waits until the engine's pages are in the store. It can go on afterwards."""
     while engine.has_work:
         engine.step()
-    page_mover.wait(engine._pages._saves)
+    page_mover.wait(engine.pages._saves)
 
 
 def end(engine: Engine) -> Engine:
@@ -99,8 +99,8 @@ def test_a_restart_finds_the_pages_and_says_the_same(world, wanted, tmp_path, ov
     told = Metrics(again).render().decode()
     assert 'icarus_page_store_hits_total{tier="folder"} 10.0' in told
     assert f"icarus_page_store_loaded_bytes_total {again.stats.page_store.loaded_bytes:g}" in told.replace(".0\n", "\n")
-    rule = again._pages._rule
-    assert first._pages._rule.computing.seconds_per_page and rule.loading.seconds_per_page
+    rule = again.pages._rule
+    assert first.pages._rule.computing.seconds_per_page and rule.loading.seconds_per_page
     end(again)
 
 
@@ -167,7 +167,7 @@ def test_evicted_pages_come_back_from_host_memory(world, wanted):
 def test_pages_that_are_evicted_before_they_are_saved_are_left_out(world, wanted, tmp_path):
     one = engine_for(world, tmp_path, num_pages=34)
     slow: list[Future] = [Future() for _ in range(page_mover.SAVES)]  # the store is behind
-    one._pages._saves = set(slow)
+    one.pages._saves = set(slow)
     for prompt in (PROMPT, *(np.random.default_rng(seed).integers(0, 256, 80).tolist() for seed in range(10, 14))):
         (result,) = submit(one, "a", prompt, max_tokens=2)
         while result.finish_reason is None:
@@ -225,7 +225,7 @@ def test_pages_of_another_identity_are_not_found(world, tmp_path):
 def test_the_identity_is_what_kv_depends_on(world, monkeypatch):
     def identity(**sizes) -> bytes:
         engine = engine_for(world, host_cache_bytes=1, names="", **sizes)
-        return engine._pages._store._identity
+        return engine.pages._store._identity
 
     same = [{}, {"num_pages": 99}, {"max_model_len": 64}, {"max_num_seqs": 9}, {"mesh": "1x2"}]
     others = [{"identity": "other"}, {"page_size": 8}, {"dtype": "bfloat16"}, {"weights": "int8"}]
@@ -380,13 +380,13 @@ def test_a_step_that_fails_leaves_no_wrong_page(world, wanted, tmp_path, monkeyp
 
 def hanging(engine: Engine, monkeypatch, what: str) -> threading.Event:
     """The engine's store does not answer any more, until the event is set."""
-    answers, method = threading.Event(), getattr(engine._pages._store, what)
+    answers, method = threading.Event(), getattr(engine.pages._store, what)
 
     def hangs(*args):
         assert answers.wait(300)
         return method(*args)
 
-    monkeypatch.setattr(engine._pages._store, what, hangs)
+    monkeypatch.setattr(engine.pages._store, what, hangs)
     return answers
 
 
@@ -403,8 +403,8 @@ def test_a_store_that_hangs_keeps_nobody_waiting(world, wanted, tmp_path, monkey
     generate(two, "a", PROMPT[1:], max_tokens=1)
     assert two.stats.page_store.loads_not_paid == 1
     answers.set()
-    while two._pages._under_way:
-        two._pages.place(idle=False)
+    while two.pages._under_way:
+        two.pages.place(idle=False)
     assert generate(two, "b", PROMPT, max_tokens=9).token_ids == wanted["b"]
     end(two)
     three = engine_for(world, tmp_path)
@@ -417,14 +417,14 @@ def test_no_more_loads_are_on_the_device_than_are_allowed(world, tmp_path, monke
     put = page_mover.jax.device_put
     monkeypatch.setattr(page_mover.jax, "device_put", lambda *args: puts.append(1) or put(*args))
     prompts = [np.random.default_rng(seed).integers(0, 256, 8).tolist() for seed in range(12)]
-    page = np.zeros(engine._pages._shape, engine._pages._dtype).tobytes()
-    monkeypatch.setattr(engine._pages._store, "read", lambda keys: [memoryview(page) for _ in keys])
+    page = np.zeros(engine.pages._shape, engine.pages._dtype).tobytes()
+    monkeypatch.setattr(engine.pages._store, "read", lambda keys: [memoryview(page) for _ in keys])
     for prompt in prompts:
         submit(engine, "a", prompt, max_tokens=1)
     engine.run_inbox()
     engine.scheduler.schedule()  # a step that takes long: all ask, and nobody places what has come
-    engine._pages._loaders.submit(int).result()
-    page_mover.wait([engine._pages._loaders.submit(time.sleep, 0.05) for _ in range(page_mover.LOADS)])
+    engine.pages._loaders.submit(int).result()
+    page_mover.wait([engine.pages._loaders.submit(time.sleep, 0.05) for _ in range(page_mover.LOADS)])
     assert len(engine.scheduler.cache.loading) == 2 * len(prompts) and len(puts) <= page_mover.LOADS
     engine.scheduler.reset(keep_pages=True)
     drain(engine)
@@ -459,7 +459,7 @@ def test_a_store_that_hangs_does_not_keep_the_engine_from_ending(world, wanted, 
 
 def test_what_waits_for_a_slow_store_is_bounded(world, tmp_path):
     engine = engine_for(world, tmp_path, num_pages=34)
-    engine._pages._saves = slow = {Future() for _ in range(page_mover.SAVES)}
+    engine.pages._saves = slow = {Future() for _ in range(page_mover.SAVES)}
     for seed in range(10, 20):
         submit(engine, "b", np.random.default_rng(seed).integers(0, 256, 80).tolist(), max_tokens=1)
         while engine.scheduler.has_work or engine._live or engine._thread._commands:
@@ -506,4 +506,45 @@ def test_several_processes_are_refused(world, monkeypatch):
     trunk, _ = world
     monkeypatch.setattr("jax.process_count", lambda: 2)
     with pytest.raises(ValueError, match="single process"):
-        page_mover.make_store(EngineConfig(host_cache_bytes=1), trunk.config, None, "")
+        build.make_store(EngineConfig(host_cache_bytes=1), trunk.config, None, "")
+
+
+def test_who_waits_for_the_saved_pages_of_a_prompt_is_told_once_they_are_in_the_store(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(page_mover, "load_pages", lambda page_size: 1)  # a page a save: both are under way at the end
+    engine = engine_for(world, tmp_path)
+    answers, told, there = hanging(engine, monkeypatch, "save"), threading.Event(), []
+
+    def tell():
+        there.append(len(list(tmp_path.rglob("*.page"))))
+        told.set()
+
+    def on_output(index, output):
+        if output.finish_reason:
+            engine.pages.when_saved(tell)
+
+    params = SamplingParams(max_tokens=1, temperature=0.0)
+    engine.submit(Request(("trunk",), tuple(PROMPT[:9]), params), on_output)
+    drain(engine)
+    assert not told.wait(0.2)
+    answers.set()
+    assert told.wait(300) and there == [2]
+    told.clear()
+    engine.pages.when_saved(tell)  # there is nothing to save: the engine tells at once
+    drain(engine)
+    assert told.wait(300)
+    end(engine)
+
+
+def test_the_pages_of_a_prompt_are_known_on_the_device_and_in_the_store(world, tmp_path):
+    def has(engine: Engine, tokens: list[int], **salt: str) -> bool:
+        return engine.pages.has(tokens, **salt).result(300)
+
+    one = engine_for(world, tmp_path)
+    assert not has(one, PROMPT)
+    generate(one, "a", PROMPT, max_tokens=1)
+    assert has(one, PROMPT) and has(one, PROMPT[:8]) and not has(one, PROMPT[1:])
+    assert not has(one, PROMPT, cache_salt="other")
+    end(one)
+    two = engine_for(world, tmp_path)
+    assert has(two, PROMPT) and not has(two, [*PROMPT, 1, 2, 3])
+    end(two)

@@ -142,6 +142,41 @@ def test_a_folder_keeps_what_was_used_last(tmp_path):
     assert store.stats.folder_bytes == FILE * len(left) == FILE * store.stats.folder_pages
 
 
+def test_several_engines_keep_the_limit_of_a_folder_together(tmp_path):
+    """Each of them wrote a sixteenth of the limit before it looked, and knew nothing of what the others wrote."""
+    limit = 64 * FILE
+    stores = [make_store(tmp_path, identity=name, max_bytes=limit) for name in (IDENTITY, IDENTITY, OTHER, OTHER)]
+    for i in range(100):
+        for store in stores[::2] if i % 2 else stores[1::2]:
+            store.save([(key_of(i), memoryview(page(i)))])
+            assert sum(file.stat().st_size for file in files(tmp_path)) <= limit
+    assert len(files(tmp_path)) >= 59  # and it is used
+    threads = [threading.Thread(target=fill, args=(store, 150 + i)) for i, store in enumerate(stores)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert 59 * FILE <= sum(file.stat().st_size for file in files(tmp_path)) <= limit
+    assert not any(store.stats.lost_pages for store in stores)
+
+
+def test_a_total_that_makes_no_sense_is_counted_anew(tmp_path):
+    store = make_store(tmp_path, max_bytes=8 * FILE)
+    fill(store, 8)
+    for said in ("", "nonsense", f"{10**15:020}"):
+        (tmp_path / ".total").write_text(said)
+        store.save([(key_of(9), memoryview(page(9)))])
+        store.save([(key_of(len(said) + 10), memoryview(page(0)))])
+        assert int((tmp_path / ".total").read_text()) == FILE * len(files(tmp_path)) <= 8 * FILE
+
+
+def test_a_page_that_is_larger_than_the_limit_is_not_saved(tmp_path, caplog):
+    store = make_store(tmp_path, max_bytes=FILE - 1)
+    fill(store, 2)
+    assert store.stats.lost_pages == 2 and not files(tmp_path)
+    assert "engine.page_store_bytes" in caplog.text
+
+
 def test_only_pages_are_removed_and_what_a_dead_process_left(tmp_path, monkeypatch):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.page").write_text("not one of ours")
@@ -209,6 +244,28 @@ def test_reading_does_not_wait_for_writing(tmp_path, monkeypatch):
     answers.set()
     writing.join()
     assert not waits and store.stats.folder_hits == 2
+
+
+HANGING = """
+import sys, threading, fsspec
+from tests.page_store.test_tiers import Broken, key_of, make_store, page
+hangs = threading.Semaphore(0)
+def wait(*args, **kwargs):
+    hangs.release()
+    threading.Event().wait()
+Broken.cat_file = Broken.exists = wait
+fsspec.register_implementation("broken", Broken)
+store = make_store("broken://bucket")
+for call in (lambda: store.read([key_of(0)]), lambda: store.save([(key_of(0), memoryview(page(0)))])):
+    threading.Thread(target=call, daemon=True).start()
+    hangs.acquire()
+store.close()
+"""
+
+
+def test_a_store_that_hangs_does_not_keep_the_process_from_ending():
+    """Threads of concurrent.futures are waited for at the end, for ever."""
+    subprocess.run([sys.executable, "-c", HANGING], check=True, timeout=120)
 
 
 def test_several_threads(tmp_path):

@@ -106,10 +106,11 @@ def test_a_client_that_leaves_while_it_sends_is_no_error():
 
 def test_metrics_of_replicas_are_joined():
     text = '# HELP x_total Help.\n# TYPE x_total counter\nx_total{m="a"} 1.0\n# HELP g Gauge.\n# TYPE g gauge\ng 2.0\n'
-    joined = join_metrics({"r1": text, "r2": text}).decode()
+    joined = join_metrics({"r1": text, "r2": text}, missing=1).decode()
     assert joined.count("# TYPE x_total counter") == 1 and joined.count("# TYPE g gauge") == 1
     for replica in ("r1", "r2"):
         assert f'x_total{{m="a",replica="{replica}"}} 1.0' in joined and f'g{{replica="{replica}"}} 2.0' in joined
+    assert "icarus_replicas_missing 1.0" in joined
 
 
 @pytest.mark.parametrize(("requests", "pages", "wanted"), [(40, [0.1, 0.1], 4), (5, [0.8, 1.0], 2.25), (5, [], 0.5)])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import time
 from collections.abc import Iterator
@@ -62,9 +64,16 @@ def cached(answer: httpx.Response) -> int:
     return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
 
 
+def metrics(client: httpx.Client, missing: int = 0) -> str:
+    """The metrics of all replicas but `missing` ones. On a busy machine others may not answer in time."""
+    while f"icarus_replicas_missing {missing}.0" not in (text := client.get("/metrics").text):
+        time.sleep(0.1)  # pytest's time limit ends it
+    return text
+
+
 def counter(client: httpx.Client, name: str) -> dict[str, float]:
     """The value of a counter on each replica."""
-    lines = [line for line in client.get("/metrics").text.splitlines() if line.startswith(f"{name}{{")]
+    lines = [line for line in metrics(client).splitlines() if line.startswith(f"{name}{{")]
     return {line.partition('replica="')[2].partition('"')[0]: float(line.split()[1]) for line in lines}
 
 
@@ -120,6 +129,21 @@ def test_a_named_session_stays_though_its_text_changes(client):
     assert sorted(after[replica] - before[replica] for replica in after) == [0, 6]
     released = client.post("/v1/release_session", json={"id": "s1"})
     assert released.json()["object"] == "session"
+    refused = client.post("/v1/park_session", json={"id": "s1"})  # there is no page store
+    assert refused.status_code == 400 and refused.json()["error"]["param"] == "id"
+
+
+def test_a_stuck_replica_is_left_out_of_the_metrics(client):
+    """They came when Ray Serve had given it up."""
+    stuck = processes(REPLICA)[0]
+    os.kill(stuck, signal.SIGSTOP)
+    try:
+        text = metrics(client, missing=1)
+    finally:
+        os.kill(stuck, signal.SIGCONT)
+    assert text.count("\nicarus_engine_steps_total{") == REPLICAS - 1
+    assert metrics(client).count("\nicarus_engine_steps_total{") == REPLICAS
+    assert stuck in processes(REPLICA)
 
 
 def test_responses_go_on_from_those_that_their_replica_keeps(client):

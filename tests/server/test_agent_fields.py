@@ -9,7 +9,9 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 
+from icarus_jax.errors import RequestError
 from icarus_jax.scheduling.request import SessionHint
+from icarus_jax.server import api
 from icarus_jax.server.agent_fields import HandoffRule
 from icarus_jax.server.detokenizer import Vocabulary
 from icarus_jax.server.handoff import Handoff
@@ -264,6 +266,27 @@ def test_a_session_reaches_the_engine(served, session, hint):
     assert served.http.post("/v1/release_session", json={"id": "y"}).json()["released"] is False
 
 
+def park(served, **body):
+    return served.http.post("/v1/park_session", json=body)
+
+
+def test_a_session_is_parked(served, monkeypatch):
+    answer = park(served, id="x")
+    assert (answer.status_code, answer.json()) == (200, {"id": "x", "object": "session", "parked": True})
+    assert park(served, id="x").json()["parked"] is False and served.engine.parking.parked == ["x", "x"]
+    for error, status, param, code in (
+        (OSError("there is no room"), 503, None, "page_store_error"),
+        (RequestError("no page store", "id"), 400, "id", None),
+        (RequestError("the engine is shutting down"), 503, None, "engine_unavailable"),
+    ):
+        monkeypatch.setattr(served.engine.parking, "fail", error)
+        assert str(error) in check_error(park(served, id="x"), status, param, code)["message"]
+    monkeypatch.undo()
+    monkeypatch.setattr(served.engine.parking, "hangs", True)
+    monkeypatch.setattr(api, "PARK_SECONDS", 0.1)
+    assert "in 0.1 s" in check_error(park(served, id="x"), 503, None, "page_store_error")["message"]
+
+
 # What is refused.
 
 TWICE = [{"on": "a", "model": "trunk"}, {"on": "a", "model": "parrot"}]
@@ -310,3 +333,4 @@ def test_too_many_choices_and_no_session_id(served):
     body = {"prompt": [[5]] * 20, "n": 30, "max_tokens": 1, **BOTH}
     check_error(served.http.post("/v1/completions", json=body), 400, "prompt")
     check_error(served.http.post("/v1/release_session", json={}), 400, "id")
+    check_error(park(served, id=""), 400, "id")

@@ -100,6 +100,11 @@ def test_sessions_are_of_a_key(served):
     assert release(served, ADMIN, id="s", key="ann").json()["released"] is True
     assert release(served, ANN, id="s", key="ann").json()["released"] is True
     assert served.engine.released == ["bob:s", "bob:ann:s", "root:s", "ann:s", "ann:s"]
+    for who, body in ((ANN, {"id": "s"}), (BOB, {"id": "s"}), (ADMIN, {"id": "s", "key": "ann"})):
+        assert served.http.post("/v1/park_session", json=body, headers=bearer(who)).status_code == 200
+    assert served.engine.parking.parked == ["ann:s", "bob:s", "ann:s"]
+    foreign = served.http.post("/v1/park_session", json={"id": "s", "key": "ann"}, headers=bearer(BOB))
+    check_error(foreign, 403, None, "admin_key_required")
 
 
 def test_cors(served):

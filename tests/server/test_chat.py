@@ -101,6 +101,13 @@ def test_a_streams_first_chunk_brings_the_prompts_ids(served):
     assert "prompt_token_ids" not in served.http.post("/v1/chat/completions", json=request | {"stream": True}).text
 
 
+@pytest.mark.parametrize("tools", [{}, {"tools": [{"type": "function", "function": {"name": "look"}}]}], ids=str)
+def test_a_base_model_has_no_chat_template(served, monkeypatch, tools):
+    monkeypatch.setattr(TOKENIZER, "chat_template", None)
+    said = check_error(served.http.post("/v1/chat/completions", json=CHAT | tools), 400, "messages")
+    assert "has none" in said["message"] and "chat_template.jinja" in said["message"]
+
+
 # Histories as OpenAI's client sends them back, and templates of every kind.
 
 TURN = "{% for m in messages %}[{{ m.role }}|{{ m.content }}"

@@ -10,6 +10,8 @@ import threading
 import numpy as np
 import pytest
 
+from icarus_jax.server.metrics import Metrics
+from icarus_jax.server.timeline import Timeline
 from icarus_jax.weights import tokenizer
 from tests import tiny
 from tests.engine.harness import SMALL, generate, make_engine
@@ -168,6 +170,31 @@ def test_reloads_under_load(served):
     assert all(a["usage"]["prompt_tokens_details"]["cached_tokens"] >= whole_pages for a in answers)
     assert served.metric("icarus_page_evictions_total") == evictions
     assert served.metric("icarus_head_loads_total") >= 14
+
+
+def test_where_a_requests_time_goes(served, monkeypatch):
+    """Of four choices two run at a time: the others are in the queue meanwhile."""
+    timelines: list[Timeline] = []
+    finished = Metrics.finished
+
+    def noting(metrics: Metrics, model: str, timeline: Timeline) -> None:
+        timelines.append(timeline)
+        finished(metrics, model, timeline)
+
+    monkeypatch.setattr(Metrics, "finished", noting)
+    name = 'icarus_request_{}_time_seconds_{}{{model_name="b"}}'
+    names = [name.format(phase, part) for phase in ("queue", "prefill", "decode") for part in ("count", "sum")]
+    before = [served.metric(name) for name in names]
+    ask(served, "b", [[*PROMPT, 90], [*PROMPT, 91]], n=2)
+    after = [served.metric(name) for name in names]
+    assert [round(b - a) for a, b in zip(before[::2], after[::2], strict=True)] == [4, 4, 4]
+    phases = [(t.queue_seconds, t.prefill_seconds, t.decode_seconds) for t in timelines]
+    sums = [b - a for a, b in zip(before[1::2], after[1::2], strict=True)]
+    assert sums == pytest.approx([sum(phase) for phase in zip(*phases, strict=True)]) and min(sums) > 0
+    for timeline, times in zip(timelines, phases, strict=True):
+        assert min(times) > 0 and sum(times) <= timeline.ended - timeline.arrival
+    admitted = sorted(timeline.admitted for timeline in timelines)
+    assert admitted[1] < min(timeline.last_token for timeline in timelines) < admitted[2]
 
 
 def test_a_session_is_retained_and_released(served):

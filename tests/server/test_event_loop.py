@@ -47,6 +47,7 @@ SLOW = [
     ("/detokenize", {"tokens": [5]}, (PromptReader, "check_ids")),
     ("/detokenize", {"tokens": [5]}, (api, "JSONResponse")),
     ("/v1/release_session", {"id": "x"}, (api, "parse")),
+    ("/v1/park_session", {"id": "x"}, (api, "parse")),
 ]
 
 

@@ -20,7 +20,8 @@ from tests.server.served import GOOD, Served, serving
 
 FUZZ_REQUESTS = 10_000
 POSTS = (
-    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize", "/v1/release_session"),
+    *("/v1/completions", "/v1/chat/completions", "/v1/responses", "/tokenize", "/detokenize"),
+    *("/v1/release_session", "/v1/park_session"),
     *("/v1/load_head", "/v1/unload_head", "/v1/load_lora_adapter", "/v1/unload_lora_adapter"),
 )
 # The double ends a stream of the model `broken` with an error: that is its purpose.

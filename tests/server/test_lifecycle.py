@@ -24,6 +24,7 @@ from icarus_jax.server.generation import ClientGone, Generation
 from icarus_jax.server.metrics import Metrics
 from icarus_jax.server.prompts import Prompt
 from icarus_jax.server.streams import Choice
+from icarus_jax.server.timeline import Timeline
 from tests import doubles
 from tests.server.served import GOOD, TOKENIZER, Served, V, check_error, serving, wait_for
 
@@ -129,10 +130,27 @@ def test_metrics():
         assert one.metric(f"icarus_inter_token_latency_seconds_count{{{model}}}") == 8
         assert one.metric(f"icarus_inter_token_latency_seconds_sum{{{model}}}") >= 8 * 0.02
         assert one.metric(f"icarus_e2e_request_latency_seconds_sum{{{model}}}") >= 10 * 0.02
+        assert one.metric(f"icarus_request_queue_time_seconds_sum{{{model}}}") >= 2 * 0.02  # up to the double's step
+        assert one.metric(f"icarus_request_decode_time_seconds_sum{{{model}}}") >= 8 * 0.02
+        assert one.metric(f"icarus_request_prefill_time_seconds_count{{{model}}}") == 2
         assert one.metric('icarus_prefix_cache_hit_tokens_total{source="cross_model"}') == 2
         assert one.metric("icarus_sequences_total") == 2
         assert one.metric("icarus_kv_pages_capacity") == one.engine.stats.pages_total
         assert other.metric(f"icarus_prompt_tokens_total{{{model}}}") == 0  # a registry an app
+
+
+def test_phases_of_requests():
+    metrics = Metrics(doubles.FakeEngine(V))
+    metrics.finished(
+        "trunk", Timeline(None, 0.0, 0.5, 0.75, prefilled=2.0, last_token=4.0, ended=4.5, finish_reason="stop")
+    )
+    metrics.finished("left", Timeline(None, 0.0, 0.5, ended=2.0, finish_reason="abort"))
+    told = metrics.render().decode()
+    for name, seconds in (("request_queue_time", 0.25), ("request_prefill_time", 1.25), ("request_decode_time", 2.0)):
+        assert f'icarus_{name}_seconds_sum{{model_name="trunk"}} {seconds}' in told
+        assert f'icarus_{name}_seconds_sum{{model_name="left"}}' not in told  # it never left the queue
+    for model, seconds in (("trunk", 4.5), ("left", 2.0)):
+        assert f'icarus_e2e_request_latency_seconds_sum{{model_name="{model}"}} {seconds}' in told
 
 
 COUNTED = {
@@ -146,6 +164,7 @@ COUNTED = {
     "icarus_reuse_pages_identical_total": "reuse_pages_identical",
     "icarus_reuse_pages_different_total": "reuse_pages_different",
     "icarus_sessions": "sessions",
+    "icarus_parked_sessions": "parked_sessions",
 }
 
 
