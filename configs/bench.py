@@ -3,6 +3,7 @@
     python launch/bench.py serve                               1, 2 and 8 models, ReAct trajectories, two rates
     python launch/bench.py serve --config=bench.py:once        24 sessions at once, 8 models
     python launch/bench.py prefix                              a conversation of 16 turns, in which 8 models take turns
+    python launch/bench.py replicas                            three replicas beside the simulated fleet (needs Ray)
 
 The same sessions against a peer that is already running: vLLM, or llama.cpp's server. docs/benchmarks.md shows how to
 start them:
@@ -23,16 +24,16 @@ from ml_collections import ConfigDict
 from icarus_jax.cli import DATA, serving_config
 from icarus_jax.config import EngineConfig
 
-ARGS = ("", "once", "prefix")
+ARGS = ("", "once", "prefix", "replicas")
 # 20,480 tokens of float32 K/V on the CPU. One copy of the sessions that run at once fits; eight copies do not.
-ENGINE = EngineConfig(num_pages=1280, max_num_seqs=24, max_model_len=2560)
+ENGINE = EngineConfig(num_pages=1280, max_num_seqs=24, max_model_len=2560, warmup="all")
 
 
 def get_config(arg: str = "") -> ConfigDict:
     """Makes the config.
 
     Args:
-        arg: '', 'once' or 'prefix'.
+        arg: One of ARGS.
 
     Raises:
         ValueError: There is no such argument.
@@ -66,4 +67,8 @@ def get_config(arg: str = "") -> ConfigDict:
     config.trunk = ConfigDict({"source": serving_config().trunk.source})
     config.engine = ConfigDict(dataclasses.asdict(ENGINE))
     config.out = f"results/serve{'-' + arg if arg else ''}"
+    if arg == "replicas":  # half of the sessions are for calibration
+        config.replicas, config.systems, config.models, config.rates = 3, "shared", "4", "0.2,inf"
+        config.workload.sessions, config.out = 60, "results/replicas"
+        config.engine.update(num_pages=640, max_num_seqs=8)
     return config.lock()

@@ -9,8 +9,8 @@ replicas are simulated from event to event (icarus_jax/simulator/replica.py), no
 
 config.systems: 'shared' (ICaRus: routed by conversation), 'isolated' (each model has K/V of its own: routed by model
 and conversation), each also '+store', with a page store. config.fleet.replicas: numbers, separated by commas, or
-'auto': the least with which config.target_ttft_s is kept. Other models, chips, meshes, precisions and assumptions are
-given as in simulate.py.
+'auto': the least with which config.target_ttft_s is kept. '2:6' are 2 replicas that only compute prompts, and 6 that
+load them from the store and answer. Other models, chips, meshes, precisions and assumptions are as in simulate.py.
 """
 
 import dataclasses
@@ -53,6 +53,7 @@ def get_config(arg: str = "chips") -> ConfigDict:
                 "down_s": 60.0,
                 "store_tb": 100.0,  # of '+store'
                 "store_gb_s": 10.0,  # from the store to a replica
+                "max_local_prefill_tokens": 512,  # prompts of which more are to be computed go to a prefill replica
             }
         )
         if day:

@@ -17,6 +17,7 @@
     python launch/bench.py simulate --config=simulate.py:llama8b_a100    `serve`, SIMULATED on other chips
     python launch/bench.py fleet                         how many chips a fleet of replicas needs, SIMULATED
     python launch/bench.py calibrate                     compares the simulator with what `serve` has measured here
+    python launch/bench.py replicas                      compares the simulated fleet with three real replicas
 
 configs/bench.py, configs/simulate.py and configs/fleet.py describe the options.
 """
@@ -84,6 +85,13 @@ def bench_calibrate(config: ConfigDict) -> dict:
     from icarus_jax.bench import calibrate
 
     return calibrate.run(config)
+
+
+def bench_replicas(config: ConfigDict) -> dict:
+    """Compares the simulated fleet with real replicas on this machine."""
+    from icarus_jax.bench import replicas
+
+    return replicas.run(config)
 
 
 def write_peers(config: ConfigDict) -> dict:
@@ -168,6 +176,7 @@ COMMANDS = {
     "serve": (bench_serve, "bench.py"),
     "prefix": (bench_serve, "bench.py:prefix"),
     "calibrate": (bench_calibrate, "bench.py"),
+    "replicas": (bench_replicas, "bench.py:replicas"),
     "peers": (write_peers, "multi.py:8"),
     "fanout": (bench_fanout, "multi.py:8"),
     "restart": (bench_restart, "multi.py:2"),

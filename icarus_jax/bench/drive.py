@@ -113,13 +113,14 @@ class Driver:
         digest = hashlib.sha256(json.dumps([ids for _, ids in sorted(self._said.items())]).encode()).hexdigest()
         return Driven(self._calls, counters, self._pages, self._late, cpu, digest)
 
-    async def ask(self, prompt: list[int], model: str, output_len: int) -> Reply:
+    async def ask(self, prompt: list[int], model: str, output_len: int, session: str = "") -> Reply:
         """Asks for one greedy completion.
 
         Args:
             prompt: the prompt's token ids.
             model: the model's name.
             output_len: how many tokens to generate; EOS does not end the completion.
+            session: the name of the conversation; '' if it has none.
 
         Returns:
             The completion.
@@ -128,7 +129,7 @@ class Driver:
             ServerError: the server refused, or generated another number of tokens.
             OSError: the connection failed.
         """
-        body = self._dialect.body(model) | {
+        body = self._dialect.body(model, session) | {
             "prompt": prompt,
             "max_tokens": output_len,
             "temperature": 0,
@@ -155,7 +156,8 @@ class Driver:
             await asyncio.sleep(self._begin + due - time.monotonic())
             start = time.monotonic() - self._begin
             self._late = max(self._late, start - due)
-            reply = await self.ask(prompt, turn.model, turn.output_len)
+            name = f"{self._mark}-{turn.session}"
+            reply = await self.ask(prompt, turn.model, turn.output_len, name)
             first, due = reply.first - self._begin, reply.end - self._begin
             call = Call(turn.session, turn.turn, turn.model, start, first, due, len(prompt), reply.output_len)
             self._calls.append(call)

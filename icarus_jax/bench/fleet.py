@@ -22,8 +22,10 @@ from icarus_jax.bench.serve import numbers
 from icarus_jax.bench.simulate import make_machine, make_sessions
 from icarus_jax.errors import UsageError, usage_errors
 from icarus_jax.fleet.routing import RoutingConfig
-from icarus_jax.simulator.fleet import FleetConfig, FleetResult, FleetSimulation
+from icarus_jax.simulator.fleet import FleetSimulation
+from icarus_jax.simulator.fleet_config import FleetConfig, FleetResult
 from icarus_jax.simulator.run import make_models
+from icarus_jax.simulator.step_times import RooflineTimes
 from icarus_jax.simulator.traffic import diurnal
 from icarus_jax.workloads import workload
 from icarus_jax.workloads.calls import percentiles
@@ -34,8 +36,9 @@ MOST_FAILED = 0.05  # of the sessions, if a target is to be kept
 EXACT = 0.03  # 'auto' ends once the number of replicas is known up to this share of it
 
 HEAD = (
-    f"{'system':16}{'replicas':>9}{'chips':>7}{'TTFT P50':>10}{'P95':>8}{'P99':>8}{'call P95':>10}{'session P95':>13}"
-    f"{'hit rate':>10}{'prefill':>9}{'loaded':>9}{'sessions':>10}{'failed':>8}{'retried':>9}"
+    f"{'system':16}{'replicas':>9}{'chips':>7}{'TTFT P50':>10}{'P95':>8}{'P99':>8}{'gap P95':>9}{'tok/s':>9}"
+    f"{'call P95':>10}{'session P95':>13}{'hit rate':>10}{'prefill':>9}{'loaded':>9}{'sessions':>10}{'failed':>8}"
+    f"{'retried':>9}"
 )
 
 
@@ -45,15 +48,17 @@ class FleetRun:
 
     Attributes:
         system: one of SYSTEMS.
-        replicas: the number of replicas.
+        replicas: the number of replicas that answer.
         chips: of all of them.
         summary: the figures.
+        prefill_replicas: the number of those that only compute prompts.
     """
 
     system: str
     replicas: int
     chips: int
     summary: dict[str, Any]
+    prefill_replicas: int = 0
 
     @property
     def ttft_p95(self) -> float:
@@ -71,10 +76,12 @@ class FleetRun:
 
     def line(self) -> str:
         """Returns the run's row of the table whose head is HEAD."""
-        s = self.summary
+        s, prefill = self.summary, self.prefill_replicas
+        replicas = f"{prefill}:{self.replicas}" if prefill else str(self.replicas)
         return (
-            f"{self.system:16}{self.replicas:>9}{self.chips:>7}{s['ttft_s']['p50']:>10.3f}{self.ttft_p95:>8.3f}"
-            f"{s['ttft_s']['p99']:>8.3f}{s['call_s']['p95']:>10.2f}{s['session_s']['p95']:>13.1f}{s['hit_rate']:>10.4f}"
+            f"{self.system:16}{replicas:>9}{self.chips:>7}{s['ttft_s']['p50']:>10.3f}{self.ttft_p95:>8.3f}"
+            f"{s['ttft_s']['p99']:>8.3f}{s['gap_s']['p95']:>9.4f}{s['output_tokens_per_s']:>9.0f}"
+            f"{s['call_s']['p95']:>10.2f}{s['session_s']['p95']:>13.1f}{s['hit_rate']:>10.4f}"
             f"{s['prefill_tokens'] / 1e6:>8.0f}M{s['loaded_tokens'] / 1e6:>8.0f}M{s['finished']:>10}{s['failed']:>8}"
             f"{s['retried']:>9}"
         )
@@ -86,17 +93,20 @@ def summarise(result: FleetResult) -> dict[str, Any]:
     for field in dataclasses.fields(result):
         value = getattr(result, field.name)
         figures[field.name] = percentiles(value or [0.0]) if isinstance(value, array) else value
-    return figures | {"calls": len(result.ttft_s), "hit_rate": result.hit_rate}
+    del figures["gaps"]
+    figures["gap_s"] = {f"p{percent}": result.gaps.percentile(percent) for percent in (50, 95, 99)}
+    rate = result.output_tokens / result.duration_s if result.duration_s else 0.0
+    return figures | {"calls": len(result.ttft_s), "hit_rate": result.hit_rate, "output_tokens_per_s": rate}
 
 
-def make_simulation(config: ConfigDict) -> Callable[[str, int], FleetRun]:
+def make_simulation(config: ConfigDict) -> Callable[..., FleetRun]:
     """Makes what simulates a system with a number of replicas.
 
     Args:
         config: a config of configs/fleet.py.
 
     Returns:
-        A function of the system and the number of replicas.
+        A function of the system, the number of replicas, and the number of further ones that only compute prompts.
 
     Raises:
         UsageError: the config is wrong.
@@ -117,15 +127,18 @@ def make_simulation(config: ConfigDict) -> Callable[[str, int], FleetRun]:
     with usage_errors("config.routing"):
         routing = RoutingConfig(**config.routing)
 
-    def simulate(system: str, replicas: int) -> FleetRun:
+    def simulate(system: str, replicas: int, prefill_replicas: int = 0) -> FleetRun:
         kind, _, store = system.partition("+")
         with usage_errors("config.fleet"):
             made = FleetConfig(
                 *(replicas, kind, 3600 * fleet.mean_up_h, fleet.down_s),
                 *(1e12 * fleet.store_tb if store else 0.0, 1e9 * fleet.store_gb_s, w.seed),
+                *(prefill_replicas, fleet.max_local_prefill_tokens),
             )
-            simulation = FleetSimulation(made, sessions, arrivals, machine.engine, machine.roofline, routing)
-        return FleetRun(system, replicas, replicas * machine.roofline.shards, summarise(simulation.run()))
+            times = RooflineTimes(machine.roofline, kind, models)
+            simulation = FleetSimulation(made, sessions, arrivals, machine.engine, times, routing)
+        chips = (replicas + prefill_replicas) * machine.roofline.shards
+        return FleetRun(system, replicas, chips, summarise(simulation.run()), prefill_replicas)
 
     return simulate
 
@@ -177,6 +190,21 @@ def systems(config: ConfigDict) -> list[str]:
     return found
 
 
+def splits(text: str) -> list[tuple[int, int]]:
+    """Reads config.fleet.replicas: numbers of replicas, or of prefill and other ones, such as '8,2:6'.
+
+    Returns:
+        The numbers of prefill replicas, and of replicas that answer.
+
+    Raises:
+        UsageError: A part is neither a number nor two of them.
+    """
+    found = [numbers(part.replace(":", ","), "fleet.replicas", int) for part in text.split(",")]
+    if any(len(part) > 2 for part in found):
+        raise UsageError(f"config.fleet.replicas={text}: numbers such as 8, or such as 2:6, separated by commas")
+    return [(part[0] if len(part) == 2 else 0, part[-1]) for part in found]
+
+
 def sweep(config: ConfigDict) -> Iterator[tuple[FleetRun, bool]]:
     """Simulates every system.
 
@@ -192,8 +220,8 @@ def sweep(config: ConfigDict) -> Iterator[tuple[FleetRun, bool]]:
     simulate, guess = make_simulation(config), 16
     for system in systems(config):
         if config.fleet.replicas != "auto":
-            for replicas in numbers(config.fleet.replicas, "fleet.replicas", int):
-                yield simulate(system, replicas), True
+            for prefill, replicas in splits(config.fleet.replicas):
+                yield simulate(system, replicas, prefill), True
             continue
         runs: list[FleetRun] = []
         for run in least(functools.partial(simulate, system), config.target_ttft_s, guess):

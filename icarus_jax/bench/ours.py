@@ -27,7 +27,9 @@ class OwnServer:
 
 
 @contextlib.contextmanager
-def serving(spec: str, overrides: Mapping[str, object], log: Path, more: Sequence[str] = ()) -> Iterator[OwnServer]:
+def serving(
+    spec: str, overrides: Mapping[str, object], log: Path, more: Sequence[str] = (), name: str = "serve"
+) -> Iterator[OwnServer]:
     """Runs `launch/serve.py` on a free port while the context is entered.
 
     Args:
@@ -35,6 +37,7 @@ def serving(spec: str, overrides: Mapping[str, object], log: Path, more: Sequenc
         overrides: config key -> its value.
         log: the file that the server's output is written to.
         more: further flags.
+        name: of the program in launch/; 'serve_ray' starts several replicas.
 
     Yields:
         The server, once it answers.
@@ -47,7 +50,7 @@ def serving(spec: str, overrides: Mapping[str, object], log: Path, more: Sequenc
         port = free.getsockname()[1]
     values = {"engine.warmup": "all", **overrides, "server.port": port}  # nothing is compiled while it is measured
     flags = [f"--config.{key}={value}" for key, value in values.items()]
-    command = [*program("serve"), f"--config={spec}", *flags, *more]
+    command = [*program(name), f"--config={spec}", *flags, *more]
     url = f"http://127.0.0.1:{port}"
     with log.open("w") as out, subprocess.Popen(command, stdout=out, stderr=subprocess.STDOUT) as process:
         try:

@@ -19,20 +19,23 @@ class Dialect:
     Attributes:
         metrics: our word -> the server's names for it. The values of all names and labels are added up.
         numbered: whether the server knows its adapters by numbers rather than names, as llama.cpp does.
+        sessions: whether a request can name the conversation that it belongs to, for a router of several replicas.
     """
 
     metrics: Mapping[str, tuple[str, ...]]
     numbered: bool = False
+    sessions: bool = False
 
-    def body(self, model: str) -> dict[str, Any]:
-        """Returns the fields of a request that choose a model.
+    def body(self, model: str, session: str = "") -> dict[str, Any]:
+        """Returns the fields of a request that choose a model, and name the conversation.
 
         Args:
             model: the model's name. A server with numbered adapters takes 'adapterN', and any other name as its base
                 model.
+            session: the conversation; '' if it has no name.
         """
         if not self.numbered:
-            return {"model": model}
+            return {"model": model} | ({"session": {"id": session}} if session and self.sessions else {})
         number = re.fullmatch(r"adapter(\d+)", model)  # llama.cpp gives adapters that are not listed a scale of 0
         chosen = {"id": int(number[1]), "scale": 1.0} if number else {"id": 0, "scale": 0.0}
         return {"model": model, "lora": [chosen]}
@@ -67,7 +70,8 @@ DIALECTS = {
             "steps": ("icarus_engine_steps_total",),
             "pages_used": ('icarus_kv_pages{state="used"}',),
             "pages_cached": ('icarus_kv_pages{state="cached"}',),
-        }
+        },
+        sessions=True,
     ),
     "vllm": Dialect(
         {

@@ -6,6 +6,9 @@ replica's load whenever that changes, which a real one does only now and then.
 A replica fails at random and loses its pages and its calls; each of these is sent to another replica, once. The page
 store takes the K/V of every call that has ended. If the replica of a call lacks tokens that the store has, they are
 loaded over the replica's link, in turn, if that is quicker than to compute them.
+
+Some replicas may be prefill replicas: a long prompt is computed by one of these first, which saves its K/V over its
+link. Then a replica that decodes loads it, and answers.
 """
 
 from __future__ import annotations
@@ -15,7 +18,6 @@ import functools
 import heapq
 import itertools
 import math
-from array import array
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,78 +25,13 @@ import numpy as np
 
 from icarus_jax.config import EngineConfig
 from icarus_jax.fleet.routing import ReplicaLoad, Routed, Router, RoutingConfig
-from icarus_jax.simulator.replica import FleetCall, Replica, StepTimes
-from icarus_jax.simulator.roofline import Roofline
+from icarus_jax.simulator.fleet_config import FleetConfig, FleetResult, check_room
+from icarus_jax.simulator.replica import FleetCall, Replica
+from icarus_jax.simulator.step_times import StepTimes
 from icarus_jax.simulator.traffic import PageStore, Template
 from icarus_jax.workloads.workload import Session
 
 ATTEMPTS = 2  # replicas that a call is sent to, before its session fails
-
-
-@dataclasses.dataclass(frozen=True)
-class FleetConfig:
-    """A fleet.
-
-    Attributes:
-        replicas: The number of replicas.
-        kind: How the models use the KV cache: 'shared', or 'isolated', where each has K/V of its own.
-        mean_up_s: The mean time from a replica's start to its failure, exponentially distributed; inf: none fails.
-        down_s: How long a replica that has failed is gone.
-        store_bytes: The size of the page store; 0: there is none. The least recently used conversations go first.
-        store_bandwidth: Bytes/s at which a replica loads from it.
-        seed: The seed of failures and of the router.
-    """
-
-    replicas: int
-    kind: str = "shared"
-    mean_up_s: float = math.inf
-    down_s: float = 60.0
-    store_bytes: float = 0.0
-    store_bandwidth: float = 10e9
-    seed: int = 0
-
-    def __post_init__(self):
-        if self.replicas < 1 or self.kind not in ("shared", "isolated"):
-            raise ValueError(f"{self.replicas} replicas of kind {self.kind!r}: at least 1, shared or isolated")
-        positive = self.mean_up_s > 0 and self.down_s > 0 and self.store_bandwidth > 0
-        if not (positive and 0 <= self.store_bytes < math.inf):
-            raise ValueError("mean_up_s, down_s, store_bandwidth must be above 0, store_bytes finite and not below")
-
-
-@dataclasses.dataclass
-class FleetResult:
-    """What a fleet did.
-
-    Attributes:
-        ttft_s: The time to first token of each call that was answered, retries included.
-        call_s: The time to its last token.
-        session_s: The time from a session's arrival to its last token, of each session that finished.
-        finished: The number of those sessions.
-        failed: Sessions a call of which failed ATTEMPTS times.
-        retried: Calls that were sent to another replica, as theirs failed.
-        failures: Failures of replicas.
-        prompt_tokens: Tokens of the prompts of all calls that were answered.
-        prefill_tokens: Prompt tokens that were computed.
-        loaded_tokens: Tokens that were loaded from the page store.
-        duration_s: When the last session ended.
-    """
-
-    ttft_s: array = dataclasses.field(default_factory=lambda: array("f"))
-    call_s: array = dataclasses.field(default_factory=lambda: array("f"))
-    session_s: array = dataclasses.field(default_factory=lambda: array("f"))
-    finished: int = 0
-    failed: int = 0
-    retried: int = 0
-    failures: int = 0
-    prompt_tokens: int = 0
-    prefill_tokens: int = 0
-    loaded_tokens: int = 0
-    duration_s: float = 0.0
-
-    @property
-    def hit_rate(self) -> float:
-        """The share of prompt tokens that were not computed."""
-        return 1 - self.prefill_tokens / max(1, self.prompt_tokens)
 
 
 class FleetSimulation:
@@ -106,7 +43,7 @@ class FleetSimulation:
             as other conversations.
         arrivals: When each session arrives, in seconds, ascending.
         engine: The sizes of each replica's engine.
-        roofline: The chips of each replica.
+        times: The duration of each replica's steps.
         routing: The settings of the router; None for the defaults. `per_model` and `seed` follow from `config`.
 
     Raises:
@@ -119,28 +56,30 @@ class FleetSimulation:
         sessions: Sequence[Session],
         arrivals: Sequence[float] | np.ndarray,
         engine: EngineConfig,
-        roofline: Roofline,
+        times: StepTimes,
         routing: RoutingConfig | None = None,
     ):
         self._config, self._arrivals = config, arrivals
         self._isolated = config.kind == "isolated"
         self._templates = [Template(session) for session in sessions]
         models = {turn.model for session in sessions for turn in session}
-        times = StepTimes(roofline, config.kind, len(models))
-        self._replicas = {f"r{i}": Replica(f"r{i}", engine, times) for i in range(config.replicas)}
-        _check_room(sessions, len(models) if self._isolated else 1, engine)
+        self._result = FleetResult()
+        names = [f"r{i}" for i in range(config.replicas)] + [f"p{i}" for i in range(config.prefill_replicas)]
+        self._replicas = {name: Replica(name, engine, times, self._result.gaps) for name in names}
+        check_room(sessions, len(models) if self._isolated else 1, engine)
         routing = dataclasses.replace(routing or RoutingConfig(), per_model=self._isolated, seed=config.seed)
-        self._router = Router(routing)
-        self._store = PageStore(int(config.store_bytes / roofline.kv_token_bytes))
-        self._load_s = roofline.kv_token_bytes / config.store_bandwidth  # of a token
+        self._prefill_router, self._router = Router(routing), Router(routing)
+        self._router_of = {name: self._prefill_router if name[0] == "p" else self._router for name in names}
+        self._store = PageStore(int(config.store_bytes / times.kv_token_bytes))
+        self._move_s = times.kv_token_bytes / config.store_bandwidth  # of a token, to or from the store
         self._prefill_s = 1 / times.prefill_rate(engine)  # of a token
         self._links: dict[str, float] = {}  # replica -> when its link to the store is free
-        self._loading: dict[str, dict[FleetCall, None]] = {name: {} for name in self._replicas}
+        # The calls of a replica whose K/V is on its way to or from the store.
+        self._moving: dict[str, dict[FleetCall, None]] = {name: {} for name in self._replicas}
         self._random = np.random.default_rng([config.seed, 10])
         self._events: list[tuple] = []  # (time, serial, what to do, for what)
         self._serial = itertools.count()
         self._open = len(arrivals)  # sessions that have not ended
-        self._result = FleetResult()
 
     def run(self) -> FleetResult:
         """Runs until every session has finished or failed."""
@@ -180,44 +119,75 @@ class FleetSimulation:
         self._send(now, call)
 
     def _send(self, now: float, call: FleetCall) -> None:
-        """Sends a call to the replica that the router chooses."""
+        """Sends a call to the replica that the router chooses, or its prompt to a prefill replica first."""
         request = Routed(str(call.session), model=call.model)
         chosen = self._router.choose(request)
-        call.attempts += 1
-        if not chosen or call.attempts > ATTEMPTS:
+        if not chosen or call.attempts == ATTEMPTS:
             self._result.failed += 1
             self._open -= 1
             return
-        name = chosen[0]
-        self._router.on_routed(request, name)
-        seconds = self._seconds_to_load(now, name, call)
-        if seconds:
-            self._links[name] = now + seconds
-            self._loading[name][call] = None
-            self._at(now + seconds, self._loaded, (name, call))
-            self._report(name)
+        first = self._prefill_router.choose(request)
+        if first and not call.prefilled and self._is_long(chosen[0], call):
+            call.prefilled = True
+            self._prefill_router.on_routed(request, first[0])
+            self._submit(now, first[0], dataclasses.replace(call, output=1, whole=call))
+            return
+        call.attempts += 1
+        self._router.on_routed(request, chosen[0])
+        self._submit(now, chosen[0], call)
+
+    def _is_long(self, name: str, call: FleetCall) -> bool:
+        """Returns whether a replica would have to compute so much of a prompt that a prefill replica is to do it."""
+        known = max(self._replicas[name].cached(call), self._stored(call))
+        return call.own - known > self._config.max_local_prefill_tokens
+
+    def _submit(self, now: float, name: str, call: FleetCall) -> None:
+        """Lets a replica load what is stored for a call, and then take it."""
+        missing = self._stored(call) - self._replicas[name].cached(call)
+        seconds = self._seconds_to_move(now, name, missing)
+        if missing > 0 and seconds < missing * self._prefill_s:
+            self._move(now, name, seconds, self._loaded, call)
         else:
             self._enter(now, name, call)
 
-    def _seconds_to_load(self, now: float, name: str, call: FleetCall) -> float:
-        """Returns how long it takes to load a call's K/V; 0: the store has none, or computing it is quicker."""
+    def _stored(self, call: FleetCall) -> int:
+        """Returns how many of a call's own tokens are in the store."""
         stored = self._store.get(call.key)
-        missing = min(call.reusable(*stored), call.own) - self._replicas[name].cached(call) if stored else 0
-        seconds = max(0.0, self._links.get(name, 0.0) - now) + missing * self._load_s
-        return seconds if missing > 0 and seconds < missing * self._prefill_s else 0.0
+        return min(call.reusable(*stored), call.own) if stored else 0
+
+    def _seconds_to_move(self, now: float, name: str, tokens: int) -> float:
+        """Returns how long it takes until a replica's link has moved some tokens, after all that it moves already."""
+        return max(0.0, self._links.get(name, 0.0) - now) + tokens * self._move_s
+
+    def _move(self, now: float, name: str, seconds: float, act: Callable[[float, Any], None], call: FleetCall) -> None:
+        """Occupies a replica's link for a call; `act` is done then."""
+        self._links[name] = now + seconds
+        self._moving[name][call] = None
+        self._at(now + seconds, act, (name, call))
+        self._report(name)
 
     def _loaded(self, now: float, what: tuple[str, FleetCall]) -> None:
         """Caches what was loaded for a call, which enters then. Nothing happens if the replica has failed meanwhile."""
         name, call = what
-        if call not in self._loading[name]:
+        if call not in self._moving[name]:
             return
-        del self._loading[name][call]
+        del self._moving[name][call]
         replica = self._replicas[name]
-        if stored := self._store.get(call.key):  # else it is gone by now
-            tokens = min(call.reusable(*stored), call.own)
+        if tokens := self._stored(call):  # else it is gone by now
             self._result.loaded_tokens += max(0, tokens - replica.cached(call))
             replica.keep(call.key, tokens, call.turn)
         self._enter(now, name, call)
+
+    def _saved(self, now: float, what: tuple[str, FleetCall]) -> None:
+        """Stores the prompt that a prefill replica has computed; the call goes on elsewhere."""
+        name, call = what
+        if call not in self._moving[name] or call.whole is None:
+            return
+        del self._moving[name][call]
+        self._report(name)
+        self._store.put(call.key, call.own, call.turn)
+        self._result.prefills += 1
+        self._send(now, call.whole)
 
     def _enter(self, now: float, name: str, call: FleetCall) -> None:
         replica = self._replicas[name]
@@ -232,7 +202,11 @@ class FleetSimulation:
         if replica.due != now:
             return
         for call in replica.run():
-            self._answered(now, call)
+            if call.whole:
+                tokens = call.own - self._stored(call)
+                self._move(now, replica.name, self._seconds_to_move(now, replica.name, tokens), self._saved, call)
+            else:
+                self._answered(now, call)
         if replica.due != math.inf:
             self._at(replica.due, self._run, replica)
         self._report(replica.name)
@@ -243,6 +217,7 @@ class FleetSimulation:
         result.ttft_s.append(call.first - call.start)
         result.call_s.append(now - call.start)
         result.prompt_tokens += call.common + call.own
+        result.output_tokens += call.output
         self._store.put(call.key, call.own + call.output - 1, call.turn)
         following = call.turn + 1
         if following < len(template.turns):
@@ -257,7 +232,7 @@ class FleetSimulation:
     def _report(self, name: str) -> None:
         """Tells the router how busy a replica is."""
         queue, pages = self._replicas[name].load
-        self._router.update(ReplicaLoad(name, queue + len(self._loading[name]), pages))
+        self._router_of[name].update(ReplicaLoad(name, queue + len(self._moving[name]), pages))
 
     def _fail_later(self, name: str, now: float) -> None:
         if math.isfinite(self._config.mean_up_s):
@@ -266,34 +241,18 @@ class FleetSimulation:
     def _fail(self, now: float, name: str) -> None:
         """Lets a replica fail. Its calls are sent to others."""
         replica = self._replicas[name]
-        lost = [*self._loading[name], *replica.calls]
+        lost = [*self._moving[name], *replica.calls]
         replica.clear()
-        self._loading[name].clear()
+        self._moving[name].clear()
         self._links.pop(name, None)
-        self._router.remove(name)
+        self._router_of[name].remove(name)
         self._result.failures += 1
         self._at(now + self._config.down_s, self._return, name)
         for call in lost:
             self._result.retried += call.attempts < ATTEMPTS
             call.first = math.inf
-            self._send(now, call)
+            self._send(now, call.whole or call)
 
     def _return(self, now: float, name: str) -> None:
         self._report(name)
         self._fail_later(name, now)
-
-
-def _check_room(sessions: Sequence[Session], caches: int, engine: EngineConfig) -> None:
-    """Checks that every call fits into the pages beside the common start, which each cache holds once.
-
-    Raises:
-        ValueError: One does not.
-    """
-    longest = max(turn.prompt_len + turn.output_len - session[0].common_len for session in sessions for turn in session)
-    common = caches * max(session[0].common_len for session in sessions)
-    room = engine.num_pages * engine.page_size - common
-    if longest > room:
-        raise ValueError(
-            f"a call has {longest} tokens of its own; beside {common} tokens of common starts, a replica's pages have "
-            f"room for {max(0, room)}"
-        )

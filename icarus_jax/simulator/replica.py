@@ -1,7 +1,7 @@
 """One replica of a simulated fleet, from event to event instead of from step to step. Host only.
 
-Between two events (a call begins, its prefill ends, it ends) every step of a replica has the same duration, that of the
-roofline for the sequences that run. Steps remain whole: a call begins with a step, and prefills share a step's budget.
+Between two events (a call begins, its prefill ends, it ends) every step of a replica has the same duration, that of
+StepTimes for the sequences that run. Steps remain whole: a call begins with a step, and prefills share a step's budget.
 Left out of what the real scheduler does are single pages, preemption (a call begins once its whole output has room),
 tenants, and the limit on how often a waiting call is overtaken. run.py is the exact simulation of one replica;
 tests/simulator/test_fleet.py compares the two.
@@ -10,7 +10,6 @@ tests/simulator/test_fleet.py compares the two.
 from __future__ import annotations
 
 import dataclasses
-import functools
 import heapq
 import itertools
 import math
@@ -18,10 +17,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 
 from icarus_jax.config import EngineConfig
-from icarus_jax.simulator.roofline import Load, Roofline
-
-MEMO = 1 << 16  # loads whose step time is remembered
-DIGITS = 5  # binary digits that are kept of the numbers of a load; the error is 1.6% at most
+from icarus_jax.simulator.step_times import StepTimes
+from icarus_jax.simulator.token_gaps import TokenGaps
 
 Key = tuple[int, str]  # what is cached: a session's K/V, and of which model ('': of all)
 
@@ -41,7 +38,9 @@ class FleetCall:
         reusable: Takes a number of cached own tokens and the turn that left them; returns how many the prompt has.
         start: When the call was made, in seconds.
         first: When its first token came; inf: it has none yet.
-        attempts: How many replicas it was sent to.
+        attempts: How many replicas it was sent to, prefill replicas not counted.
+        prefilled: Whether its prompt was sent to a prefill replica.
+        whole: The call whose prompt it computes, on a prefill replica; None: it is itself to be answered.
         rows, kv, pairs: What it adds to each step of its prefill: writer rows, stored tokens that are read, and pairs
             of a row and a stored token.
     """
@@ -57,6 +56,8 @@ class FleetCall:
     start: float
     first: float = math.inf
     attempts: int = 0
+    prefilled: bool = False
+    whole: FleetCall | None = None
     rows: float = 0.0
     kv: float = 0.0
     pairs: float = 0.0
@@ -67,51 +68,6 @@ class FleetCall:
         return self.common + self.own + self.output / 2
 
 
-class StepTimes:
-    """How long steps take. The roofline is asked once for all loads that are equal after rounding.
-
-    Args:
-        roofline: The chips of a replica.
-        kind: How the models use the KV cache, 'shared' or 'isolated'.
-        models: The number of models.
-    """
-
-    def __init__(self, roofline: Roofline, kind: str, models: int):
-        self._roofline, self._shared, self._models = roofline, kind == "shared", models
-        self._rounded = functools.lru_cache(MEMO)(self._seconds)
-
-    def of(self, decodes: int, prefills: int, rows: float, kv: tuple[float, float], pairs: float) -> float:
-        """Returns the duration of a step, in seconds.
-
-        Args:
-            decodes: Sequences that are decoded.
-            prefills: Sequences that are prefilled.
-            rows: Writer rows of the prefills.
-            kv: Stored tokens of the sequences that are decoded, and of those that are prefilled.
-            pairs: Pairs of a row and a stored token in the prefills.
-        """
-        pairs += kv[0] * (1 + self._shared)
-        return self._rounded(decodes, prefills, _rounded(rows), _rounded(kv[0] + kv[1]), _rounded(pairs))
-
-    def prefill_rate(self, engine: EngineConfig) -> float:
-        """Returns how many tokens a second are prefilled, if there is nothing else to do."""
-        rows = engine.max_num_batched_tokens
-        return rows / self._rounded(0, 1, rows, rows, rows * rows // 2)
-
-    def _seconds(self, decodes: int, prefills: int, rows: int, kv: int, pairs: int) -> float:
-        writers, running = decodes + rows, decodes + prefills
-        readers = running if self._shared else 0
-        adapted = readers if self._shared else writers
-        return self._roofline.seconds(Load(writers, readers, running, adapted, min(running, self._models), kv, pairs))
-
-
-def _rounded(number: float) -> int:
-    """Rounds to DIGITS binary digits."""
-    whole = int(number)
-    shift = whole.bit_length() - DIGITS
-    return whole if shift <= 0 else (whole + (1 << shift >> 1)) >> shift << shift
-
-
 class Replica:
     """A replica: calls that wait and run, and what is cached of conversations.
 
@@ -119,6 +75,7 @@ class Replica:
         name: Its name.
         engine: The sizes of its engine.
         times: The duration of its steps.
+        gaps: Where the time between tokens is counted.
 
     Attributes:
         name: Its name.
@@ -128,8 +85,8 @@ class Replica:
         prefill: Prompt tokens that it has computed.
     """
 
-    def __init__(self, name: str, engine: EngineConfig, times: StepTimes):
-        self.name, self._engine, self._times = name, engine, times
+    def __init__(self, name: str, engine: EngineConfig, times: StepTimes, gaps: TokenGaps):
+        self.name, self._engine, self._times, self._gaps = name, engine, times, gaps
         self.capacity = engine.num_pages * engine.page_size
         self.prefill = 0
         self._serial = itertools.count()
@@ -196,6 +153,8 @@ class Replica:
         Returns:
             The calls that have ended.
         """
+        if self._decoding and self._wake > self._step:
+            self._gaps.add(self._step_s, self._decoding * (self._wake - self._step))
         self._time, self._step = self.due, self._wake
         ended = []
         while self._running and self._running[0][0] <= self._step:

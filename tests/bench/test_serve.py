@@ -83,8 +83,8 @@ def test_replies_go_into_the_next_prompt(served):
     asked = []
 
     class Spy(Driver):
-        async def ask(self, prompt, model, output_len):
-            reply = await super().ask(prompt, model, output_len)
+        async def ask(self, prompt, *args):
+            reply = await super().ask(prompt, *args)
             asked.append((prompt, reply.token_ids))
             return reply
 

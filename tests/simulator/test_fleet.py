@@ -16,10 +16,11 @@ from icarus_jax.errors import UsageError
 from icarus_jax.fleet.routing import RoutingConfig
 from icarus_jax.models.presets import LLAMA31_8B
 from icarus_jax.simulator.chips import CHIPS
-from icarus_jax.simulator.fleet import FleetConfig, FleetSimulation
-from icarus_jax.simulator.replica import DIGITS, _rounded
+from icarus_jax.simulator.fleet import FleetSimulation
+from icarus_jax.simulator.fleet_config import FleetConfig
 from icarus_jax.simulator.roofline import Roofline, load_of
 from icarus_jax.simulator.run import Simulation, make_models
+from icarus_jax.simulator.step_times import DIGITS, MeasuredTimes, RooflineTimes, rounded
 from icarus_jax.simulator.traffic import DAY_S, PageStore, Template, diurnal
 from icarus_jax.workloads import agents, workload
 from icarus_jax.workloads.workload import Turn
@@ -36,7 +37,8 @@ def sessions_of(count, models=8, kind="react", tool_s=1.0):
 
 def simulate(config, sessions, rate, engine=ENGINE, count=None, **routing):
     arrivals = workload.arrivals(count or len(sessions), rate, "poisson", 0)
-    simulation = FleetSimulation(config, sessions, arrivals, engine, ROOFLINE, RoutingConfig(**routing))
+    times = RooflineTimes(ROOFLINE, config.kind, len({turn.model for session in sessions for turn in session}))
+    simulation = FleetSimulation(config, sessions, arrivals, engine, times, RoutingConfig(**routing))
     return simulation, simulation.run()
 
 
@@ -75,11 +77,13 @@ def test_one_replica_is_that_of_the_real_scheduler(kind, rate, pages):
     mean_up_s=st.sampled_from([math.inf, 3.0, 20.0]),
     store=st.sampled_from([0.0, 1e8, 1e12]),
     pages=st.sampled_from([250, 1500]),
+    prefill=st.integers(0, 2),
     seed=st.integers(0, 5),
 )
-def test_every_session_ends_once(replicas, kind, mean_up_s, store, pages, seed):
+def test_every_session_ends_once(replicas, kind, mean_up_s, store, pages, prefill, seed):
     sessions = sessions_of(10)
-    config = FleetConfig(replicas, kind, mean_up_s, 2.0, store, seed=seed)
+    roles = {"prefill_replicas": prefill if store else 0, "max_local_prefill_tokens": 20}
+    config = FleetConfig(replicas, kind, mean_up_s, 2.0, store, seed=seed, **roles)
     engine = dataclasses.replace(ENGINE, num_pages=pages, max_model_len=2048, max_num_seqs=4)
     simulation, result = simulate(config, sessions, 4.0, engine, count=30)
     assert result.finished + result.failed == 30 and len(result.session_s) == result.finished
@@ -89,6 +93,9 @@ def test_every_session_ends_once(replicas, kind, mean_up_s, store, pages, seed):
         assert result.failed == result.retried == result.failures == 0
         assert len(result.ttft_s) == 3 * sum(map(len, sessions))
         assert result.prompt_tokens == 3 * sum(turn.prompt_len for s in sessions for turn in s)
+        assert result.output_tokens == 3 * sum(turn.output_len for s in sessions for turn in s)
+        assert sum(result.gaps.counts.values()) == result.output_tokens - len(result.ttft_s)
+        assert bool(result.prefills) == bool(roles["prefill_replicas"])
         for replica in simulation._replicas.values():  # nobody holds anything any more
             assert replica.load[0] == 0 and replica.due == math.inf
             assert round(replica.load[1] * replica.capacity) in [
@@ -134,6 +141,57 @@ def test_a_store_is_used_if_it_is_quicker_than_computing():
     assert fast.prefill_tokens + fast.loaded_tokens == pytest.approx(without.prefill_tokens, rel=0.1)
 
 
+PROMPTS = [[Turn(0, 0, 50, prompt_len=length, common_len=COMMON, model="h0")] for length in (2000, 400)]
+APART = FleetConfig(1, store_bytes=1e12, prefill_replicas=1)
+
+
+def test_a_prefill_replica_computes_a_long_prompt_by_hand():
+    """A prompt of 1,680 tokens of its own, one call at a time: it is computed, saved, loaded, and then decoded."""
+    step = MeasuredTimes(0.01, 0.001, 0.002, kv_token_bytes=1000)
+    config = dataclasses.replace(APART, store_bandwidth=10e6)  # 0.1 ms a token
+    simulation = FleetSimulation(config, PROMPTS[:1], [0.0], ENGINE, step)
+    result = simulation.run()
+    first = 0.01 + 0.002 + 2.0  # the prefill replica's one step, the common start included
+    second = 0.01 + 0.002 + 0.001 * (COMMON or 1)  # the other one computes the common start, which is not stored
+    assert list(result.ttft_s) == [pytest.approx(first + 2 * 1680e-4 + second, rel=1e-5)]
+    assert (result.prefills, result.loaded_tokens, result.prefill_tokens) == (1, 1680, 2000 + COMMON)
+    assert result.gaps.percentile(50) == pytest.approx(0.012, rel=0.01)
+
+
+def test_short_prompts_and_stored_ones_are_not_sent_to_a_prefill_replica():
+    _, result = simulate(APART, PROMPTS[1:], 1.0, count=5)
+    assert result.prefills == result.loaded_tokens == 0
+    engine = dataclasses.replace(ENGINE, num_pages=160, max_model_len=2560)  # no room for two of these conversations
+    long = [
+        [dataclasses.replace(turn, turn=i, prompt_len=2000 + 60 * i, wait_s=1.0) for i in range(4)]
+        for (turn,) in PROMPTS
+    ]
+    _, result = simulate(APART, long, 100.0, engine)
+    assert result.prefills == 2 and result.loaded_tokens > 3 * 1680
+
+
+def test_prefill_apart_keeps_the_time_between_tokens_short():
+    """The same two replicas: prompts that are computed apart do not hold up the calls that are decoded."""
+    both, apart = (simulate(config, PROMPTS, 8.0, count=200)[1] for config in (FleetConfig(2, store_bytes=1e12), APART))
+    assert both.output_tokens == apart.output_tokens and apart.prefills == 100
+    assert apart.gaps.percentile(99) < 0.7 * both.gaps.percentile(99)
+
+
+def test_a_prompt_whose_prefill_replica_fails_is_computed_where_it_is_decoded():
+    config = dataclasses.replace(APART, down_s=100.0)
+    simulation = FleetSimulation(config, PROMPTS[:1], [0.0], ENGINE, MeasuredTimes(0.01, 0.001, 0.002))
+    simulation._at(0.5, simulation._fail, "p0")
+    result = simulation.run()
+    assert list(result.ttft_s) == [pytest.approx(0.5 + 0.01 + 0.002 + 2.0)]
+    assert (result.prefills, result.retried, result.finished) == (0, 1, 1)
+
+
+def test_a_prefill_replica_that_fails_is_survived():
+    config = dataclasses.replace(APART, replicas=3, mean_up_s=6.0, down_s=1.0)
+    _, result = simulate(config, PROMPTS, 8.0, count=200)
+    assert result.failures > 5 and result.finished > 180 and 20 < result.prefills < 100
+
+
 def test_a_page_store_by_hand():
     store = PageStore(100)
     store.put((0, ""), 60, 0)
@@ -161,7 +219,7 @@ def test_a_reflexion_restarts_from_its_question():
 
 @given(st.integers(0, 10**12))
 def test_loads_are_rounded_a_little(number):
-    assert abs(_rounded(number) - number) <= number / 2**DIGITS
+    assert abs(rounded(number) - number) <= number / 2**DIGITS
 
 
 def test_a_day_has_its_peak_at_noon():
@@ -181,6 +239,8 @@ def test_a_day_has_its_peak_at_noon():
 @pytest.mark.parametrize(
     "config, engine, said",
     [((0,), {}, "0 replicas"), ((1, "base"), {}, "'base'"), ((1, "shared", 0.0), {}, "mean_up_s"),
+     ((1, "shared", math.inf, 60.0, 0.0, 1e9, 0, 1), {}, "store_bytes above 0"),
+     ((1, "shared", math.inf, 60.0, 1e9, 1e9, 0, -1), {}, "not be below 0"),
      ((1,), {"num_pages": 30, "max_model_len": 480}, "room for 160"),
      ((1, "isolated"), {"num_pages": 200, "max_model_len": 2048}, "room for 640")],
 )  # fmt: skip
@@ -200,14 +260,15 @@ def small(*changes):
 
 def test_the_command(tmp_path, capsys):
     found = bench.run(
-        small(("out", str(tmp_path / "x")), ("fleet.replicas", "1,2"), ("systems", "shared,isolated+store"))
+        small(("out", str(tmp_path / "x")), ("fleet.replicas", "1,1:1"), ("systems", "shared+store,isolated+store"))
     )
     report = json.loads((tmp_path / "x.json").read_text())
     assert found["simulated"] and [run["chips"] for run in found["runs"]] == [1, 2, 1, 2]
     assert "SIMULATED" in report["title"] and "SIMULATED" in capsys.readouterr().out
-    assert [(run["system"], run["replicas"]) for run in report["runs"]] == [
-        (system, n) for system in ("shared", "isolated+store") for n in (1, 2)
+    assert [(run["system"], run["prefill_replicas"], run["replicas"]) for run in report["runs"]] == [
+        (f"{kind}+store", prefill, 1) for kind in ("shared", "isolated") for prefill in (0, 1)
     ]
+    assert all(0 < run["summary"]["gap_s"]["p50"] <= run["summary"]["gap_s"]["p95"] for run in report["runs"])
 
 
 @pytest.mark.parametrize("needed", [1, 2, 16, 17, 40])
@@ -244,7 +305,9 @@ def test_sessions_that_fail_do_not_keep_a_target():
 @pytest.mark.parametrize(
     "key, value, said",
     [("systems", "shared+disk", "isolated"), ("traffic.end_h", 25.0, "hours of one day"),
-     ("fleet.replicas", "0", "0 replicas"), ("models", "8,16", "one number of models"),
+     ("fleet.replicas", "0", "0 replicas"), ("fleet.replicas", "1:2:3", "such as 2:6"),
+     ("fleet.replicas", "x:1", "fleet.replicas"), ("fleet.replicas", "-1:1", "not be below 0"),
+     ("models", "8,16", "one number of models"),
      ("mesh.data", 2, "mesh.data is 1"), ("traffic.sessions", 0, "no session arrives"),
      ("fleet.store_tb", math.inf, "store_bytes finite"),
      ("fleet.down_s", 0.0, "down_s"), ("routing.max_keys", 0, "max_keys"), ("engine.weights", "as_stored", "int8"),
