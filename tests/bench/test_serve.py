@@ -203,7 +203,7 @@ class Instant(Driver):
         super().__init__(None, DIALECTS["icarus"], 99, 0)
         self.block = block
 
-    async def ask(self, prompt, model, output_len):
+    async def ask(self, prompt, model, output_len, session=""):
         time.sleep(self.block)  # the event loop stands still
         reply = Reply()
         reply.first = reply.end = time.monotonic()
