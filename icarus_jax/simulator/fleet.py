@@ -29,7 +29,7 @@ from icarus_jax.simulator.fleet_config import FleetConfig, FleetResult, check_ro
 from icarus_jax.simulator.replica import FleetCall, Replica
 from icarus_jax.simulator.step_times import StepTimes
 from icarus_jax.simulator.traffic import PageStore, Template
-from icarus_jax.workloads.workload import Session
+from icarus_jax.workloads.workload import Session, by_length
 
 ATTEMPTS = 2  # replicas that a call is sent to, before its session fails
 
@@ -61,6 +61,7 @@ class FleetSimulation:
     ):
         self._config, self._arrivals = config, arrivals
         self._isolated = config.kind == "isolated"
+        sessions = by_length(sessions)
         self._templates = [Template(session) for session in sessions]
         models = {turn.model for session in sessions for turn in session}
         self._result = FleetResult()

@@ -16,6 +16,7 @@ agents.py generates such sessions.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -132,6 +133,32 @@ class Conversation:
 def common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
     """Returns the length of the longest common prefix of two sequences."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def by_length(sessions: Sequence[Session]) -> list[Session]:
+    """Says of prompts that are given by tokens what prompts given by length say: how much of them was there before.
+
+    Args:
+        sessions: Sessions; all with `prompt_ids`, or else they are returned as they are.
+
+    Returns:
+        The sessions with `prompt_len`, the `common_len` that all first prompts have, and as `keep_len` what a prompt
+        shares with the one before it. Replies are generated, so that none is expected to be in the next prompt.
+    """
+    if any(turn.prompt_ids is None for session in sessions for turn in session):
+        return list(sessions)
+    prompts = [[turn.prompt_ids or () for turn in session] for session in sessions]
+    common = min((common_prefix(prompts[0][0], own[0]) for own in prompts), default=0)
+    made = []
+    for session, own in zip(sessions, prompts, strict=True):
+        keeps = [None, *(common_prefix(before, after) for before, after in itertools.pairwise(own))]
+        made.append(
+            [
+                dataclasses.replace(turn, prompt_ids=None, common_len=common, keep_len=keep)
+                for turn, keep in zip(session, keeps, strict=True)
+            ]
+        )
+    return made
 
 
 def assign(sessions: list[Session], models: Sequence[str], how: str, seed: int = 0) -> list[Session]:

@@ -217,6 +217,24 @@ def test_a_reflexion_restarts_from_its_question():
     assert one.prefill_tokens == pytest.approx(exact.counters.prefill, rel=0.02)
 
 
+def test_prompts_given_by_tokens_share_what_they_begin_with():
+    """As replayed sessions do: the common start is computed once, and an answer is never in the next prompt."""
+    rng, begin = np.random.default_rng(0), tuple(range(5, 5 + COMMON))
+    sessions = []
+    for i in range(20):
+        own, turns = begin, []
+        for number in range(4):
+            own += tuple(rng.integers(1000, 2000, 100).tolist())
+            turns.append(Turn(i, number, 30, prompt_ids=own))
+        sessions.append(turns)
+    models = make_models(4, "shared")
+    sessions = workload.assign(sessions, list(models), "round_robin")
+    result = simulate(FleetConfig(1), sessions, 1.0)[1]
+    assert result.prefill_tokens == COMMON + 20 * 4 * 100
+    exact = Simulation(sessions, workload.arrivals(20, 1.0, "poisson", 0), models, ENGINE, lambda plan: 0.01).run()
+    assert result.prefill_tokens == pytest.approx(exact.counters.prefill, rel=0.1)  # which caches whole pages
+
+
 @given(st.integers(0, 10**12))
 def test_loads_are_rounded_a_little(number):
     assert abs(rounded(number) - number) <= number / 2**DIGITS
