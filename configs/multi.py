@@ -31,7 +31,7 @@ MODELS = {
     "qwen3-30b-a3b": ("qwen3-30b-a3b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
     "granite8b": ("granite-3.3-8b", {**CHIPS, "mesh": "1x8", "num_pages": 8192}),
     "mistral-small": ("mistral-small-24b", {**CHIPS, "mesh": "1x8", "num_pages": 4096}),
-    "gemma27b": ("gemma-3-27b", {**CHIPS, "mesh": "1x8", "num_pages": 2048}),
+    "gemma27b": ("gemma-3-27b", {**CHIPS, "mesh": "1x8", "num_pages": 1792}),
     "smollm2": ("smollm2-135m", {**CHIPS, "num_pages": 4096}),
 }
 ARGUMENTS = f"N (1 to 999 random heads), N,isolated, MODEL, MODEL,N and MODEL,N,isolated (MODEL: {', '.join(MODELS)})"

@@ -26,6 +26,10 @@ _ASKS_FOR_NULL = re.compile(r"content\W{0,4}\s*(is\s+(not\s+)?none|[!=]=\s*none)
 _ARGUMENTS = r"""arguments\b['"]?\]?\s*"""
 _WRITES_TEXT = re.compile(_ARGUMENTS + r"(-?\}\}|[+~])")
 _WRITES_OBJECT = re.compile(_ARGUMENTS + r"(\|\s*(tojson|items|dictsort)|\.\w+)")
+_NO_TEMPLATE = (
+    "the trunk has none, as base models often have. Plain prompts need none; a file chat_template.jinja in the trunk's "
+    "folder (launch/convert.py makes a folder of a GGUF file) is one"
+)
 _SYSTEM = (
     "You may call these functions, given with the JSON schemas of their arguments:\n{tools}\n"
     'To call one, answer with nothing but JSON: {{"name": "...", "arguments": {{...}}}}. '
@@ -49,7 +53,10 @@ def render(
 
     Raises:
         Exception: of any kind. A template is a program, which may fail on what it was not written for.
+        ValueError: the tokenizer has no chat template.
     """
+    if not tokenizer.chat_template:  # transformers' own message speaks to programmers
+        raise ValueError(_NO_TEMPLATE)
     template: str = tokenizer.get_chat_template(tools=list(tools) if tools else None)
     shown = _for_template(messages, template)
     if not (knows_tools(template) if tools else "tool" in template):  # without tools there may be calls all the same

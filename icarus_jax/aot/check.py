@@ -185,12 +185,14 @@ class Check:
         """Computes how many pages fit in memory.
 
         Args:
-            done: The compiled programs. The largest of them determines the memory that is left.
+            done: The compiled programs. The largest of them determines the memory that is left. Of one that does not
+                compile nothing is known; the weights and adapters need theirs even so.
 
         Returns:
             The number of pages.
         """
-        beside = max((c.account.memory for c in done), default=0) - self.pool_bytes
+        resident = self.weight_bytes + self.adapter_bytes
+        beside = max([resident, *(c.account.memory - self.pool_bytes for c in done)])
         return max(0, int((self.usable - beside) // self.page_bytes))
 
     # ---- figures

@@ -17,8 +17,8 @@ from configs import multi
 from icarus_jax import cli
 from icarus_jax.aot import check as check_module
 from icarus_jax.aot import hlo_text, report
-from icarus_jax.aot.check import Check, Plan
-from icarus_jax.aot.cost import account, pool_complaint, shard_shape
+from icarus_jax.aot.check import Check, Compiled, Plan
+from icarus_jax.aot.cost import Account, account, pool_complaint, shard_shape
 from icarus_jax.aot.hlo_text import estimated_cycles
 from icarus_jax.aot.topology import Topology, compiling_for, find_topology
 from icarus_jax.bench import kernel_cases, kernels
@@ -240,6 +240,9 @@ def test_what_does_not_fit_is_said(on_cpu):
     done = check.compile("copy_pages")
     assert done.complaint.startswith("needs ") and check.pages_that_fit([done]) < on_cpu.plan.engine.num_pages
     assert not on_cpu.compile("copy_pages").complaint
+    unknown = Compiled("a step", None, Account.unknown(), "does not compile")
+    resident = on_cpu.weight_bytes + on_cpu.adapter_bytes  # they need their memory even so
+    assert on_cpu.pages_that_fit([unknown]) == (on_cpu.usable - resident) // on_cpu.page_bytes
     copied = dataclasses.replace(done.account, temporaries=on_cpu.pool_bytes // 2)
     assert "temporaries" in pool_complaint(copied, on_cpu.pool_bytes)
 

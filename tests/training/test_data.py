@@ -108,6 +108,14 @@ def test_bad_data_names_file_and_line(tmp_path, line, words, monkeypatch):
     assert "\n" not in str(error.value)
 
 
+def test_a_base_model_has_no_chat_template(tmp_path, monkeypatch):
+    """Plain prompts need none."""
+    monkeypatch.setattr(ENCODER.tokenizer, "chat_template", None)
+    with pytest.raises(ValueError, match=r"data\.jsonl:1: .* has none.*chat_template\.jinja"):
+        read(tmp_path, '{"text": "a", "category": "b"}', task=TASKS["intent"])
+    assert len(read(tmp_path, GOOD)[0]) == 1
+
+
 def test_data_that_is_missing_or_empty(tmp_path):
     with pytest.raises(ValueError, match=r"data\.jsonl is empty"):
         read(tmp_path, "")
