@@ -27,7 +27,7 @@ from icarus_jax.errors import UsageError, usage_errors
 
 _OUTPUT = flags.DEFINE_string("output", None, "the folder to write, local or in a bucket; it must not exist")
 _ADAPTER = flags.DEFINE_string("adapter", None, "an adapter to convert, instead of the config's trunk")
-_RANK = flags.DEFINE_integer("rank", None, "truncate the adapter to this rank")
+_RANK = flags.DEFINE_integer("rank", None, "truncate the adapter to this rank; it needs the config's trunk")
 
 
 def main(config: ConfigDict) -> None:
@@ -53,14 +53,16 @@ def main(config: ConfigDict) -> None:
 
 def _truncate(config: ConfigDict, source: str, target: str, rank: int) -> None:
     """Writes an adapter of a lower rank, as a PEFT folder."""
-    from icarus_jax.weights import checkpoint, peft
+    from icarus_jax.weights import adapter_files, checkpoint, peft
 
-    if Path(target).expanduser().exists():
-        raise UsageError(f"{target} exists already; an adapter is converted into a new folder")
+    adapter_files.new_folder(target)
     trunk = checkpoint.open_trunk(config.trunk.source, config.engine.dtype, config.trunk.adapter)
     adapter = peft.load_adapter(source, trunk.config)
+    adapter.check(adapter.kv_trained or "isolated", adapter.trunk_identity and trunk.identity)
+    with usage_errors("--rank"):
+        low = adapter.truncated(rank)
     name, dtype = config.trunk.source, config.engine.dtype
-    peft.save_adapter(target, adapter.truncated(rank), base_model_name=name, alpha=float(rank), dtype=dtype)
+    peft.save_adapter(target, low, base_model_name=name, alpha=float(rank), dtype=dtype)
     print(f"{target} holds {source} with rank {rank}, of {adapter.rank}")
 
 

@@ -16,6 +16,8 @@ from icarus_jax.page_store.threads import DaemonExecutor
 from icarus_jax.scheduling.scheduler import Scheduler
 from icarus_jax.scheduling.sessions import Retained
 
+ALIVE_SECONDS = 1.0  # between two looks whether the engine that saves pages still runs
+
 
 class Parking:
     """Parks the sessions of an engine that runs. Any thread may call `park`, but the engine's."""
@@ -64,15 +66,16 @@ class Parking:
     def _park(self, session: str, store: PageStore, pages: PageMover) -> bool:
         sessions = self._scheduler.sessions
         while (held := self._call(lambda: sessions.held(session))) is not None:
-            if len(held.keys) < len(held.pages) - 1:  # the last page may not be full
+            if held.keys is None:
                 raise RequestError(
                     "the session was last continued by a model that makes K/V of its own, and such pages are not saved",
                     "id",
                 )
             self._wait_for_saves(pages)  # most often the store has all pages then
-            if again := self._call(functools.partial(self._save_again, store.missing(held.keys))):
+            if missing := store.missing(held.keys):
+                self._call(functools.partial(self._save_again, missing))
                 self._wait_for_saves(pages)
-                if store.missing(again):
+                if store.missing(missing) and self._call(lambda: sessions.held(session)) is held:
                     raise OSError("the page store has not taken the session's pages, or has no room for them")
             if self._call(functools.partial(self._leave, session, held)):  # else it has had another answer
                 return True
@@ -81,13 +84,13 @@ class Parking:
     def _wait_for_saves(self, pages: PageMover) -> None:
         saved = threading.Event()
         self._call(lambda: pages.when_saved(saved.set))
-        saved.wait()
+        while not saved.wait(ALIVE_SECONDS):
+            self._call(lambda: None)  # an error once the engine has ended: nothing is saved any more
 
-    def _save_again(self, keys: list[bytes]) -> list[bytes]:
-        """Lets cached pages be saved that the store does not have any more. Returns their keys."""
-        found = {key: page for key in keys if (page := self._scheduler.pool.page_of(key)) is not None}
-        self._scheduler.cache.filled.extend((page, key) for key, page in found.items())
-        return list(found)
+    def _save_again(self, keys: list[bytes]) -> None:
+        """Lets pages be saved that the store does not have any more, as far as they are cached."""
+        found = [(page, key) for key in keys if (page := self._scheduler.pool.page_of(key)) is not None]
+        self._scheduler.cache.filled.extend(found)
 
     def _leave(self, session: str, held: Retained) -> bool:
         parked = self._scheduler.sessions.park(session, held)

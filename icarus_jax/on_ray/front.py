@@ -178,7 +178,7 @@ class Front:
         """Lets every replica answer, and makes one answer of theirs."""
         others = self._prefill if asked.scope["path"] == METRICS else None
         deployments = [self._replicas] if others is None else [self._replicas, others]
-        results = [result for deployment in deployments for result in await _results_of(deployment, asked)]
+        results = sum(await asyncio.gather(*(_results_of(deployment, asked) for deployment in deployments)), [])
         answers = [result for result in results if isinstance(result, Whole)]
         good = [answer for answer in answers if answer.status == 200]
         if not answers:

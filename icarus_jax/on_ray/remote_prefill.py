@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from typing import Any
 
 from ray.exceptions import RayError
@@ -19,6 +20,7 @@ log = logging.getLogger(__name__)
 
 ACCEPT_SECONDS = 2.0  # how long a prompt waits for a prefill replica that takes it
 PREFILL_SECONDS = 120.0  # and for its pages; those that are stored by then are used all the same
+RETRY_SECONDS = 30.0  # how long prompts are computed here after the page store or a prefill replica was too slow
 
 
 class RemotePrefill:
@@ -38,6 +40,7 @@ class RemotePrefill:
         """
         self._prefill, self._engine = replicas.options(stream=True).prefill, engine
         self._max_local_tokens = max_local_tokens
+        self._next = 0.0  # when prefill replicas are asked again, in seconds of time.monotonic()
 
     async def __call__(self, request: Request) -> None:
         """Waits until the pages of a prompt are in the page store, if it is worth it.
@@ -59,19 +62,20 @@ class RemotePrefill:
     async def _is_worth_it(self, tokens: tuple[int, ...], cache_salt: str) -> bool:
         """Returns whether too many tokens at the end are neither cached nor stored."""
         before = tokens[: max(0, len(tokens) - self._max_local_tokens)]
-        if len(before) < self._engine.config.page_size:
+        if len(before) < self._engine.config.page_size or time.monotonic() < self._next:
             return False
         assert self._engine.pages is not None
         try:
             async with asyncio.timeout(LOAD_SECONDS):
                 return not await asyncio.wrap_future(self._engine.pages.has(before, cache_salt))
         except TimeoutError:  # pages would not come through this store either
+            self._next = time.monotonic() + RETRY_SECONDS
             return False
 
     async def _ask(self, prompt: Prompt) -> None:
         answers: Any = self._prefill.remote(prompt)
         try:
-            async with asyncio.timeout(ACCEPT_SECONDS):
+            async with asyncio.timeout(ACCEPT_SECONDS) as accepting:
                 await anext(answers)
             async with asyncio.timeout(PREFILL_SECONDS):
                 async for _ in answers:
@@ -80,6 +84,8 @@ class RemotePrefill:
             log.warning("a prefill replica has failed, the prompt is computed here: %s", type(error).__name__)
         except TimeoutError:
             answers.cancel()
+            if not accepting.expired():
+                self._next = time.monotonic() + RETRY_SECONDS
             log.warning(
                 "no prefill replica has the time for a prompt of %d tokens: it is computed here", len(prompt.token_ids)
             )

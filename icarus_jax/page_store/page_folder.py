@@ -27,6 +27,7 @@ import fsspec
 LEFT_SECONDS = 3600.0  # a temporary file of this age was left behind by a process that ended
 SWEEPS = 16  # how often the folder is looked through while it is written once over
 TOTAL = ".total"
+DIGITS = 20  # of the number in it
 
 
 class PageFolder:
@@ -157,12 +158,16 @@ class PageFolder:
         if size > self._max_bytes:
             raise ValueError(f"a page has {size} bytes, engine.page_store_bytes is {self._max_bytes}")
         with self._locked() as file:
-            said = file.read()
-            total = int(said) if said.isdigit() and self._looked else math.inf
+            said = file.read(DIGITS + 1)
+            total = int(said) if self._looked and len(said) == DIGITS and said.isdigit() else math.inf
             if total + size > self._max_bytes:
                 total = self._sweep(size)
+            if total + size > self._max_bytes:
+                limit = f"engine.page_store_bytes is {self._max_bytes}"
+                raise OSError(f"there is no room for a page: {limit}, and pages of {total} bytes are being written")
             file.seek(0)
-            file.write(b"%020d" % (total + size))
+            file.write(b"%0*d" % (DIGITS, total + size))
+            file.truncate()
             part.touch()
             os.truncate(part, size)
 

@@ -231,10 +231,10 @@ class PrefixCache:
         if prefilled and seq.num_stored == len(seq.tokens):
             self.add_tail(seq)
 
-    def keys_to_save(self, seq: Sequence) -> list[bytes]:
-        """Returns the names of the sequence's full pages up to the first whose K/V the trunk has not made."""
-        full = 0 if seq.private else seq.num_stored // self._pool.page_size
-        return seq.page_keys[: min(full, seq.chain.start) if seq.chain.salt else full]
+    def keys_to_save(self, seq: Sequence) -> list[bytes] | None:
+        """Returns the names of the sequence's full pages; None if a head has made K/V of one: such are not saved."""
+        full = seq.num_stored // self._pool.page_size
+        return None if seq.chain.salt and full > seq.chain.start else seq.page_keys[:full]
 
     def add_tail(self, seq: Sequence) -> None:
         """Caches the sequence's partly filled last page."""

@@ -20,12 +20,12 @@ class Retained:
     Attributes:
         pages: The page table of the session's last answer.
         expires: The time at which they are released, in seconds of the clock. inf: not before they are asked for.
-        keys: The names of the first of them: full pages whose K/V the trunk has made.
+        keys: The names of the full ones, which can be saved; None if a head has made K/V of one of them.
     """
 
     pages: list[int]
     expires: float
-    keys: list[bytes]
+    keys: Seq[bytes] | None
 
 
 class Sessions:
@@ -57,18 +57,18 @@ class Sessions:
         """How many sessions are parked."""
         return len(self._parked)
 
-    def retain(self, session: str, pages: list[int], seconds: float, keys: Seq[bytes] = ()) -> None:
+    def retain(self, session: str, pages: list[int], seconds: float, keys: Seq[bytes] | None = ()) -> None:
         """Holds pages for a session, in place of those that the session held before.
 
         Args:
             session: The session's id.
             pages: The pages to hold. Others may hold them too.
             seconds: How long to hold them. inf: until they are released.
-            keys: The names of the first of them, those that can be saved (`Retained.keys`).
+            keys: The names of the full ones (`Retained.keys`).
         """
         self._pool.hold(pages)
         self.release(session)
-        self._held[session] = Retained(list(pages), self._clock() + seconds, list(keys))
+        self._held[session] = Retained(list(pages), self._clock() + seconds, keys)
 
     def release(self, session: str) -> bool:
         """Ends a session, held or parked. Its pages stay in the cache until they are evicted.

@@ -66,6 +66,20 @@ def is_orbax(folder: epath.PathLike) -> bool:
     return (epath.Path(folder).expanduser() / ARRAYS).exists()
 
 
+def new_folder(target: epath.PathLike) -> epath.Path:
+    """Returns the path of a folder that an adapter is to be written to.
+
+    Raises:
+        ValueError: It exists, or lies in a store that cannot be written.
+    """
+    path = epath.Path(target).expanduser()
+    if "://" in str(target) and "://" not in str(path):  # epath takes any other store for a local folder
+        raise ValueError(f"{target}: an adapter is written to a local folder or a bucket (gs://.., s3://..)")
+    if path.exists():
+        raise ValueError(f"{path} exists already; an adapter is converted into a new folder")
+    return path
+
+
 def convert(source: epath.PathLike, target: epath.PathLike) -> str:
     """Converts a PEFT folder to an Orbax checkpoint, or an Orbax checkpoint to a PEFT folder.
 
@@ -79,15 +93,13 @@ def convert(source: epath.PathLike, target: epath.PathLike) -> str:
         The form that was written: 'PEFT folder' or 'Orbax checkpoint'.
 
     Raises:
-        ValueError: `target` exists, or `source` cannot be read.
+        ValueError: `target` is not as for `new_folder`, or `source` cannot be read.
     """
-    path = epath.Path(target).expanduser()
-    if path.exists():
-        raise ValueError(f"{path} exists already; an adapter is converted into a new folder")
+    path = new_folder(target)
     config, tensors = read(source)
     if is_orbax(source):
         path.mkdir(parents=True)
-        safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+        (path / WEIGHTS_FILE).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     else:
         import orbax.checkpoint as ocp  # imported here because the import takes a second
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import safetensors.numpy
+from etils import epath
 
 from icarus_jax.config import KV_KINDS, KV_TARGETS, LORA_TARGETS, HeadConfig, ModelConfig
 from icarus_jax.weights import adapter_files, peft_format
@@ -114,13 +115,15 @@ class Adapter:
             ValueError: The adapter has no higher rank.
         """
         if not 1 <= rank < self.rank:
-            raise ValueError(f"adapter {self.name} has rank {self.rank}: lower ones are 1 to {self.rank - 1}")
+            raise ValueError(f"{rank} is no lower rank, of 1 or more, than that of adapter {self.name}, {self.rank}")
         weights = {}
         for target, (a, b) in self.weights.items():
             (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(b.swapaxes(1, 2))
             u, values, vt = np.linalg.svd(ra @ rb.swapaxes(1, 2))
             root = np.sqrt(values[:, None, :rank])
-            weights[target] = qa @ (u[..., :rank] * root), (qb @ (vt[:, :rank].swapaxes(1, 2) * root)).swapaxes(1, 2)
+            low = qa @ (u[..., :rank] * root), (qb @ (vt[:, :rank].swapaxes(1, 2) * root)).swapaxes(1, 2)
+            grow = (0, rank - root.shape[2])  # a projection may be narrower than the rank
+            weights[target] = np.pad(low[0], ((0, 0), (0, 0), grow)), np.pad(low[1], ((0, 0), grow, (0, 0)))
         return dataclasses.replace(self, rank=rank, weights=weights)
 
 
@@ -146,7 +149,7 @@ def load_adapter(source: str, model_config: ModelConfig, cache: AdapterCache = C
             raise ValueError(f"adapter {source!r}: a random adapter is written 'random:SEED' or 'random:SEED:RANK'")
         return random_adapter(int(match[1]), int(match[2] or RANDOM_RANK), model_config)
     with cache.local(source) as folder:
-        return _load(folder, model_config)
+        return dataclasses.replace(_load(folder, model_config), name=source)
 
 
 def _load(folder: pathlib.Path, model_config: ModelConfig) -> Adapter:
@@ -267,13 +270,13 @@ def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: 
     Our key `icarus` in adapter_config.json records the adapter's kv_trained and trunk_identity.
 
     Args:
-        folder: The folder to write.
+        folder: The folder to write, local or in a bucket.
         adapter: The adapter.
         base_model_name: The name of the trunk, as PEFT's base_model_name_or_path.
         alpha: PEFT's lora_alpha. B is stored divided by alpha / rank.
         dtype: The dtype of the stored tensors.
     """
-    path = pathlib.Path(folder).expanduser()
+    path = epath.Path(folder).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     config = {
         "peft_type": "LORA",
@@ -295,5 +298,5 @@ def save_adapter(folder: str, adapter: Adapter, *, base_model_name: str, alpha: 
             stem = f"base_model.model.{peft_format.module_name(layer, target)}"
             tensors[f"{stem}.lora_A.weight"] = np.ascontiguousarray(a[layer].T, dtype)
             tensors[f"{stem}.lora_B.weight"] = np.ascontiguousarray(b[layer].T * (adapter.rank / alpha), dtype)
-    safetensors.numpy.save_file(tensors, path / WEIGHTS_FILE, metadata={"format": "pt"})
+    (path / WEIGHTS_FILE).write_bytes(safetensors.numpy.save(tensors, metadata={"format": "pt"}))
     (path / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")

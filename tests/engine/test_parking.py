@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from icarus_jax.config import HeadConfig
+from icarus_jax.engine import page_mover
 from icarus_jax.engine.engine import Engine
 from icarus_jax.errors import RequestError
 from icarus_jax.page_store.page_folder import PageFolder
@@ -181,3 +182,47 @@ def test_an_answer_that_comes_while_its_session_is_parked_is_parked_too(start, t
     assert parked.result(SECONDS) is True
     assert len(list(tmp_path.rglob("*.page"))) == (len(PROMPT) + 8 + len(MORE) + 7) // 4
     assert engine.scheduler.pool.num_used == 0 and engine.scheduler.sessions.is_parked("s")
+
+
+def test_pages_that_a_head_has_made_are_no_parked_session(start):
+    """The last page of a session was taken for one that is not full, and then the session was parked, and lost."""
+    engine = start(host_cache_bytes=1 << 24)
+    ask(engine, "x", PROMPT[:3], max_tokens=2, session=PINNED)  # the last token's K/V is not stored: one full page
+    assert [len(table) for table in engine.scheduler.sessions.tables] == [1]
+    with pytest.raises(RequestError, match="K/V of its own"):
+        engine.parking.park("s").result(SECONDS)
+    assert len(engine.scheduler.sessions) == 1
+
+
+def test_a_page_that_is_neither_stored_nor_cached_is_not_said_to_be_parked(start, tmp_path):
+    """Two answers are the same, and the pages of one are cached: those that the session holds are the other's."""
+    engine = start(page_store=str(tmp_path))
+    ended = threading.Semaphore(0)
+    params = SamplingParams(temperature=0.0, max_tokens=8)
+    request = Request(("a",), tuple(PROMPT), params, n=2, session=PINNED)
+    engine.submit(request, lambda index, output: output.finish_reason and ended.release())
+    assert ended.acquire(timeout=SECONDS) and ended.acquire(timeout=SECONDS)
+    crowd_out(engine)
+    for file in tmp_path.rglob("*.page"):
+        file.unlink()
+    with pytest.raises(OSError, match="has not taken"):
+        engine.parking.park("s").result(SECONDS)
+    assert len(engine.scheduler.sessions) == 1
+
+
+def test_an_engine_that_ends_gives_up_what_is_being_parked(start, tmp_path, monkeypatch):
+    """Who parked a session waited for ever, if the store did not answer before the engine's end."""
+    monkeypatch.setattr(page_mover, "FLUSH_SECONDS", 0.1)
+    engine = start(page_store=str(tmp_path))
+    answers, save = threading.Event(), engine.pages._store.save
+    monkeypatch.setattr(engine.pages._store, "save", lambda pages: answers.wait(SECONDS) and save(pages))
+    waits, when_saved = threading.Event(), engine.pages.when_saved
+    monkeypatch.setattr(engine.pages, "when_saved", lambda then: waits.set() or when_saved(then))
+    ask(engine, "a", PROMPT, session=PINNED)
+    parked = engine.parking.park("s")
+    assert waits.wait(SECONDS)
+    engine.shutdown()
+    with pytest.raises(RequestError, match="shutting down"):
+        parked.result(30.0)
+    answers.set()
+    monkeypatch.setattr(engine, "shutdown", lambda: None)  # it has ended

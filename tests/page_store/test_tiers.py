@@ -163,11 +163,28 @@ def test_several_engines_keep_the_limit_of_a_folder_together(tmp_path):
 def test_a_total_that_makes_no_sense_is_counted_anew(tmp_path):
     store = make_store(tmp_path, max_bytes=8 * FILE)
     fill(store, 8)
-    for said in ("", "nonsense", f"{10**15:020}"):
+    for said in ("", "nonsense", "-5", f"{10**15:020}", "9" * 30, "x" * 40, "1" * 5000):
         (tmp_path / ".total").write_text(said)
         store.save([(key_of(9), memoryview(page(9)))])
         store.save([(key_of(len(said) + 10), memoryview(page(0)))])
         assert int((tmp_path / ".total").read_text()) == FILE * len(files(tmp_path)) <= 8 * FILE
+    assert not store.stats.lost_pages
+
+
+def test_pages_that_are_being_written_count(tmp_path, caplog):
+    """Those of a process that was killed, too, until they are old: there may be no room beside them."""
+    store = make_store(tmp_path, max_bytes=4 * FILE)
+    fill(store, 1)
+    parts = [files(tmp_path)[0].with_name(f".part-{i}") for i in range(4)]
+    for part in parts:
+        part.write_bytes(bytes(FILE))
+    (tmp_path / ".total").unlink()
+    store.save([(key_of(5), memoryview(page(5)))])
+    assert not files(tmp_path) and store.stats.lost_pages == 1 and "engine.page_store_bytes" in caplog.text
+    for part in parts:
+        part.unlink()
+    fill(store, 2)
+    assert len(files(tmp_path)) == 2 and store.stats.lost_pages == 1
 
 
 def test_a_page_that_is_larger_than_the_limit_is_not_saved(tmp_path, caplog):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import json
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -82,6 +83,26 @@ def test_a_log_of_heads_that_starts_anew_goes_on_counting():
     seen = [before.add(change) for _ in range(3)][-1]
     after = HeadLog()
     assert after.add(change) > seen and after.since(seen)[1] == [change]
+
+
+def test_metrics_of_all_replicas_are_asked_for_at_once():
+    """A stuck replica and a stuck one for prefill were waited for one after the other."""
+    pytest.importorskip("ray")
+    from icarus_jax.on_ray.engine_replica import Whole
+    from icarus_jax.on_ray.front import METRICS, Asked, Front
+
+    both = threading.Barrier(2)
+
+    def results_of(name: str):
+        return lambda **limits: both.wait(30) >= 0 and [Whole(name, 200, [], b"# TYPE g gauge\ng 2.0\n"), OSError()]
+
+    def handle(name: str):
+        said = SimpleNamespace(results=results_of(name))
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(answer=None), broadcast=lambda method, asked: said)
+
+    front = Front(handle("r1"), None, accept_seconds=1.0, prefill=handle("p1"))
+    body = asyncio.run(front._from_all(Asked({"path": METRICS}, b""))).body.decode()
+    assert 'g{replica="r1"} 2.0' in body and 'g{replica="p1"} 2.0' in body and "icarus_replicas_missing 2.0" in body
 
 
 def test_a_client_that_leaves_while_it_sends_is_no_error():

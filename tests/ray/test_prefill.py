@@ -273,6 +273,26 @@ def test_a_page_store_that_hangs_keeps_nobody_waiting(monkeypatch):
     world = World("replica")
     world.hangs = True
     assert world.ask([1] * 200) == []
+    world.hangs, world.known = False, Future()
+    assert world.ask([1] * 200) == [] and not world.known.done()  # it is not even looked for
+    world.prefill._next = 0.0
+    assert world.ask([1] * 200) == [192]  # after a while it is tried again
+
+
+def test_pages_that_are_not_stored_in_time_are_not_waited_for_again(monkeypatch):
+    monkeypatch.setattr(remote_prefill, "PREFILL_SECONDS", 0.01)
+    world = World("replica", None)
+    assert world.ask([1] * 200) == [192] and world.answers.cancelled
+    world.known = Future()
+    assert world.ask([1] * 200) == [192]
+
+
+def test_a_prefill_replica_without_time_is_asked_again(monkeypatch):
+    monkeypatch.setattr(remote_prefill, "ACCEPT_SECONDS", 0.01)
+    world = World(None, "replica")
+    assert world.ask([1] * 200) == [192]
+    world.known = Future()
+    assert world.ask([1] * 200) == [192, 192]
 
 
 def test_a_client_that_leaves_gives_up_the_prefill():

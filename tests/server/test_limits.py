@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import threading
@@ -12,6 +13,7 @@ import httpx
 import openai
 import pytest
 
+from icarus_jax.scheduling.request import Request
 from icarus_jax.server.auth import Keys
 from icarus_jax.server.body import ApiError
 from icarus_jax.server.limits import MAX_RETRY_SECONDS, Limits, Rate
@@ -211,6 +213,43 @@ def test_what_the_engine_refuses_makes_room():
             assert served.http.post("/v1/completions", json=GOOD | {"n": 2}).status_code == 500
         served.engine.fail = None
         assert served.http.post("/v1/completions", json=GOOD | {"n": 2}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_prompt_that_is_computed_elsewhere_waits_and_makes_room_however_that_ends(stream):
+    limits, asked, go = Limits(3), [], threading.Event()
+
+    async def prefill(request: Request) -> None:
+        asked.append(request)
+        if request.prompt_ids == (9,):
+            raise RuntimeError("planted")
+        while not go.is_set():
+            await asyncio.sleep(0.01)
+
+    def waits(requests: int, tokens: int) -> bool:
+        return (limits._requests.of("").waiting, limits._tokens.of("").waiting) == (requests, tokens)
+
+    with serving(limits=limits, prefill=prefill) as served:
+        body = {**GOOD, "prompt": [[5, 6], [7]], "models": ["trunk", "parrot"], "stream": stream}
+        url = f"{served.url}/v1/completions"
+        check_error(served.http.post(url, json=body | {"timeout": 0.5}), 408, "timeout", "request_timeout")
+        assert waits(0, 0)
+        with pytest.raises(httpx.ReadTimeout):  # the client leaves
+            httpx.post(url, json=body, timeout=httpx.Timeout(60, read=0.5))
+        wait_for(lambda: waits(0, 0))
+        assert served.http.post(url, json=body | {"prompt": [9]}).status_code == 500 and waits(0, 0)
+        bad = served.http.post(url, json=body | {"structured_outputs": {"regex": "("}})
+        assert bad.status_code == 400 and waits(0, 0)
+        waiting = Waiting(served, json=body)
+        wait_for(lambda: waits(4, 3))
+        check_error(served.http.post(url, json=GOOD), 429, None, "rate_limit_exceeded")
+        assert not served.engine.requests
+        go.set()
+        assert waiting.wait().status_code == 200 and waits(0, 0)
+        assert [request.prompt_ids for request in served.engine.requests] == [(5, 6), (7,)]
+        assert [request.prompt_ids for request in asked[-2:]] == [(5, 6), (7,)]  # once for both models
+        served.engine.fail = RuntimeError("boom")
+        assert served.http.post(url, json=body).status_code == 500 and waits(0, 0)
 
 
 def test_a_key_that_floods_leaves_room_for_the_others(gate):

@@ -78,10 +78,19 @@ def test_a_lower_rank_is_the_nearest_one(adapter, tmp_path):
         values = np.linalg.svd(a @ b, compute_uv=False)
         lost = np.linalg.norm(a @ b - low.weights[target][0] @ low.weights[target][1], axis=(1, 2))
         np.testing.assert_allclose(lost, np.linalg.norm(values[:, 3:], axis=1), rtol=1e-3, atol=1e-5)
-    for flags, words in ((["--rank=7"], "has rank 7: lower ones are 1 to 6"), (["--rank=0"], "1 to 6")):
-        done = convert(f"--adapter={folder}", f"--output={tmp_path / 'other'}", trunk, *flags)
-        assert done.returncode == 2 and words in done.stderr and not (tmp_path / "other").exists()
+    for rank in (7, 0):
+        done = convert(f"--adapter={folder}", f"--output={tmp_path / 'other'}", trunk, f"--rank={rank}")
+        words = f"convert.py: --rank: {rank} is no lower rank, of 1 or more, than that of adapter {folder}, 7\n"
+        assert (done.returncode, done.stderr) == (2, words) and not (tmp_path / "other").exists()
     assert "--adapter=FOLDER is missing" in convert(f"--output={tmp_path / 'other'}", "--rank=2").stderr
+
+
+def test_only_with_its_own_trunk_is_an_adapter_truncated(adapter, tmp_path):
+    """The new adapter would name the other one as its base model."""
+    _, folder = adapter
+    other = tiny.tiny_model("llama", tmp_path, seed=1)
+    done = convert(f"--adapter={folder}", f"--output={tmp_path / 'low'}", "--rank=3", f"--config.trunk.source={other}")
+    assert done.returncode == 2 and "serve it with its own trunk" in done.stderr and not (tmp_path / "low").exists()
 
 
 def test_mistakes_are_one_line(adapter, tmp_path):
@@ -89,6 +98,7 @@ def test_mistakes_are_one_line(adapter, tmp_path):
     for source, target, words in (
         (folder, tmp_path, "exists already"),
         (tmp_path, tmp_path / "new", "is no adapter: it has no adapter_config.json"),
+        (folder, "memory://bucket/new", "a local folder or a bucket"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             adapter_files.convert(source, target)

@@ -140,6 +140,33 @@ def test_random_adapters(folder, config):
             load_adapter(name, config)
 
 
+def test_an_adapter_that_is_truncated_is_of_the_same_kind(folder, config, tmp_path):
+    """Here k_proj and v_proj have 16 outputs: their products have no higher rank than that."""
+    targets = ("q_proj", "k_proj", "v_proj")
+    whole = load_adapter(tiny_adapter(folder, tmp_path, targets, rank=40, alora_invocation_tokens=[5, 6]), config)
+    low = whole.truncated(36)
+    save_adapter(str(tmp_path / "low"), low, base_model_name="a/b", alpha=36)
+    again = load_adapter(str(tmp_path / "low"), config)
+    assert (again.rank, again.kv_trained, again.invocation_tokens) == (36, "activated", (5, 6))
+    for target in ("k_proj", "v_proj"):
+        (a, b), (c, d) = whole.weights[target], again.weights[target]
+        np.testing.assert_allclose(c @ d, a @ b, rtol=1e-3, atol=1e-4)
+
+
+def test_both_forms_are_written_to_a_bucket(config, tmp_path, monkeypatch):
+    """A local folder took the place of the bucket."""
+    import fsspec
+    from fsspec.implementations.memory import MemoryFileSystem
+
+    monkeypatch.chdir(tmp_path)
+    fsspec.register_implementation("s3", MemoryFileSystem, clobber=True)
+    adapter = random_adapter(0, 2, config)
+    save_adapter("s3://bucket/mine", adapter, base_model_name="a/b", alpha=2)
+    again = load_adapter("memory://bucket/mine", config)
+    np.testing.assert_array_equal(again.weights["q_proj"][0], adapter.weights["q_proj"][0])
+    assert again.name == "memory://bucket/mine" and not list(tmp_path.iterdir())
+
+
 def test_check_of_shared_adapters(folder, config, tmp_path, caplog):
     plain = load_adapter(tiny_adapter(folder, tmp_path), config)
     with caplog.at_level(logging.WARNING):
