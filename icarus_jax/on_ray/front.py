@@ -178,7 +178,8 @@ class Front:
         """Lets every replica answer, and makes one answer of theirs."""
         others = self._prefill if asked.scope["path"] == METRICS else None
         deployments = [self._replicas] if others is None else [self._replicas, others]
-        results = sum(await asyncio.gather(*(_results_of(deployment, asked) for deployment in deployments)), [])
+        answered = await asyncio.gather(*(_results_of(deployment, asked) for deployment in deployments))
+        results = [result for some in answered for result in some]
         answers = [result for result in results if isinstance(result, Whole)]
         good = [answer for answer in answers if answer.status == 200]
         if not answers:

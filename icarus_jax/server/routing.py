@@ -64,8 +64,8 @@ def check_routing(body: Routing, engine: Engine, reader: PromptReader) -> None:
             raise UnknownModel(name, 400, message, field, num_new=num_new)
         check_model(name, engine, field, num_new)
     if body.reference_logprobs:
-        own = [rule.model for rule in body.handoff if models[rule.model].salt]  # they make K/V of their own
-        if own:
-            message = f"reference_logprobs need the trunk's K/V, and handoff names {own[0]!r}, which makes its own"
-            raise ApiError(400, message, "handoff")
+        for field, name in named:
+            if field != "session" and name in models and models[name].salt:
+                message = f"reference_logprobs need the trunk's K/V, and {field} names {name!r}, which makes its own"
+                raise ApiError(400, message, "handoff" if field == "handoff" else "reference_logprobs")
     reader.check_ids([rule.on for rule in body.handoff if isinstance(rule.on, int)], "handoff")

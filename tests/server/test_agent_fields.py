@@ -309,6 +309,7 @@ BAD = [
     ({"handoff": TWICE}, "handoff", 400),
     ({"handoff": [{"on": str(i), "model": "parrot"} for i in range(17)]}, "handoff", 400),
     ({"handoff": [{"on": "a", "model": "broken"}], "reference_logprobs": True}, "handoff", 400),
+    ({"model": "broken", "reference_logprobs": True}, "reference_logprobs", 400),
     ({"reference_logprobs": "yes"}, "reference_logprobs", 400),
     ({"session": "x"}, "session", 400),
     ({"session": {"id": ""}}, "session", 400),
