@@ -52,7 +52,7 @@ def get_config(arg: str = "chips") -> ConfigDict:
                 "mean_up_h": float("inf"),  # hours until a replica fails
                 "down_s": 60.0,
                 "store_tb": 100.0,  # of '+store'
-                "store_gb_s": 10.0,  # from the store to a replica
+                "store_gb_s": 10.0,  # from the store to a replica, and from a prefill replica to the store
                 "max_local_prefill_tokens": 512,  # prompts of which more are to be computed go to a prefill replica
             }
         )

@@ -36,14 +36,15 @@ def main(config: ConfigDict) -> None:
         raise UsageError("--output=NEW_FOLDER is missing")
     if _RANK.value is not None and not _ADAPTER.value:
         raise UsageError("--rank truncates an adapter: --adapter=FOLDER is missing")
-    from icarus_jax.weights import adapter_files, checkpoint
+    from icarus_jax.weights import adapter_files, checkpoint, peft
 
     with usage_errors():
-        if _RANK.value is not None:
+        if _ADAPTER.value and _RANK.value is not None:
             _truncate(config, _ADAPTER.value, _OUTPUT.value, _RANK.value)
             return
         if _ADAPTER.value:
-            form = adapter_files.convert(_ADAPTER.value, _OUTPUT.value)
+            with peft.CACHE.local(_ADAPTER.value) as folder:
+                form = adapter_files.convert(folder, _OUTPUT.value)
             print(f"{_OUTPUT.value} holds {_ADAPTER.value} as {form}")
             return
         trunk = checkpoint.load_trunk(config.trunk.source, config.engine.dtype, config.trunk.adapter)

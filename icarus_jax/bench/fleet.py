@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import re
 import sys
 import time
 from array import array
@@ -129,7 +130,7 @@ def make_simulation(config: ConfigDict) -> Callable[..., FleetRun]:
 
     def simulate(system: str, replicas: int, prefill_replicas: int = 0) -> FleetRun:
         kind, _, store = system.partition("+")
-        with usage_errors("config.fleet"):
+        with usage_errors("config.fleet (mean_up_h, down_s, max_local_prefill_tokens, store_tb, store_gb_s)"):
             made = FleetConfig(
                 *(replicas, kind, 3600 * fleet.mean_up_h, fleet.down_s),
                 *(1e12 * fleet.store_tb if store else 0.0, 1e9 * fleet.store_gb_s, w.seed),
@@ -197,12 +198,15 @@ def splits(text: str) -> list[tuple[int, int]]:
         The numbers of prefill replicas, and of replicas that answer.
 
     Raises:
-        UsageError: A part is neither a number nor two of them.
+        UsageError: A part is neither a number nor two of them, or no replica would answer.
     """
-    found = [numbers(part.replace(":", ","), "fleet.replicas", int) for part in text.split(",")]
-    if any(len(part) > 2 for part in found):
-        raise UsageError(f"config.fleet.replicas={text}: numbers such as 8, or such as 2:6, separated by commas")
-    return [(part[0] if len(part) == 2 else 0, part[-1]) for part in found]
+    found = [re.fullmatch(r"(?:(\d{1,5}):)?(0*[1-9]\d{0,4})", part) for part in text.split(",")]
+    if not all(found):
+        raise UsageError(
+            f"config.fleet.replicas={text}: numbers of replicas, such as 8, or of prefill replicas and others, such as "
+            "2:6, separated by commas; or 'auto'"
+        )
+    return [(int(match[1] or 0), int(match[2])) for match in found if match]
 
 
 def sweep(config: ConfigDict) -> Iterator[tuple[FleetRun, bool]]:
@@ -217,10 +221,17 @@ def sweep(config: ConfigDict) -> Iterator[tuple[FleetRun, bool]]:
     Raises:
         UsageError: the config is wrong.
     """
+    auto = config.fleet.replicas == "auto"
+    asked, names = [] if auto else splits(config.fleet.replicas), systems(config)
+    if any(prefill for prefill, _ in asked) and not all(name.endswith("+store") for name in names):
+        raise UsageError(
+            f"config.systems={config.systems}: prefill replicas (config.fleet.replicas={config.fleet.replicas}) need a "
+            "page store: shared+store, isolated+store"
+        )
     simulate, guess = make_simulation(config), 16
-    for system in systems(config):
-        if config.fleet.replicas != "auto":
-            for prefill, replicas in splits(config.fleet.replicas):
+    for system in names:
+        if not auto:
+            for prefill, replicas in asked:
                 yield simulate(system, replicas, prefill), True
             continue
         runs: list[FleetRun] = []

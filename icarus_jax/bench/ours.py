@@ -30,14 +30,14 @@ class OwnServer:
 def serving(
     spec: str, overrides: Mapping[str, object], log: Path, more: Sequence[str] = (), name: str = "serve"
 ) -> Iterator[OwnServer]:
-    """Runs `launch/serve.py` on a free port while the context is entered.
+    """Runs `launch/serve.py`, or another program that serves, on a free port while the context is entered.
 
     Args:
         spec: the config's name, as for --config.
         overrides: config key -> its value.
         log: the file that the server's output is written to.
         more: further flags.
-        name: of the program in launch/; 'serve_ray' starts several replicas.
+        name: the program's name in launch/; 'serve_ray' starts several replicas.
 
     Yields:
         The server, once it answers.

@@ -148,6 +148,11 @@ def simulated(
     return figures(result.output_tokens / result.duration_s, result.hit_rate, float(np.median(result.ttft_s)))
 
 
+def ratio(predicted: float, found: float) -> float:
+    """Returns a simulated figure over the measured one. Beside a 0 any other figure is 100% off."""
+    return predicted / found if found else float(predicted == 0)
+
+
 def halves(plan: Plan) -> tuple[Plan, Plan]:
     """Splits a plan: the first half of its sessions, and the second one for calibration. Both are numbered from 0."""
     half = len(plan.sessions) // 2
@@ -156,6 +161,27 @@ def halves(plan: Plan) -> tuple[Plan, Plan]:
         [[dataclasses.replace(turn, session=i) for turn in session] for i, session in enumerate(part)] for part in parts
     )
     return dataclasses.replace(plan, sessions=first), dataclasses.replace(plan, sessions=second)
+
+
+def check(config: ConfigDict, plan: Plan) -> None:
+    """Checks what this command does not take of other configs of configs/bench.py.
+
+    Args:
+        config: the config.
+        plan: its sessions.
+
+    Raises:
+        UsageError: the config is wrong.
+    """
+    for key, right, words in (
+        ("replicas", config.get("replicas", 0) >= 1, "1 or more, as in --config=bench.py:replicas"),
+        ("workload.sessions", len(plan.sessions) >= 2, "2 or more, as one half is for calibration"),
+        ("models", len(numbers(config.models, "models", int)) == 1, "one number"),
+        ("systems", config.systems == "shared", "'shared' alone"),
+        ("url", not config.url, "empty, as the replicas are started here"),
+    ):
+        if not right:
+            raise UsageError(f"config.{key}: it must be {words}")
 
 
 async def both(server: Server, config: ConfigDict, plan: Plan, rate: float, mark: int) -> dict[str, Any]:
@@ -188,15 +214,15 @@ async def both(server: Server, config: ConfigDict, plan: Plan, rate: float, mark
         "fit": dataclasses.asdict(times),
         "measured": found,
         "simulated": predicted,
-        "ratio": {name: predicted[name] / found[name] for name in found},
+        "ratio": {name: ratio(predicted[name], found[name]) for name in found},
         "note": run.note,
     }
 
 
 def line(row: dict[str, Any]) -> str:
     """Returns the printed row of a rate: measured, simulated, and simulated over measured."""
-    found, predicted, ratio = row["measured"], row["simulated"], row["ratio"]
-    told = "".join(f"   {k} {found[k]:.3g} {predicted[k]:.3g} ({ratio[k]:.2f})" for k in found)
+    found, predicted, ratios = row["measured"], row["simulated"], row["ratio"]
+    told = "".join(f"   {k} {found[k]:.3g} {predicted[k]:.3g} ({ratios[k]:.2f})" for k in found)
     step, prefill, decode = (1e3 * row["fit"][name] for name in ("step_s", "prefill_s", "decode_s"))
     return f"{row['rate']:>5}   {step:.1f} + {prefill:.2f} p + {decode:.2f} d ms{told}   {row['note']}"
 
@@ -213,11 +239,10 @@ def run(config: ConfigDict) -> dict[str, Any]:
     Raises:
         UsageError: the config is wrong, a server failed, or there is no fit.
     """
+    plan, rates = make_plan(config), numbers(config.rates, "rates", float)
+    check(config, plan)
     out = Path(config.out)
     out.mkdir(parents=True, exist_ok=True)
-    plan, rates = make_plan(config), numbers(config.rates, "rates", float)
-    if config.replicas < 1 or len(plan.sessions) < 2 or config.systems != "shared":
-        raise UsageError("config.replicas: 1 or more; config.workload.sessions: 2 or more; config.systems: shared")
     overrides = {f"engine.{key}": value for key, value in config.engine.items()} | {"trunk.source": config.trunk.source}
     print(
         f"{config.replicas} replicas, {len(plan.sessions) // 2} sessions, and the others for calibration\n"

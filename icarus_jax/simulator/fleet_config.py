@@ -22,7 +22,7 @@ class FleetConfig:
         mean_up_s: The mean time from a replica's start to its failure, exponentially distributed; inf: none fails.
         down_s: How long a replica that has failed is gone.
         store_bytes: The size of the page store; 0: there is none. The least recently used conversations go first.
-        store_bandwidth: Bytes/s at which a replica loads from it.
+        store_bandwidth: Bytes/s at which a replica loads from it, and a prefill replica saves to it.
         seed: The seed of failures and of the router.
         prefill_replicas: The number of further replicas, which only compute prompts; the others load them from the page
             store.
@@ -42,11 +42,12 @@ class FleetConfig:
     def __post_init__(self):
         if self.replicas < 1 or self.kind not in ("shared", "isolated"):
             raise ValueError(f"{self.replicas} replicas of kind {self.kind!r}: at least 1, shared or isolated")
-        positive = self.mean_up_s > 0 and self.down_s > 0 and self.store_bandwidth > 0
-        if not (positive and 0 <= self.store_bytes < math.inf):
-            raise ValueError("mean_up_s, down_s, store_bandwidth must be above 0, store_bytes finite and not below")
-        if self.prefill_replicas < 0 or self.max_local_prefill_tokens < 0:
-            raise ValueError("prefill_replicas and max_local_prefill_tokens must not be below 0")
+        for name in ("mean_up_s", "down_s", "store_bandwidth"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("store_bytes", "prefill_replicas", "max_local_prefill_tokens"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} is {getattr(self, name)}; it must be finite and not below 0")
         if self.prefill_replicas and not self.store_bytes:
             raise ValueError("prefill replicas need a page store: store_bytes above 0")
 

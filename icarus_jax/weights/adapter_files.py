@@ -67,16 +67,20 @@ def is_orbax(folder: epath.PathLike) -> bool:
 
 
 def new_folder(target: epath.PathLike) -> epath.Path:
-    """Returns the path of a folder that an adapter is to be written to.
+    """Returns the path of a folder that is to be written, local or in a bucket.
 
     Raises:
         ValueError: It exists, or lies in a store that cannot be written.
     """
-    path = epath.Path(target).expanduser()
-    if "://" in str(target) and "://" not in str(path):  # epath takes any other store for a local folder
-        raise ValueError(f"{target}: an adapter is written to a local folder or a bucket (gs://.., s3://..)")
-    if path.exists():
-        raise ValueError(f"{path} exists already; an adapter is converted into a new folder")
+    try:
+        path = epath.Path(target).expanduser()
+        there = path.exists()
+    except KeyError:  # epath knows no such scheme
+        raise ValueError(f"{target}: the new folder is local or in a bucket (gs://.., s3://.., az://..)") from None
+    except ImportError as error:
+        raise ValueError(f"{target}: this kind of folder needs another package: {error}") from None
+    if there:
+        raise ValueError(f"{path} exists already; the new folder must not")
     return path
 
 

@@ -34,6 +34,7 @@ from etils import epath
 
 from icarus_jax.config import DTYPES, ModelConfig, RopeScaling
 from icarus_jax.weights import tokenizer as tokenizers
+from icarus_jax.weights.adapter_files import new_folder
 from icarus_jax.weights.config_check import check_config
 from icarus_jax.weights.gguf import GgufTrunk
 from icarus_jax.weights.merging import merged_identity, merged_params
@@ -142,13 +143,11 @@ def save_orbax(checkpoint: TrunkCheckpoint, folder: str) -> None:
         folder: The folder to write, local or in a bucket. It must not exist.
 
     Raises:
-        ValueError: `folder` exists.
+        ValueError: `folder` exists, or lies in a store that cannot be written.
     """
     import orbax.checkpoint as ocp  # imported here because the import takes a second
 
-    path = epath.Path(folder).expanduser()
-    if path.exists():
-        raise ValueError(f"{path} exists already; an Orbax checkpoint is written to a new folder")
+    path = new_folder(folder)
     params = dict(checkpoint.params)
     chunks = {name: ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES) for name in params}
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:

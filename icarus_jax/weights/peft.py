@@ -119,11 +119,11 @@ class Adapter:
         weights = {}
         for target, (a, b) in self.weights.items():
             (qa, ra), (qb, rb) = np.linalg.qr(a), np.linalg.qr(b.swapaxes(1, 2))
-            u, values, vt = np.linalg.svd(ra @ rb.swapaxes(1, 2))
+            u, values, vt = np.linalg.svd(ra @ rb.swapaxes(1, 2), full_matrices=False)
             root = np.sqrt(values[:, None, :rank])
-            low = qa @ (u[..., :rank] * root), (qb @ (vt[:, :rank].swapaxes(1, 2) * root)).swapaxes(1, 2)
-            grow = (0, rank - root.shape[2])  # a projection may be narrower than the rank
-            weights[target] = np.pad(low[0], ((0, 0), (0, 0), grow)), np.pad(low[1], ((0, 0), grow, (0, 0)))
+            low = qa @ (u[..., :rank] * root), qb @ (vt[:, :rank].swapaxes(1, 2) * root)
+            grow = ((0, 0), (0, 0), (0, rank - root.shape[2]))  # a projection may be narrower than the rank
+            weights[target] = np.pad(low[0], grow), np.pad(low[1], grow).swapaxes(1, 2)
         return dataclasses.replace(self, rank=rank, weights=weights)
 
 
@@ -140,8 +140,7 @@ def load_adapter(source: str, model_config: ModelConfig, cache: AdapterCache = C
         The adapter, with PEFT's scaling applied to B.
 
     Raises:
-        ValueError: There is no such adapter, it is not supported, or it does not fit the trunk. The message has one
-            line.
+        ValueError: There is no such adapter, it is not supported, or it does not fit the trunk; in one line.
         OSError: Its store has no such adapter, or does not answer.
     """
     if source.startswith("random:"):
@@ -159,15 +158,13 @@ def _load(folder: pathlib.Path, model_config: ModelConfig) -> Adapter:
     for (layer, target), (a, b) in pieces.items():
         b *= peft_format.read_scaling(config, layer, target, rank=a.shape[1], folder=folder)
         if not (np.isfinite(a).all() and np.isfinite(b).all()):
-            raise ValueError(
-                f"adapter {folder}: {peft_format.module_name(layer, target)} has weights that are no numbers"
-            )
+            module = peft_format.module_name(layer, target)
+            raise ValueError(f"adapter {folder}: {module} has weights that are no numbers")
     mark = _read_mark(config, folder)
     rank = max(a.shape[1] for a, _ in pieces.values())
     invocation = peft_format.read_invocation(config, folder, model_config.vocab_size)
     kv = "activated" if invocation else mark.get("kv")
-    weights = peft_format.stack(pieces, rank, model_config)
-    return Adapter(str(folder), rank, weights, kv, mark.get("trunk"), invocation)
+    return Adapter(str(folder), rank, peft_format.stack(pieces, rank, model_config), kv, mark.get("trunk"), invocation)
 
 
 def _read_mark(config: dict[str, Any], folder: pathlib.Path) -> dict[str, str | None]:

@@ -115,3 +115,27 @@ def test_a_simulation_knows_the_number_of_replicas():
     for config.replicas in (1, 3):
         found.append(replicas.simulated(config, plan, ["a"], float("inf"), MeasuredTimes(0.01, 0.001, 0.005)))
     assert found[1]["tokens/s"] > 2 * found[0]["tokens/s"] and found[1]["TTFT P50"] < found[0]["TTFT P50"]
+
+
+@pytest.mark.parametrize(
+    "name, changes, said",
+    [("bench.py:once", {}, r"config\.replicas: .* --config=bench\.py:replicas"),
+     ("bench.py:replicas", {"replicas": 0}, "config.replicas"),
+     ("bench.py:replicas", {"models": "4,8"}, "config.models: it must be one number"),
+     ("bench.py:replicas", {"systems": "shared,isolated"}, "config.systems"),
+     ("bench.py:replicas", {"url": "http://127.0.0.1:1"}, "config.url: it must be empty"),
+     ("bench.py:replicas", {"rates": "inf,1.25x"}, "config.rates"),
+     ("bench.py:replicas", {"workload": {"sessions": 1}}, "config.workload.sessions")],
+)  # fmt: skip
+def test_what_other_configs_have_is_refused_at_once(name, changes, said, tmp_path):
+    """No server has been started, and no folder made."""
+    config = cli.load_config(name)
+    config.update({"workload": {"name": "react"}, "out": str(tmp_path / "out")})
+    config.update(changes)
+    with pytest.raises(UsageError, match=said):
+        replicas.run(config)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_figure_beside_none():
+    assert (replicas.ratio(3.0, 2.0), replicas.ratio(0.0, 0.0), replicas.ratio(0.1, 0.0)) == (1.5, 1.0, 0.0)

@@ -258,7 +258,7 @@ def test_a_day_has_its_peak_at_noon():
     "config, engine, said",
     [((0,), {}, "0 replicas"), ((1, "base"), {}, "'base'"), ((1, "shared", 0.0), {}, "mean_up_s"),
      ((1, "shared", math.inf, 60.0, 0.0, 1e9, 0, 1), {}, "store_bytes above 0"),
-     ((1, "shared", math.inf, 60.0, 1e9, 1e9, 0, -1), {}, "not be below 0"),
+     ((1, "shared", math.inf, 60.0, 1e9, 1e9, 0, -1), {}, "prefill_replicas is -1"),
      ((1,), {"num_pages": 30, "max_model_len": 480}, "room for 160"),
      ((1, "isolated"), {"num_pages": 200, "max_model_len": 2048}, "room for 640")],
 )  # fmt: skip
@@ -323,14 +323,16 @@ def test_sessions_that_fail_do_not_keep_a_target():
 @pytest.mark.parametrize(
     "key, value, said",
     [("systems", "shared+disk", "isolated"), ("traffic.end_h", 25.0, "hours of one day"),
-     ("fleet.replicas", "0", "0 replicas"), ("fleet.replicas", "1:2:3", "such as 2:6"),
-     ("fleet.replicas", "x:1", "fleet.replicas"), ("fleet.replicas", "-1:1", "not be below 0"),
+     *(("fleet.replicas", text, f"config.fleet.replicas={text}: numbers .* 2:6")
+       for text in ("0", "4:0", "1:2:3", "x:1", "-1", "-1:1", "1.5", "", ":", "2:auto", "8,auto")),
+     ("systems", "shared+store,shared", "1:1"), ("fleet.max_local_prefill_tokens", -1, "tokens is -1"),
+     ("fleet.store_gb_s", 0.0, r"store_gb_s\): store_bandwidth is 0"),
      ("models", "8,16", "one number of models"),
      ("mesh.data", 2, "mesh.data is 1"), ("traffic.sessions", 0, "no session arrives"),
-     ("fleet.store_tb", math.inf, "store_bytes finite"),
+     ("fleet.store_tb", math.inf, "store_bytes is inf; it must be finite"),
      ("fleet.down_s", 0.0, "down_s"), ("routing.max_keys", 0, "max_keys"), ("engine.weights", "as_stored", "int8"),
      ("workload.assign", "random", "round_robin")],
 )  # fmt: skip
 def test_a_wrong_word_is_one_line(key, value, said):
     with pytest.raises(UsageError, match=said):
-        list(bench.sweep(small(("systems", "shared+store"), (key, value))))
+        list(bench.sweep(small(("systems", "shared+store"), ("fleet.replicas", "1:1"), (key, value))))

@@ -93,16 +93,20 @@ def test_only_with_its_own_trunk_is_an_adapter_truncated(adapter, tmp_path):
     assert done.returncode == 2 and "serve it with its own trunk" in done.stderr and not (tmp_path / "low").exists()
 
 
-def test_mistakes_are_one_line(adapter, tmp_path):
+def test_mistakes_are_one_line(adapter, tmp_path, monkeypatch):
     _, folder = adapter
+    monkeypatch.setitem(sys.modules, "gcsfs", None)  # not installed
     for source, target, words in (
         (folder, tmp_path, "exists already"),
         (tmp_path, tmp_path / "new", "is no adapter: it has no adapter_config.json"),
-        (folder, "memory://bucket/new", "a local folder or a bucket"),
+        (folder, "memory://bucket/new", "the new folder is local or in a bucket"),
+        (folder, "gs://bucket/new", "needs another package"),
     ):
         with pytest.raises(ValueError, match=words) as error:
             adapter_files.convert(source, target)
         assert "\n" not in str(error.value)
     assert not (tmp_path / "new").exists()
+    done = convert("--adapter=memory://none", f"--output={tmp_path / 'new'}")
+    assert done.returncode == 2 and "memory://none is no adapter: it has no adapter_config.json" in done.stderr
     done = convert(f"--adapter={folder}")
     assert (done.returncode, done.stderr) == (2, "convert.py: --output=NEW_FOLDER is missing\n")

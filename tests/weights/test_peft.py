@@ -5,13 +5,16 @@ import logging
 import pathlib
 import re
 
+import fsspec
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.numpy import load_file, save_file
 
+from icarus_jax.weights.adapter_cache import AdapterCache
 from icarus_jax.weights.checkpoint import load_trunk
 from icarus_jax.weights.peft import Adapter, adapter_rank, load_adapter, random_adapter, save_adapter
 from tests.tiny import ALL_TARGETS, hf_model, tiny_adapter, tiny_model
@@ -153,18 +156,15 @@ def test_an_adapter_that_is_truncated_is_of_the_same_kind(folder, config, tmp_pa
         np.testing.assert_allclose(c @ d, a @ b, rtol=1e-3, atol=1e-4)
 
 
-def test_both_forms_are_written_to_a_bucket(config, tmp_path, monkeypatch):
-    """A local folder took the place of the bucket."""
-    import fsspec
-    from fsspec.implementations.memory import MemoryFileSystem
-
+def test_an_adapter_is_written_to_a_bucket(config, tmp_path, monkeypatch):
+    """A local folder 'az:' was written in its place. fsspec's memory stands in for the bucket."""
     monkeypatch.chdir(tmp_path)
-    fsspec.register_implementation("s3", MemoryFileSystem, clobber=True)
+    fsspec.register_implementation("az", MemoryFileSystem, clobber=True)
     adapter = random_adapter(0, 2, config)
-    save_adapter("s3://bucket/mine", adapter, base_model_name="a/b", alpha=2)
-    again = load_adapter("memory://bucket/mine", config)
+    save_adapter("az://bucket/mine", adapter, base_model_name="a/b", alpha=2)
+    again = load_adapter("az://bucket/mine", config, AdapterCache(folder=tmp_path / "copies"))
     np.testing.assert_array_equal(again.weights["q_proj"][0], adapter.weights["q_proj"][0])
-    assert again.name == "memory://bucket/mine" and not list(tmp_path.iterdir())
+    assert again.name == "az://bucket/mine" and [path.name for path in tmp_path.iterdir()] == ["copies"]
 
 
 def test_check_of_shared_adapters(folder, config, tmp_path, caplog):
