@@ -1,8 +1,9 @@
 """`bench.py replicas`: compares the simulated fleet with real replicas on this machine.
 
 Half of the workload's sessions are for calibration: from what the replicas say of their steps while they answer these,
-the seconds of a step, of a computed prompt token and of a generated one are fitted. The replicas share the machine's
-cores, then as later. The other half is then answered, and simulated with these numbers; nothing is fitted to it.
+the seconds of a step, of a computed prompt token and of a generated one are fitted; what clients wait for longer than
+the replicas say is a call's way to a replica and back. The replicas share the machine's cores, then as later. The other
+half is then answered, and simulated with these numbers; nothing is fitted to it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ COUNTERS = {
     "icarus_engine_steps_total": "steps",
     "icarus_prefill_tokens_total": "prefill",
     "icarus_engine_generation_tokens_total": "generated",
+    "icarus_time_to_first_token_seconds_count": "answers",
+    "icarus_time_to_first_token_seconds_sum": "first_s",
 }
 Counts = dict[str, dict[str, float]]  # replica -> our word for a counter -> its value
 
@@ -115,6 +118,23 @@ def fit(seen: Sequence[Counts]) -> MeasuredTimes:
     return MeasuredTimes(step_s, prefill_s, decode_s)
 
 
+def way(seen: Sequence[Counts], ttft_s: float) -> float:
+    """Returns the seconds that a call is on its way, through the front to a replica and back.
+
+    Args:
+        seen: the records.
+        ttft_s: the mean time to first token that the client saw of the calls between the first and the last record.
+
+    Returns:
+        What of it no replica has counted, at least 0.
+    """
+    answers, first_s = (
+        sum(seen[-1][name][word] - seen[0].get(name, {}).get(word, 0.0) for name in seen[-1])
+        for word in ("answers", "first_s")
+    )
+    return max(0.0, ttft_s - first_s / answers) if answers else 0.0
+
+
 def figures(throughput: float, hit_rate: float, ttft_p50: float) -> dict[str, float]:
     """Returns the figures that are compared: generated tokens a second, and seconds to the first one."""
     return {"tokens/s": throughput, "hit rate": hit_rate, "TTFT P50": ttft_p50}
@@ -127,7 +147,7 @@ def measured(run: compare.Run) -> dict[str, float]:
 
 
 def simulated(
-    config: ConfigDict, plan: Plan, names: Sequence[str], rate: float, times: MeasuredTimes
+    config: ConfigDict, plan: Plan, names: Sequence[str], rate: float, times: MeasuredTimes, way_s: float = 0.0
 ) -> dict[str, float]:
     """Simulates a run.
 
@@ -137,15 +157,17 @@ def simulated(
         names: the names of the models.
         rate: sessions per second.
         times: how long steps take.
+        way_s: how long a call is on its way, which delays its first token and the session's next call.
 
     Returns:
         Its figures.
     """
     sessions = workload.assign(plan.sessions, names, plan.assign, plan.seed)
+    sessions = [[dataclasses.replace(turn, wait_s=turn.wait_s + way_s) for turn in session] for session in sessions]
     arrivals = workload.arrivals(len(sessions), rate, plan.arrivals, plan.seed)
     fleet = FleetConfig(config.replicas, seed=plan.seed)
     result = FleetSimulation(fleet, sessions, arrivals, EngineConfig(**config.engine), times).run()
-    return figures(result.output_tokens / result.duration_s, result.hit_rate, float(np.median(result.ttft_s)))
+    return figures(result.output_tokens / result.duration_s, result.hit_rate, float(np.median(result.ttft_s)) + way_s)
 
 
 def ratio(predicted: float, found: float) -> float:
@@ -202,16 +224,16 @@ async def both(server: Server, config: ConfigDict, plan: Plan, rate: float, mark
     seen: list[Counts] = []
     watching = asyncio.create_task(watch(server, seen))
     try:
-        await measure(server, "icarus", "calibration", names, others, rate, mark)
+        calibration = await measure(server, "icarus", "calibration", names, others, rate, mark)
         seen.append(read_counts((await server.get("/metrics")).decode()))
     finally:
         watching.cancel()
-    times = fit(seen)
+    times, way_s = fit(seen), way(seen, calibration.summary["ttft_s"]["mean"])
     run = await measure(server, "icarus", "replicas", names, asked, rate, mark + 1)
-    found, predicted = measured(run), simulated(config, asked, names, rate, times)
+    found, predicted = measured(run), simulated(config, asked, names, rate, times, way_s)
     return {
         "rate": f"{rate:g}",
-        "fit": dataclasses.asdict(times),
+        "fit": dataclasses.asdict(times) | {"way_s": way_s},
         "measured": found,
         "simulated": predicted,
         "ratio": {name: ratio(predicted[name], found[name]) for name in found},
@@ -223,8 +245,9 @@ def line(row: dict[str, Any]) -> str:
     """Returns the printed row of a rate: measured, simulated, and simulated over measured."""
     found, predicted, ratios = row["measured"], row["simulated"], row["ratio"]
     told = "".join(f"   {k} {found[k]:.3g} {predicted[k]:.3g} ({ratios[k]:.2f})" for k in found)
-    step, prefill, decode = (1e3 * row["fit"][name] for name in ("step_s", "prefill_s", "decode_s"))
-    return f"{row['rate']:>5}   {step:.1f} + {prefill:.2f} p + {decode:.2f} d ms{told}   {row['note']}"
+    step, prefill, decode, way_ms = (1e3 * row["fit"][name] for name in ("step_s", "prefill_s", "decode_s", "way_s"))
+    steps = f"{step:.1f} + {prefill:.2f} p + {decode:.2f} d"
+    return f"{row['rate']:>5}   {steps}; {way_ms:.0f} ms{told}   {row['note']}"
 
 
 def run(config: ConfigDict) -> dict[str, Any]:
@@ -246,7 +269,7 @@ def run(config: ConfigDict) -> dict[str, Any]:
     overrides = {f"engine.{key}": value for key, value in config.engine.items()} | {"trunk.source": config.trunk.source}
     print(
         f"{config.replicas} replicas, {len(plan.sessions) // 2} sessions, and the others for calibration\n"
-        " rate, time of a step (p: prompt tokens that are computed, d: generated tokens), "
+        " rate, time of a step (p: prompt tokens that are computed, d: generated tokens) and of a call's way, "
         "measured, simulated (simulated / measured):"
     )
     rows = []

@@ -38,8 +38,8 @@ other_total{replica="a"} 7.0
 
 def test_the_counters_of_each_replica():
     found = replicas.read_counts(PAGE)
-    assert found["a"] == {"steps": 3, "busy": 1.75, "generated": 10, "prefill": 0}
-    assert found["b"] == {"steps": 5, "busy": 0, "generated": 0, "prefill": 0}
+    assert found["a"] == {"steps": 3, "busy": 1.75, "generated": 10, "prefill": 0, "answers": 0, "first_s": 0}
+    assert found["b"] == {"steps": 5, "busy": 0, "generated": 0, "prefill": 0, "answers": 0, "first_s": 0}
 
 
 def records(step_s, prefill_s, decode_s, count=8):
@@ -100,6 +100,14 @@ def test_one_real_engine_beside_its_simulation(tmp_path, monkeypatch):
     counted = [sum(counts[""][word] for word in ("steps", "prefill", "generated")) for counts in seen]
     assert counted == sorted(counted) and counted[-1] > counted[0]
     assert "tokens/s" in replicas.line(row)
+
+
+def test_the_way_is_what_no_replica_has_counted():
+    before = {"a": {"answers": 2, "first_s": 9.0}}
+    after = {"a": {"answers": 4, "first_s": 10.0}, "b": {"answers": 2, "first_s": 1.0}}
+    assert replicas.way([before, before, after], 0.75) == 0.25
+    assert replicas.way([before, after], 0.3) == 0  # clocks are not that exact
+    assert replicas.way([before, before], 1.0) == 0
 
 
 def test_halves_are_other_sessions():
