@@ -33,7 +33,7 @@ from icarus_jax.simulator.step_times import MeasuredTimes
 from icarus_jax.workloads import workload
 
 TOLERANCE = 0.2  # how far a simulated figure may be from the measured one, as a share of it
-WINDOW_SECONDS = 4.0  # the steps of each such span are one equation of the fit
+WINDOW_SECONDS = 1.0  # each such span is an equation of the fit; in long ones prefill and decode are mixed alike
 LEAST_SPANS = 6
 COUNTERS = {
     "icarus_engine_device_seconds_total": "busy",
