@@ -1,12 +1,17 @@
-"""Trains a head on the frozen trunk's K/V.
+r"""Trains a head on the frozen trunk's K/V.
 
     python launch/train.py --config=train.py:intent    77 banking intents      44 minutes on two CPU cores
     python launch/train.py --config=train.py:slots     slots as JSON (snips)   about 85 minutes
     python launch/train.py --config=train.py:sql       text to SQL (GeoQuery)  about 25 minutes
     python launch/train.py --config=train.py:math      GSM8K, worked answers   about 55 minutes
 
-The time of intent was measured; the others are estimates from the speed of their first steps. On one H100, 26 such
-runs, eight at a time, took five minutes (docs/kernels.md).
+The time of intent was measured, on older code; the others are estimates from the speed of their first steps. Where the
+processor has products of bfloat16 (AVX512_BF16), this takes 8 minutes (docs/heads.md):
+
+    GLIBC_TUNABLES=glibc.malloc.hugetlb=1 python launch/train.py --config=train.py:intent \
+        --config.train.products=bfloat16 --config.train.kv_store=FOLDER
+
+On one H100, 26 such runs, eight at a time, took five minutes (docs/kernels.md).
 
     --config.head.kv=isolated          a conventional LoRA instead (k and v too): the baseline
     --config.head.method=full          all weights of the head instead of LoRA (it is then served as the only head)

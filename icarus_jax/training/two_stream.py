@@ -111,18 +111,18 @@ def _attend(
 ) -> jax.Array:
     """Attends with queries [B, Q, N, H] to k, v [B, P + T, K, H] under a mask bool[B, 1, Q, P + T]; sinks f32[1, N]."""
     b, q_len = q.shape[:2]
-    n, g = config.num_kv_heads, config.group_size
+    kv, g = config.num_kv_heads, config.group_size
     # XLA:CPU is several times slower if the axes of the heads lie between those that are multiplied.
-    q = jnp.moveaxis(q.reshape(b, q_len, n, g, config.head_dim), 1, 3).reshape(b, n, g * q_len, -1)
+    q = jnp.moveaxis(q.reshape(b, q_len, kv, g, config.head_dim), 1, 3).reshape(b, kv, g * q_len, -1)
     k, v = jnp.swapaxes(k, 1, 2), jnp.swapaxes(v, 1, 2)
     scores = jnp.einsum("bkqh,bkth->bkqt", q, k, preferred_element_type=jnp.float32) * config.attention_scale
-    scores = soft_cap(scores, config.attn_logit_softcapping).reshape(b, n, g, q_len, -1)
+    scores = soft_cap(scores, config.attn_logit_softcapping).reshape(b, kv, g, q_len, -1)
     scores = jnp.where(mask[:, :, None], scores, jnp.finfo(scores.dtype).min)
     if sinks is not None:  # one more column, which every row sees, and without a V
         sink = sinks.reshape(1, *scores.shape[1:3], 1, 1)
         scores = jnp.concatenate([scores, jnp.broadcast_to(sink, (*scores.shape[:-1], 1))], axis=-1)
     weights = jax.nn.softmax(scores, axis=-1)[..., : k.shape[2]].astype(v.dtype)
-    out = jnp.einsum("bkqt,bkth->bkqh", weights.reshape(b, n, g * q_len, -1), v).reshape(b, n, g, q_len, -1)
+    out = jnp.einsum("bkqt,bkth->bkqh", weights.reshape(b, kv, g * q_len, -1), v).reshape(b, kv, g, q_len, -1)
     return jnp.moveaxis(out, 3, 1).reshape(b, q_len, config.num_heads, -1)
 
 
