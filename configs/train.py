@@ -56,9 +56,10 @@ def get_config(arg: str = "intent") -> ConfigDict:
     sizes = [SIZES.get(name, OWN_DATA) for name in names]
     config = ConfigDict()
     config.trunk = serving_config().trunk
-    # tune: a LoRA on the trunk is trained together with the heads. It is saved beside them, and then served and trained
-    # on with --config.trunk.adapter=RUN/trunk. text: a JSONL file of general text in the forms of your own data, on
-    # which KL (its weight: kl) holds the trunk near the original; text_rows: packed rows of it in a step.
+    # tune: a LoRA on the trunk is trained together with the heads, from `adapter` on if it is given. It is saved beside
+    # them, and then served and trained on with --config.trunk.adapter=RUN/trunk. text: a JSONL file of general text in
+    # the forms of your own data, on which KL (its weight: kl) holds the trunk near the original; text_rows: packed rows
+    # of it in a step.
     config.trunk.update(tune=False, rank=8, alpha=16.0, targets="", lr=1e-3, text="", kl=1.0, text_rows=2)
     config.output = ""  # the folder of the run; empty: runs/NAME-KIND-sSEED
     config.head = ConfigDict(
@@ -66,6 +67,7 @@ def get_config(arg: str = "intent") -> ConfigDict:
             "names": arg,
             "kv": "shared",  # 'shared' | 'isolated'
             "method": "lora",  # 'lora' | 'full'
+            "init": "",  # adapters to go on from, one for each head, separated by commas; empty: untrained ones
             "targets": "",  # projections, separated by commas; empty: all that its kv allows
             "rank": 8,
             "alpha": 16.0,
@@ -79,6 +81,7 @@ def get_config(arg: str = "intent") -> ConfigDict:
         {
             # One JSONL file for each head, separated by commas.
             "path": ",".join(str(DATA / TASKS[name].train_file) if name in TASKS else "" for name in names),
+            "repeat": "",  # how often each head's examples are taken in a pass, separated by commas; empty: once
             "rows": max(rows for _, _, rows, _, _ in sizes),
             "length": max(length for _, _, _, length, _ in sizes),
             "skip_long": any(

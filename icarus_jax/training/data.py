@@ -140,7 +140,7 @@ class TooLong(ValueError):
 
 def read_examples(
     path: Path, encoder: Encoder, task: Task | None, slot: int = 1, skip_long: bool = False
-) -> tuple[list[Example], int]:
+) -> list[Example | None]:
     """Reads a JSONL file of training data.
 
     Args:
@@ -151,14 +151,14 @@ def read_examples(
         skip_long: Whether examples that are too long are left out. Otherwise they are an error.
 
     Returns:
-        The examples, and how many were left out as too long.
+        An example for each row; None for one that is left out as too long.
 
     Raises:
         ValueError: The file does not exist, has no examples, or has a wrong line. The message names the line.
     """
     if not path.is_file():
         raise ValueError(f"{path}: no such file; --config.data.path=FILE names the training data")
-    examples, skipped = [], 0
+    examples: list[Example | None] = []
     with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             if not line.strip():
@@ -176,31 +176,32 @@ def read_examples(
                         f"{path}:{number}: {error}; raise config.data.length (no further than the trunk's context), or "
                         "leave out what is too long with config.data.skip_long=True"
                     ) from None
-                skipped += 1
+                examples.append(None)
             except ValueError as error:
                 raise ValueError(f"{path}:{number}: {error}") from None
-    if not examples:
-        raise ValueError(f"{path} is empty: it has no examples" + (f" ({skipped} too long)" if skipped else ""))
-    return examples, skipped
+    if not any(examples):
+        raise ValueError(f"{path} is empty: it has no examples" + (f" ({len(examples)} too long)" if examples else ""))
+    return examples
 
 
-def split(examples: Sequence[Example], count: int) -> tuple[list[Example], list[Example]]:
+def split(examples: Sequence[Example | None], count: int) -> tuple[list[Example], list[Example]]:
     """Splits examples into training and validation.
 
-    Every HELD_OUT-th example is held out from training. If there are more of these than `count`, the validation
-    examples are taken from them at even distances, because the rows of a file may be sorted by class.
+    Every HELD_OUT-th row is held out from training, whether or not others are left out. If there are more of these than
+    `count`, the validation examples are taken from them at even distances, because the rows of a file may be sorted by
+    class.
 
     Args:
-        examples: The examples of a file, in its order.
+        examples: An example for each row of a file, in its order; None for one that is left out.
         count: The largest number of validation examples.
 
     Returns:
         The training examples, and the validation examples.
     """
-    held = [e for i, e in enumerate(examples) if i % HELD_OUT == HELD_OUT - 1]
+    held = [e for e in examples[HELD_OUT - 1 :: HELD_OUT] if e]
     count = min(count, len(held))
     validation = [held[i * len(held) // count] for i in range(count)]
-    return [e for i, e in enumerate(examples) if i % HELD_OUT != HELD_OUT - 1], validation
+    return [e for i, e in enumerate(examples, 1) if e and i % HELD_OUT], validation
 
 
 def numbered(examples: Iterable[Example], prefix_len: int) -> list[Example]:

@@ -13,6 +13,7 @@ import numpy as np
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.models.full_heads import OWN_PARAMS
+from icarus_jax.weights.peft import load_adapter
 from pallas_kernels.lora import lora
 
 Params = Mapping[str, jax.Array]  # a trunk's weights by their canonical names (weights/checkpoint.py)
@@ -100,6 +101,41 @@ def init_tuning(config: ModelConfig, lora: TrunkLora, seed: int) -> HeadParams:
         A f32[1, L, din, r] and B f32[1, L, r, dout] by target.
     """
     return init_heads(config, Method(targets=lora.targets, rank=lora.rank), {}, [seed])
+
+
+def trained_before(config: ModelConfig, lora: Method | TrunkLora, adapters: Sequence[str]) -> HeadParams:
+    """Loads LoRA weights that were trained before, to go on from them.
+
+    Args:
+        config: The trunk's configuration.
+        lora: How they are trained on: the adapters have its targets and rank.
+        adapters: An adapter of each head, or one of the trunk itself, as `weights.peft.load_adapter` takes it.
+
+    Returns:
+        A f32[A, L, din, r] and B f32[A, L, r, dout] by target.
+
+    Raises:
+        ValueError: An adapter cannot be read or does not fit the trunk, or has other targets, ranks or K/V.
+    """
+    kv = lora.kv if isinstance(lora, Method) else "isolated"  # the trunk's own is an ordinary LoRA
+    loaded = [load_adapter(adapter, config) for adapter in adapters]
+    for adapter in loaded:
+        has = (adapter.kv_trained or "isolated", adapter.rank, sorted(adapter.weights))
+        if has != (wanted := (kv, lora.rank, sorted(lora.targets))):
+            raise ValueError(
+                f"{adapter.name} was trained with {_described(*has)}; this run trains with {_described(*wanted)}"
+            )
+    return {
+        target: (
+            jnp.stack([jnp.asarray(a.weights[target][0], jnp.float32) for a in loaded]),
+            jnp.stack([jnp.asarray(a.weights[target][1], jnp.float32) / lora.scale for a in loaded]),
+        )
+        for target in lora.targets
+    }
+
+
+def _described(kv: str, rank: int, targets: list[str]) -> str:
+    return f"kv={kv!r}, rank {rank} and targets {','.join(targets)}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,16 +18,13 @@ from ml_collections import ConfigDict
 
 from icarus_jax.config import KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.models.full_heads import FullHead, save_full_head
-from icarus_jax.tasks import TASKS
-from icarus_jax.training.data import Encoder, Example, common_prefix, numbered, read_examples, split
+from icarus_jax.training.corpus import Data, load_data
 from icarus_jax.training.heads import Method, TrunkLora
 from icarus_jax.training.log import RECORD, plot_losses
-from icarus_jax.training.packing import Batch, row_shape, validation_batches
 from icarus_jax.training.step import Optimiser, Tuning
-from icarus_jax.training.trainer import Data, Trainer
+from icarus_jax.training.trainer import Trainer
 from icarus_jax.weights.checkpoint import TrunkCheckpoint, load_trunk, open_trunk
 from icarus_jax.weights.peft import Adapter, save_adapter
-from icarus_jax.weights.tokenizer import eos_token_ids, load_tokenizer
 
 METHODS = ("lora", "full")  # values of config.head.method
 TRAINED_KINDS = ("shared", "isolated")  # values of config.head.kv
@@ -40,7 +37,7 @@ FREE_SETTINGS = (
     "config.train.checkpoint_every",
 )
 
-TUNING_SETTINGS = ("rank", "alpha", "targets", "lr", "kl", "text_rows")
+TUNING_SETTINGS = ("adapter", "rank", "alpha", "targets", "lr", "kl", "text_rows")
 
 Lora = TypeVar("Lora", Method, TrunkLora)
 
@@ -64,7 +61,7 @@ def run(config: ConfigDict) -> list[Path]:
     method = head_method(config.head, len(names))
     optimiser = Optimiser(**config.optimiser)
     tuning = trunk_tuning(config.trunk, method, optimiser)
-    trunk = load_trunk(config.trunk.source, config.train.dtype, config.trunk.adapter)
+    trunk = load_trunk(config.trunk.source, config.train.dtype, "" if tuning else config.trunk.adapter)
     method = fit_targets(method, config.head, trunk.config)
     if tuning:
         tuning = dataclasses.replace(tuning, lora=fit_targets(tuning.lora, config.trunk, trunk.config))
@@ -114,6 +111,8 @@ def head_method(section: ConfigDict, num_heads: int) -> Method:
         )
     if section.rank < 1:
         raise ValueError(f"config.head.rank={section.rank}; it is at least 1")
+    if section.init and (section.method == "full" or len(section.init.split(",")) != num_heads):
+        raise ValueError(f"config.head.init={section.init!r}; it names {num_heads} LoRA adapters, separated by commas")
     known = LORA_TARGETS if section.kv == "shared" else TARGETS
     targets = tuple(section.targets.split(",")) if section.targets else known
     if wrong := [target for target in targets if target not in known]:
@@ -168,8 +167,6 @@ def trunk_tuning(section: ConfigDict, method: Method, optimiser: Optimiser) -> T
         return None
     if method.full or method.kv != "shared":
         raise ValueError("config.trunk.tune: a trunk is tuned with LoRA heads that read its K/V (kv='shared')")
-    if section.adapter:
-        raise ValueError("config.trunk.tune: a LoRA is merged into a trunk once; leave config.trunk.adapter empty")
     if section.rank < 1 or section.kl < 0:
         raise ValueError(
             f"config.trunk.rank={section.rank}, kl={section.kl}: a rank is at least 1, a weight at least 0"
@@ -179,51 +176,6 @@ def trunk_tuning(section: ConfigDict, method: Method, optimiser: Optimiser) -> T
         raise ValueError(f"config.trunk.targets: {wrong[0]!r} is none of {', '.join(TARGETS)}")
     lora = TrunkLora(targets, section.rank, section.alpha / section.rank)
     return Tuning(lora, dataclasses.replace(optimiser, lr=section.lr), section.kl)
-
-
-def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> Data:
-    """Reads the file of each head and splits its examples into training and validation, and reads the general text.
-
-    Args:
-        config: The run's config, of which `data` and `trunk` are read.
-        names: The heads' names. A head with the name of a task may have rows of its format.
-        trunk: The trunk, whose tokenizer is used.
-
-    Returns:
-        The examples of all heads.
-
-    Raises:
-        ValueError: A file is missing, or a row is wrong. The message names the file and the line.
-    """
-    section = config.data
-    paths = [path for path in section.path.split(",") if path]
-    if len(paths) != len(names):
-        raise ValueError(f"config.data.path names {len(paths)} files for {len(names)} heads ({', '.join(names)})")
-    tokenizer = load_tokenizer(trunk.path)
-    limit = min(section.length + 1, trunk.config.max_position_embeddings)  # + 1: the last token is not in the row
-    encoder = Encoder(tokenizer, frozenset(eos_token_ids(tokenizer, trunk.path)), limit)
-    training: list[Example] = []
-    validation: list[Example] = []
-    for slot, (name, path) in enumerate(zip(names, paths, strict=True), 1):
-        file = Path(path).expanduser()
-        examples, skipped = read_examples(file, encoder, TASKS.get(name), slot, section.skip_long)
-        train_part, held = split(examples, section.validation)
-        log.info("%s: %d examples, %d more for validation, %d too long", file, len(train_part), len(held), skipped)
-        training += train_part
-        validation += held
-    prefix = common_prefix(training + validation)
-    examples = numbered(training + validation, len(prefix))
-    shape = row_shape(examples, prefix, section.rows, section.length)
-    texts = _load_texts(config, encoder) if config.trunk.text else []
-    return Data(examples[: len(training)], examples[len(training) :], prefix, shape, texts)
-
-
-def _load_texts(config: ConfigDict, encoder: Encoder) -> list[Batch]:
-    """Reads and packs the general text; examples that are too long are left out."""
-    examples, skipped = read_examples(Path(config.trunk.text).expanduser(), encoder, None, skip_long=True)
-    log.info("%s: %d examples of general text, %d too long", config.trunk.text, len(examples), skipped)
-    prefix = np.zeros(0, np.int32)
-    return validation_batches(examples, prefix, row_shape(examples, prefix, config.trunk.text_rows, config.data.length))
 
 
 def output_folder(config: ConfigDict, names: list[str]) -> Path:

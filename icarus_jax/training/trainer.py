@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import logging
 import math
@@ -19,12 +18,12 @@ from ml_collections import ConfigDict
 from icarus_jax.config import DTYPES
 from icarus_jax.models.block import PROJECTIONS
 from icarus_jax.training.checkpoints import Checkpoints, stop_signals
-from icarus_jax.training.data import Example
-from icarus_jax.training.heads import Method, init_heads, init_tuning
+from icarus_jax.training.corpus import Data
+from icarus_jax.training.heads import Method, init_heads, init_tuning, trained_before
 from icarus_jax.training.kv_store import KvStore
 from icarus_jax.training.log import TrainLog
 from icarus_jax.training.mesh import batch_sharding, make_mesh, place_params
-from icarus_jax.training.packing import Batch, RowShape, num_examples, train_batches, trunk_batches, validation_batches
+from icarus_jax.training.packing import Batch, num_examples, train_batches, trunk_batches, validation_batches
 from icarus_jax.training.step import Optimiser, State, StepMetrics, Tuning, init_state, train_step, validate
 from icarus_jax.training.two_stream import trunk_kv
 from icarus_jax.weights.checkpoint import TrunkCheckpoint
@@ -34,30 +33,11 @@ INTERVALS = ("accumulate", "validate_every", "checkpoint_every", "log_every")  #
 log = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Data:
-    """The examples of all heads.
-
-    Attributes:
-        training: The examples to train on.
-        validation: The examples to validate on.
-        prefix: i32[P], the tokens that all examples begin with.
-        shape: The shape of a packed batch.
-        texts: Packed rows of general text, a batch for each step in turn; empty for none.
-    """
-
-    training: list[Example]
-    validation: list[Example]
-    prefix: np.ndarray
-    shape: RowShape
-    texts: list[Batch] = dataclasses.field(default_factory=list)
-
-
 class Trainer:
     """A training run: what it trains, what it trains on, and how far it has come.
 
     Args:
-        config: The run's config, of which `train` and `mesh` are read.
+        config: The run's config, of which `train`, `mesh`, `head.init` and `trunk.adapter` are read.
         names: The heads' names. Head i has the slot i + 1 in the data.
         method: How the heads are trained.
         optimiser: The optimiser's settings.
@@ -96,8 +76,15 @@ class Trainer:
         replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
         seeds = [section.seed * 1000 + slot for slot in range(len(names))]
         self._params = place_params(_narrowed(trunk, section.products, method), self._mesh)
-        heads = init_heads(trunk.config, method, self._params, seeds)
-        lora = init_tuning(trunk.config, tuning.lora, section.seed * 1000 + len(names)) if tuning else None
+        if config.head.init:
+            heads = trained_before(trunk.config, method, config.head.init.split(","))
+        else:
+            heads = init_heads(trunk.config, method, self._params, seeds)
+        lora = None
+        if tuning and config.trunk.adapter:
+            lora = trained_before(trunk.config, tuning.lora, [config.trunk.adapter])
+        elif tuning:
+            lora = init_tuning(trunk.config, tuning.lora, section.seed * 1000 + len(names))
         self._state = jax.device_put(init_state(heads, optimiser, lora, tuning), replicated)
         self._prefix = jax.device_put(data.prefix, replicated)
         self._batches = train_batches(data.training, data.prefix, data.shape, section.seed, section.accumulate)

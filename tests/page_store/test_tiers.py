@@ -156,7 +156,9 @@ def test_several_engines_keep_the_limit_of_a_folder_together(tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert 59 * FILE <= sum(file.stat().st_size for file in files(tmp_path)) <= limit
+    # How full it is depends on the moment: a page that two engines write at once, or that gets its name while the
+    # folder is looked through, counts twice until the next look.
+    assert 48 * FILE <= sum(file.stat().st_size for file in files(tmp_path)) <= limit
     assert not any(store.stats.lost_pages for store in stores)
 
 

@@ -113,7 +113,7 @@ def test_a_base_model_has_no_chat_template(tmp_path, monkeypatch):
     monkeypatch.setattr(ENCODER.tokenizer, "chat_template", None)
     with pytest.raises(ValueError, match=r"data\.jsonl:1: .* has none.*chat_template\.jinja"):
         read(tmp_path, '{"text": "a", "category": "b"}', task=TASKS["intent"])
-    assert len(read(tmp_path, GOOD)[0]) == 1
+    assert len(read(tmp_path, GOOD)) == 1
 
 
 def test_data_that_is_missing_or_empty(tmp_path):
@@ -126,14 +126,25 @@ def test_data_that_is_missing_or_empty(tmp_path):
 
 
 def test_long_examples_can_be_skipped(tmp_path):
-    examples, skipped = read(tmp_path, GOOD, json.dumps({"prompt": "a" * 60, "completion": "bbbbbb"}), skip_long=True)
-    assert (len(examples), skipped) == (1, 1)
+    long = json.dumps({"prompt": "a" * 60, "completion": "bbbbbb"})
+    first, second = read(tmp_path, GOOD, long, skip_long=True)
+    assert first is not None and second is None
+    with pytest.raises(ValueError, match=r"no examples \(2 too long\)"):
+        read(tmp_path, long, long, skip_long=True)
+
+
+def test_which_rows_are_held_out_does_not_depend_on_those_that_are_left_out():
+    """Else runs of two lengths hold out different rows, and copies of a row may lie on both sides."""
+    examples = make_examples(400)
+    some = [None if i % 7 == 0 else e for i, e in enumerate(examples)]
+    for all_of, left in zip(data.split(examples, 20), data.split(some, 20), strict=True):
+        assert {id(e) for e in left} == {id(e) for e in some if e} & {id(e) for e in all_of}
 
 
 def test_chat_is_what_the_server_prompts_with(tmp_path):
     """The prompt is the template's, up to where the model writes; the completion ends with the end of the turn."""
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yo"}]
-    (example,), _ = read(tmp_path, json.dumps({"messages": messages}))
+    (example,) = read(tmp_path, json.dumps({"messages": messages}))
     tokenizer = ENCODER.tokenizer
     want = tokenizer.apply_chat_template(messages[:1], add_generation_prompt=True, return_dict=False)
     assert example.tokens[: example.num_prompt].tolist() == want

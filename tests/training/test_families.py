@@ -11,11 +11,9 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from configs.train import get_config
 from icarus_jax.config import TARGETS, ModelConfig
 from icarus_jax.training.heads import TrunkLora
-from icarus_jax.training.loop import fit_targets, trunk_tuning
-from icarus_jax.training.step import Optimiser
+from icarus_jax.training.loop import fit_targets
 from icarus_jax.weights.checkpoint import load_trunk
 from tests import tiny
 from tests.training.test_step import METHODS, factors, make_examples, mean_loss, oracle_loss, packed, random_heads
@@ -45,11 +43,3 @@ def test_targets_that_the_trunk_has():
         fit_targets(lora, named, mixture)
     with pytest.raises(ValueError, match=r"no up_proj, but experts.*it has q_proj, k_proj, v_proj, o_proj"):
         fit_targets(dataclasses.replace(METHODS["shared"], targets=("q_proj", "up_proj")), named, mixture)
-
-
-def test_a_tuned_trunk_is_not_tuned_again():
-    """Its LoRA would be of the merged trunk, and could be merged into no other: that is said before it is trained."""
-    trunk = get_config("a").trunk
-    trunk.tune, trunk.adapter = True, "run/trunk"
-    with pytest.raises(ValueError, match=r"leave config.trunk.adapter empty"):
-        trunk_tuning(trunk, METHODS["shared"], Optimiser(steps=1))

@@ -20,6 +20,7 @@ from icarus_jax.config import HeadConfig
 from icarus_jax.engine.engine import Engine
 from icarus_jax.models import full_heads
 from icarus_jax.training import loop, packing
+from icarus_jax.training.corpus import load_data
 from icarus_jax.training.log import compare_runs, read_metrics
 from icarus_jax.training.two_stream import token_logprobs
 from icarus_jax.weights.adapter_files import CONFIG_FILE, WEIGHTS_FILE
@@ -150,7 +151,7 @@ def test_what_is_trained_is_what_is_served(kv, rslora, trunk, data, tmp_path):
     more = {"head__kv": kv, "head__rslora": rslora, "train__accumulate": 1, "optimiser__steps": 6}
     config, (folder,) = train_here("words", trunk, data, tmp_path / "run", **more)
     method, checkpoint = loop.head_method(config.head, 1), load_trunk(trunk)
-    examples = loop.load_data(config, ["words"], checkpoint)
+    examples = load_data(config, ["words"], checkpoint)
     adapter = load_adapter(str(folder), checkpoint.config)
     assert (adapter.kv_trained, adapter.trunk_identity) == (kv, checkpoint.identity)
     heads = {t: (jnp.asarray(a)[None], jnp.asarray(b)[None] / method.scale) for t, (a, b) in adapter.weights.items()}
@@ -188,6 +189,26 @@ def test_a_run_learns_and_tells_of_it(trunk, data, tmp_path):
     assert json.loads((one / CONFIG_FILE).read_text())["r"] == 8
 
 
+def test_a_run_goes_on_from_a_head(trunk, data, tmp_path):
+    """At once it is as good as the head was, on another seed too."""
+    more = {"optimiser__steps": 4, "head__dropout": 0.0, "head__rslora": True}
+    _, (folder,) = train_here("words", trunk, data, tmp_path / "one", **more)
+    more |= {"head__init": str(folder), "train__seed": 1, "optimiser__steps": 2}
+    train_here("words", trunk, data, tmp_path / "two", **more)
+    first = read_metrics(tmp_path / "two")[0]["words/val_loss"]
+    assert first == pytest.approx(last_validation(tmp_path / "one"), rel=1e-4)
+    with pytest.raises(ValueError, match=r"was trained with kv='shared', rank 8 and targets down_proj.* with .*rank 4"):
+        train_here("words", trunk, data, tmp_path / "three", **more, head__rank=4)
+
+
+def test_examples_are_repeated_and_those_held_out_are_not(trunk, data, tmp_path):
+    config = train_config.get_config("words,more")
+    config.update_from_flattened_dict(settings(trunk, f"{data},{data}", tmp_path, data__repeat="1,3"))
+    examples = load_data(config, ["words", "more"], load_trunk(trunk))
+    assert [sum(e.slot == slot for e in examples.training) for slot in (1, 2)] == [114, 342]
+    assert [sum(e.slot == slot for e in examples.validation) for slot in (1, 2)] == [6, 6]
+
+
 @pytest.mark.full
 def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     more = {"head__method": "full", "optimiser__lr": 1e-3, "head__dropout": 0.0, "optimiser__steps": 2}
@@ -201,7 +222,7 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
     assert load_tokenizer(after.path).encode("hi")
 
     # What is trained is what is served: the same log-probabilities, and not the trunk's.
-    method, examples = loop.head_method(config.head, 1), loop.load_data(config, ["words"], before)
+    method, examples = loop.head_method(config.head, 1), load_data(config, ["words"], before)
     own = full_heads.load_full_head(str(folder), "shared", before, "float32")
     engine = Engine.create(
         harness.SMALL, before.config, before.params, {"words": (HeadConfig("words", str(folder)), own)}
@@ -234,6 +255,10 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
         ({"data__length": 10}, "words.jsonl:1: has"),
         ({"data__path": "/nowhere/x.jsonl"}, "no such file"),
         ({"data__path": ""}, "0 files for 1 heads"),
+        ({"data__repeat": "1,1"}, "config.data.repeat='1,1'"),
+        ({"data__repeat": "0"}, "a number of 1 or more for each of words"),
+        ({"head__init": "a,b"}, "names 1 LoRA adapter"),
+        ({"head__init": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_mistakes_are_named(more, words, trunk, data, tmp_path):

@@ -207,3 +207,12 @@ def test_a_run_saves_a_trunk_that_its_heads_are_served_on(tmp_path, family):
     with pytest.raises(ValueError, match="tuned"):
         config.trunk.tune = False
         loop.run(config)
+
+    # Another run goes on from the trunk and the heads: before its first step they are as good as they were.
+    config.trunk.tune, config.trunk.adapter, config.head.init = True, str(tuned), ",".join(map(str, heads))
+    config.output, config.optimiser.steps = str(tmp_path / "more"), 2
+    loop.run(config)
+    rows = [json.loads(line) for line in (tmp_path / "more" / "metrics.jsonl").read_text().splitlines()]
+    for name in ("a", "b"):
+        last = [line[f"{name}/val_loss"] for line in lines if f"{name}/val_loss" in line][-1]
+        assert rows[0][f"{name}/val_loss"] == pytest.approx(last, rel=1e-4)
