@@ -13,6 +13,8 @@ import pytest
 import uvicorn
 
 from icarus_jax import LLM
+from icarus_jax.training.data import Encoder, read_examples
+from icarus_jax.weights.tokenizer import load_tokenizer
 from tests import tiny
 from tests.server.served import wait_for
 
@@ -127,3 +129,15 @@ def test_ray_data(files):
 def test_every_example_is_tested():
     tested = {name.removeprefix("test_") for name in globals() if name.startswith("test_")}
     assert {file.stem for file in EXAMPLES.glob("*.py")} <= tested
+
+
+def test_own_chats_are_text_to_train_on(files, tmp_path, capsys):
+    trunk, _ = files
+    words = ["hi", "what", "x" * 500, "the blue house"]
+    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps({"question": word}) + "\n" for word in words))
+    out = tmp_path / "chats.jsonl"
+    example("own_chats").main(str(out), "math", length=100, folder=tmp_path, trunk=trunk, **ENGINE)
+    assert capsys.readouterr().out.endswith("3 prompts of 4\n")
+    tokenizer = load_tokenizer(trunk)
+    read = read_examples(out, Encoder(tokenizer, frozenset({tokenizer.eos_token_id}), 1000), None)
+    assert 1 <= len(read) <= 3 and all(read)
