@@ -75,7 +75,7 @@ class Parking:
             if missing := store.missing(held.keys):
                 self._call(functools.partial(self._save_again, missing))
                 self._wait_for_saves(pages)
-                if store.missing(missing) and self._call(lambda: sessions.held(session)) is held:
+                if store.missing(held.keys) and self._call(lambda: sessions.held(session)) is held:
                     raise OSError("the page store has not taken the session's pages, or has no room for them")
             if self._call(functools.partial(self._leave, session, held)):  # else it has had another answer
                 return True

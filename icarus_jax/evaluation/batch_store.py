@@ -42,8 +42,8 @@ class BatchLimits:
         file_bytes: the size of a file that is sent.
         sent_bytes: the size of all files that are being sent, at the same time and by all tenants.
         requests: how many requests a batch has.
-        files: how many files a tenant has.
-        total_bytes: the size of all files of a tenant.
+        files: how many files a tenant has, when it sends one or makes a batch. The answers of batches come on top.
+        total_bytes: the size of all these files.
         batches: how many batches of a tenant are unfinished.
     """
 

@@ -64,7 +64,7 @@ class BatchWorker:
         self.store = store
         self._in_flight = in_flight
         self._free = in_flight  # of the places for sequences
-        self._freed = asyncio.Condition()
+        self._freed, self._in_turn = asyncio.Condition(), asyncio.Lock()
         self._turns: dict[str, asyncio.Lock] = collections.defaultdict(asyncio.Lock)  # of a tenant's batches
         self._tasks: set[asyncio.Task] = set()
         self._deadlines: dict[str, asyncio.Timeout] = {}
@@ -259,7 +259,8 @@ class BatchWorker:
     async def _place(self, job: Job) -> AsyncIterator[None]:
         """Waits for as many places as a request makes sequences, or for all of them if there are fewer."""
         needed = min(job.sequences, self._in_flight)
-        async with self._freed:
+        # In turn: else small requests take every place that comes free, and a large one never has enough.
+        async with self._in_turn, self._freed:
             await self._freed.wait_for(lambda: self._free >= needed)
             self._free -= needed
         try:

@@ -10,8 +10,10 @@ from starlette.datastructures import Headers
 from starlette.types import Scope
 
 from icarus_jax.fleet.routing import Routed, pieces_of
+from icarus_jax.server.body import MAX_BODY_BRACKETS, MAX_BODY_COMMAS
 
 SESSION_HEADER = "x-session-id"
+MAX_MESSAGES = 256  # of a conversation are remembered by the router: those after them follow the first
 PASSED_ON = ("type", "http_version", "method", "scheme", "path", "raw_path", "root_path", "query_string", "headers")
 
 
@@ -78,8 +80,10 @@ def read_json(body: bytes) -> dict[str, Any]:
         body: the body.
 
     Returns:
-        The JSON object; an empty one if the body is none.
+        The JSON object; an empty one if the body is none, or takes longer to read than any that a replica reads.
     """
+    if body.count(b",") > MAX_BODY_COMMAS or body.count(b"[") + body.count(b"{") > MAX_BODY_BRACKETS:
+        return {}
     try:
         value = json.loads(body)
     except (ValueError, RecursionError):
@@ -114,7 +118,7 @@ def _pieces(body: dict[str, Any]) -> list[str | bytes]:
     """Returns the prompt in pieces: the tools and each message of a conversation, or a text or token ids, cut up."""
     said = body.get("messages", body.get("input"))
     if isinstance(said, list):
-        parts = [*filter(None, (body.get("tools"), body.get("instructions"))), *said]
+        parts = [*filter(None, (body.get("tools"), body.get("instructions"))), *said[:MAX_MESSAGES]]
         return [json.dumps(part) for part in parts]
     prompt = said if isinstance(said, str) else body.get("prompt")
     if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):

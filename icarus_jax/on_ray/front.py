@@ -32,6 +32,7 @@ from icarus_jax.on_ray.asked import Asked, read_json, read_routed
 from icarus_jax.on_ray.engine_replica import Whole
 from icarus_jax.on_ray.head_log import HEAD_PATHS
 from icarus_jax.on_ray.joined_metrics import METRICS_SECONDS, join_metrics
+from icarus_jax.on_ray.tasks import to_its_end
 from icarus_jax.server.body import ApiError, read_body
 from icarus_jax.server.delivery import written_event
 from icarus_jax.server.responses import error_body
@@ -39,7 +40,8 @@ from icarus_jax.server.responses import error_body
 log = logging.getLogger(__name__)
 
 METRICS, RESPONSES, PAGE_STATS = "/metrics", "/v1/responses", "/page/stats"
-SESSIONS = ("/v1/release_session", "/v1/park_session")  # it is not known which replica has the pages
+PARK = "/v1/park_session"
+SESSIONS = ("/v1/release_session", PARK)  # it is not known which replica has the pages
 RESPONSE_ID = re.compile(rb'"id": ?"(resp_\w+)"')
 MAX_RESPONSES = 100_000  # ids of which the front remembers the replica
 LARGE = 1 << 16  # bytes; the JSON of more is read on a thread
@@ -112,10 +114,10 @@ class Front:
         path = scope["path"]
         if path == PAGE_STATS:  # its rates make sense from one replica only
             return Asked.of(scope, body, routed=Routed(PAGE_STATS), heads=self._heads)
-        read = await asyncio.to_thread(read_json, body) if len(body) > LARGE else read_json(body)
+        headers = Headers(scope=scope)
+        read, routed = await asyncio.to_thread(_read, headers, body) if len(body) > LARGE else _read(headers, body)
         before = read.get("previous_response_id") if path == RESPONSES else path.removeprefix(RESPONSES + "/")
         replica = self._responses.get(before.partition("/")[0], "") if isinstance(before, str) else ""
-        routed = read_routed(Headers(scope=scope), read)
         return Asked.of(scope, body, routed=routed, replica=replica, heads=self._heads)
 
     async def _pass_on(self, asked: Asked, send: Send) -> None:
@@ -159,15 +161,18 @@ class Front:
 
     async def _change_heads(self, asked: Asked) -> Whole:
         """Loads or unloads a head: one replica first, so that a bad request changes nothing, then the others."""
+        return await to_its_end(self._heads_changed(asked))
+
+    async def _heads_changed(self, asked: Asked) -> Whole:
         async with self._changing:
             try:
                 answer, version = await self._replicas.change_heads.remote(asked)
                 if answer.status >= 300:
                     return answer
+                self._heads = version  # whoever misses the broadcast follows at its next request
                 results = await self._replicas.broadcast("follow_heads", version).results_async(return_exceptions=True)
             except (RayError, RayServeException) as error:
                 raise ReplicaLost("the replica that worked on this request has failed; send it again") from error
-            self._heads = version
             failures = [error for result in results if isinstance(result, list) for error in result]
             if failures:
                 message = f"the heads now differ between replicas: {'; '.join(failures)}"
@@ -189,7 +194,15 @@ class Front:
             return Whole("", 200, [(b"content-type", b"text/plain; version=0.0.4")], body)
         said = [read_json(answer.body) for answer in good]
         done = [answer for answer, body in zip(good, said, strict=True) if body.get("released") or body.get("parked")]
-        return [*done, *(answer for answer in answers if answer.status != 200), *good][0]
+        refused = [answer for answer in answers if answer.status != 200]
+        # Several replicas may have pages of a session: it is parked once none of them has failed to.
+        first = [*refused, *done] if asked.scope["path"] == PARK else [*done, *refused]
+        return [*first, *good][0]
+
+
+def _read(headers: Headers, body: bytes) -> tuple[dict[str, Any], Routed]:
+    read = read_json(body)
+    return read, read_routed(headers, read)
 
 
 async def _results_of(deployment: DeploymentHandle, asked: Asked) -> list[Any]:

@@ -14,6 +14,7 @@ from starlette.types import Message
 from icarus_jax.on_ray.asked import Asked
 from icarus_jax.on_ray.engine_replica import EngineReplica, Whole
 from icarus_jax.on_ray.head_log import UNLOAD, HeadChange
+from icarus_jax.on_ray.tasks import to_its_end
 from icarus_jax.server.auth import TENANT
 
 log = logging.getLogger(__name__)
@@ -81,6 +82,9 @@ class Replica(EngineReplica):
         Returns:
             The answer, and the version of the heads that the other replicas have to follow to.
         """
+        return await to_its_end(self._change_heads(asked))
+
+    async def _change_heads(self, asked: Asked) -> tuple[Whole, int]:
         await self.follow_heads(asked.heads)
         async with self._changing:
             answer = await super().whole(asked)
@@ -98,11 +102,16 @@ class Replica(EngineReplica):
         Returns:
             What has failed. This replica then goes on without the change: requests for other heads are not concerned.
         """
-        if self._heads >= version:
-            return []
+        return [] if self._heads >= version else await to_its_end(self._follow_heads(version))
+
+    async def _follow_heads(self, version: int) -> list[str]:
         async with self._changing:
-            self._heads, missed = await self._head_log.since.remote(self._heads)
-            return [error for change in missed if (error := await self._carry_out(change))]
+            if self._heads >= version:  # another request has waited for them
+                return []
+            reached, missed = await self._head_log.since.remote(self._heads)
+            errors = [error for change in missed if (error := await self._carry_out(change))]
+            self._heads = reached  # only now: a request that finds this does not wait
+            return errors
 
     async def _carry_out(self, change: HeadChange) -> str:
         """Makes a change that another replica has made. Returns what is wrong with it; '' if nothing."""

@@ -111,9 +111,9 @@ class PageFolder:
         Raises:
             Exception: The store does not take it.
         """
-        path = self._path(key)
-        if self._store.exists(path):
+        if self.use(key):
             return False
+        path = self._path(key)
         if self._local:
             self._write(pathlib.Path(path), data)
         else:

@@ -137,11 +137,11 @@ class AdapterCache:
             if _list(source).version != listing.version:
                 raise StoreError(f"adapter {source} changed while it was read: load it again once it is written")
             (part / RECORD).write_text(json.dumps({"source": source, "sha256": record}, indent=1))
-            self._make_room(copy.parent, listing.size)
             while not _hold(copy, held):  # somebody else may have made the copy meanwhile
                 with contextlib.ExitStack() as ours:
                     _hold(part, ours)
                     with _changing(copy.parent):
+                        self._make_room(copy.parent, listing.size)
                         try:
                             part.rename(copy)
                         except OSError as error:

@@ -153,6 +153,17 @@ def test_host_memory_without_room_is_said(start):
     assert len(engine.scheduler.sessions) == 1
 
 
+def test_a_store_that_is_smaller_than_the_session_has_not_taken_it(start, tmp_path):
+    """Saving the pages that are missing removes others of the same session."""
+    ask(start(page_store=str(tmp_path)), "a", PROMPT, session=PINNED)
+    (size,) = {file.stat().st_size for file in tmp_path.rglob("*.page")}
+    engine = start(host_cache_bytes=7 * size)
+    ask(engine, "a", PROMPT, session=PINNED)
+    with pytest.raises(OSError, match="no room"):
+        engine.parking.park("s").result(SECONDS)
+    assert len(engine.scheduler.sessions) == 1
+
+
 def test_what_cannot_be_parked(start):
     with pytest.raises(RequestError, match=r"engine\.page_store") as refused:
         start().parking.park("s")

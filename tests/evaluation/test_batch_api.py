@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import io
@@ -16,6 +17,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -493,6 +495,31 @@ def test_every_choice_of_a_request_takes_a_place(tmp_path, more):
         while (now := served.openai.batches.retrieve(batch.id)).status not in ENDS:
             most = max(most, served.engine.running)
         assert now.request_counts.completed == 8 and most <= 4
+
+
+def test_a_large_request_gets_its_places_among_small_ones(tmp_path):
+    """They took every place that came free, so that all were never free together."""
+
+    async def run() -> int:
+        worker, done, ended = BatchWorker(BatchStore(tmp_path), 4), 0, False
+
+        async def small(seconds: float) -> None:
+            nonlocal done
+            while not ended:
+                async with worker._place(SimpleNamespace(sequences=1)):
+                    await asyncio.sleep(seconds)
+                    done += 1
+
+        async with asyncio.TaskGroup() as tasks:
+            for i in range(8):
+                tasks.create_task(small(0.001 * (i + 1)))
+            await asyncio.sleep(0.02)
+            before = done
+            async with asyncio.timeout(60), worker._place(SimpleNamespace(sequences=4)):
+                ended = True
+        return done - before
+
+    assert asyncio.run(run()) < 20
 
 
 def test_a_server_without_room_is_asked_again(tmp_path):

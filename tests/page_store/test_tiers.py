@@ -162,6 +162,16 @@ def test_several_engines_keep_the_limit_of_a_folder_together(tmp_path):
     assert not any(store.stats.lost_pages for store in stores)
 
 
+def test_a_page_that_is_put_again_counts_as_used(tmp_path):
+    """It was computed, because that was faster: others go before it."""
+    store = make_store(tmp_path)
+    keys = fill(store, 1)
+    (file,) = files(tmp_path)
+    os.utime(file, (1, 1))
+    store.save([(keys[0], memoryview(page(0)))])
+    assert file.stat().st_mtime > 1
+
+
 def test_a_total_that_makes_no_sense_is_counted_anew(tmp_path):
     store = make_store(tmp_path, max_bytes=8 * FILE)
     fill(store, 8)

@@ -14,7 +14,7 @@ from starlette.datastructures import Headers
 from starlette.routing import Mount
 
 from icarus_jax.fleet.routing import ReplicaLoad, Router
-from icarus_jax.on_ray.asked import read_json, read_routed
+from icarus_jax.on_ray.asked import MAX_MESSAGES, read_json, read_routed
 from icarus_jax.on_ray.head_log import LOAD, UNLOAD, HeadChange, HeadLog
 from icarus_jax.on_ray.joined_metrics import join_metrics
 
@@ -145,3 +145,15 @@ def test_replicas_are_enough_for_requests_and_pages(requests, pages, wanted):
     known["config"] = config.AutoscalingConfig(target_ongoing_requests=10)
     number, _ = desired_replicas(config.AutoscalingContext(**known))
     assert number == pytest.approx(wanted)
+
+
+def test_a_long_conversation_is_known_by_its_beginning():
+    """One request must not push all others out of what the router remembers."""
+    assert len(routed(messages=SAID * 100_000).pieces) == MAX_MESSAGES
+    assert routed(messages=SAID * 10).pieces == routed(messages=SAID * 100_000).pieces[:20]
+
+
+@pytest.mark.parametrize(("part", "count"), [(b"0,", 2_000_001), (b"[],", 200_000)])
+def test_what_takes_too_long_to_read_is_left_to_the_replica(part, count):
+    assert read_json(b'{"messages": [' + part * 1000 + b"0]}")["messages"]
+    assert read_json(b'{"messages": [' + part * count + b"0]}") == {}

@@ -189,6 +189,29 @@ def test_errors_about_the_copy_name_the_source(bucket, cache):
         raise ValueError(f"adapter {folder}: wrong")
 
 
+def test_two_at_once_keep_the_limit(tmp_path, monkeypatch):
+    """Each of them saw that there was room for its own copy."""
+    cache, both = AdapterCache(1500, tmp_path / "cache"), threading.Barrier(2)
+    make_room = AdapterCache._make_room
+
+    def slowly(*args):
+        make_room(*args)
+        with contextlib.suppress(threading.BrokenBarrierError):
+            both.wait(0.5)  # for the other, if it can be here too
+
+    monkeypatch.setattr(AdapterCache, "_make_room", slowly)
+    for i in range(2):
+        (tmp_path / f"head{i}").mkdir()
+        (tmp_path / f"head{i}" / CONFIG_FILE).write_bytes(b"{}")
+        (tmp_path / f"head{i}" / WEIGHTS_FILE).write_bytes(bytes(1000))
+    threads = [threading.Thread(target=weights, args=(cache, f"file://{tmp_path}/head{i}")) for i in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(copies(cache)) == 1
+
+
 def test_many_at_once_read_whole_copies(tmp_path):
     """Six threads, six adapters, room for two: each copy goes and comes back many times."""
     cache, wrong = AdapterCache(2500, tmp_path / "cache"), []
