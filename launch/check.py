@@ -41,8 +41,8 @@ def main(config: ConfigDict) -> None:
         adapter = peft.load_adapter(_HEAD.value, app.engine.model_config)
         adapter.check("isolated", app.loader.trunk_identity)
         path = Path(config.data.path).expanduser()
-        examples, _ = data.read_examples(path, encoder, TASKS.get(config.task), skip_long=True)
-        examples = examples[: config.limit or None]
+        rows = data.read_examples(path, encoder, TASKS.get(config.task), skip_long=True)
+        examples = [example for example in rows if example][: config.limit or None]
         if config.invocation:
             invocation = tuple(app.tokenizer(config.invocation, add_special_tokens=False)["input_ids"])
         else:

@@ -34,7 +34,7 @@ def score_tools(text: str, row: Row) -> Score:
         predicted = Counter()
     exact = predicted == wanted
     score: Score = {
-        "functions": sorted(name for name, _ in predicted.elements()) == sorted(c["name"] for c in row["calls"]),
+        "functions": Counter(name for name, _ in predicted.elements()) == Counter(c["name"] for c in row["calls"]),
         "exact_match": exact,
         "called": bool(predicted),
         "calls": [(predicted & wanted).total(), predicted.total(), wanted.total()],

@@ -23,7 +23,7 @@ class Data:
     """The examples of all heads.
 
     Attributes:
-        training: The examples to train on.
+        training: The examples to train on; one that is repeated is in it as often.
         validation: The examples to validate on.
         prefix: i32[P], the tokens that all examples begin with.
         shape: The shape of a packed batch.
@@ -55,24 +55,30 @@ def load_data(config: ConfigDict, names: list[str], trunk: TrunkCheckpoint) -> D
     paths = [path for path in section.path.split(",") if path]
     if len(paths) != len(names):
         raise ValueError(f"config.data.path names {len(paths)} files for {len(names)} heads ({', '.join(names)})")
+    for key in ("data.rows", "data.length", "trunk.text_rows"):
+        group, _, name = key.partition(".")
+        if config[group][name] < 1:
+            raise ValueError(f"config.{key}={config[group][name]}; it is at least 1")
+    repeats = _repeats(section.repeat, names)
     tokenizer = load_tokenizer(trunk.path)
     limit = min(section.length + 1, trunk.config.max_position_embeddings)  # + 1: the last token is not in the row
     encoder = Encoder(tokenizer, frozenset(eos_token_ids(tokenizer, trunk.path)), limit)
     training: list[Example] = []
     validation: list[Example] = []
-    for slot, (name, path, times) in enumerate(zip(names, paths, _repeats(section.repeat, names), strict=True), 1):
+    for slot, (name, path) in enumerate(zip(names, paths, strict=True), 1):
         file = Path(path).expanduser()
         rows = read_examples(file, encoder, TASKS.get(name), slot, section.skip_long)
         part, held = split(rows, section.validation)
         too_long = rows.count(None)
         log.info("%s: %d examples, %d more for validation, %d too long", file, len(part), len(held), too_long)
-        training += part * times
+        training += part
         validation += held
     prefix = common_prefix(training + validation)
     examples = numbered(training + validation, len(prefix))
+    repeated = [e for e in examples[: len(training)] for _ in range(repeats[e.slot - 1])]
     shape = row_shape(examples, prefix, section.rows, section.length)
     texts = _load_texts(config, encoder) if config.trunk.text else []
-    return Data(examples[: len(training)], examples[len(training) :], prefix, shape, texts)
+    return Data(repeated, examples[len(training) :], prefix, shape, texts)
 
 
 def _repeats(value: str, names: list[str]) -> list[int]:
@@ -85,6 +91,8 @@ def _repeats(value: str, names: list[str]) -> list[int]:
 
 def _load_texts(config: ConfigDict, encoder: Encoder) -> list[Batch]:
     """Reads and packs the general text; examples that are too long are left out."""
+    if not Path(config.trunk.text).expanduser().is_file():
+        raise ValueError(f"config.trunk.text={config.trunk.text}: no such file")
     rows = read_examples(Path(config.trunk.text).expanduser(), encoder, None, skip_long=True)
     examples = [e for e in rows if e]
     log.info("%s: %d examples of general text, %d too long", config.trunk.text, len(examples), rows.count(None))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ import numpy as np
 
 from icarus_jax.config import LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.models.full_heads import OWN_PARAMS
+from icarus_jax.weights.checkpoint import TrunkCheckpoint
 from icarus_jax.weights.peft import load_adapter
 from pallas_kernels.lora import lora
 
@@ -20,6 +22,8 @@ Params = Mapping[str, jax.Array]  # a trunk's weights by their canonical names (
 # The weights of A heads. LoRA: A f32[A, L, din, r] and B f32[A, L, r, dout] by target. Full: f32[A, ..] by name.
 HeadParams = dict[str, Any]
 Bank = Mapping[str, tuple[jax.Array, jax.Array]]  # what `stacked` returns; empty: no adapters
+
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,11 +107,11 @@ def init_tuning(config: ModelConfig, lora: TrunkLora, seed: int) -> HeadParams:
     return init_heads(config, Method(targets=lora.targets, rank=lora.rank), {}, [seed])
 
 
-def trained_before(config: ModelConfig, lora: Method | TrunkLora, adapters: Sequence[str]) -> HeadParams:
+def trained_before(trunk: TrunkCheckpoint, lora: Method | TrunkLora, adapters: Sequence[str]) -> HeadParams:
     """Loads LoRA weights that were trained before, to go on from them.
 
     Args:
-        config: The trunk's configuration.
+        trunk: The trunk. A head may be of another one of the same sizes: this is warned of.
         lora: How they are trained on: the adapters have its targets and rank.
         adapters: An adapter of each head, or one of the trunk itself, as `weights.peft.load_adapter` takes it.
 
@@ -115,11 +119,16 @@ def trained_before(config: ModelConfig, lora: Method | TrunkLora, adapters: Sequ
         A f32[A, L, din, r] and B f32[A, L, r, dout] by target.
 
     Raises:
-        ValueError: An adapter cannot be read or does not fit the trunk, or has other targets, ranks or K/V.
+        ValueError: An adapter cannot be read or does not fit the trunk, or has other targets, ranks or K/V; or the
+            trunk's own was trained on another one.
     """
     kv = lora.kv if isinstance(lora, Method) else "isolated"  # the trunk's own is an ordinary LoRA
-    loaded = [load_adapter(adapter, config) for adapter in adapters]
+    loaded = [load_adapter(adapter, trunk.config) for adapter in adapters]
     for adapter in loaded:
+        if isinstance(lora, TrunkLora):
+            adapter.check(kv, trunk.identity)
+        elif adapter.trunk_identity != trunk.identity:
+            log.warning("%s was trained on another trunk; it goes on from there", adapter.name)
         has = (adapter.kv_trained or "isolated", adapter.rank, sorted(adapter.weights))
         if has != (wanted := (kv, lora.rank, sorted(lora.targets))):
             raise ValueError(
@@ -212,4 +221,4 @@ def joined(bank: Bank, tuning: Bank) -> Bank:
             return a, b
         return jnp.concatenate([bank[target][0], a], 2), jnp.concatenate([bank[target][1], b], 2)
 
-    return {target: with_trunk(target, factors) for target, factors in tuning.items() if target in LORA_TARGETS}
+    return dict(bank) | {t: with_trunk(t, factors) for t, factors in tuning.items() if t in LORA_TARGETS}

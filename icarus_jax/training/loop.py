@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from icarus_jax.config import KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
+from icarus_jax.config import DTYPES, KV_TARGETS, LORA_TARGETS, TARGETS, ModelConfig
 from icarus_jax.models.full_heads import FullHead, save_full_head
 from icarus_jax.training.corpus import Data, load_data
 from icarus_jax.training.heads import Method, TrunkLora
@@ -37,7 +37,7 @@ FREE_SETTINGS = (
     "config.train.checkpoint_every",
 )
 
-TUNING_SETTINGS = ("adapter", "rank", "alpha", "targets", "lr", "kl", "text_rows")
+TUNING_SETTINGS = ("tune", "adapter", "rank", "alpha", "targets", "lr", "kl", "text_rows")
 
 Lora = TypeVar("Lora", Method, TrunkLora)
 
@@ -58,6 +58,8 @@ def run(config: ConfigDict) -> list[Path]:
         SystemExit: SIGTERM or SIGINT has stopped the run.
     """
     names = [name for name in config.head.names.split(",") if name]
+    if len(set(names)) < len(names):
+        raise ValueError(f"config.head.names={config.head.names}: every head has a name of its own")
     method = head_method(config.head, len(names))
     optimiser = Optimiser(**config.optimiser)
     tuning = trunk_tuning(config.trunk, method, optimiser)
@@ -111,6 +113,10 @@ def head_method(section: ConfigDict, num_heads: int) -> Method:
         )
     if section.rank < 1:
         raise ValueError(f"config.head.rank={section.rank}; it is at least 1")
+    if not 0 <= section.dropout < 1:
+        raise ValueError(f"config.head.dropout={section.dropout}; it is at least 0 and less than 1")
+    if section.dtype not in DTYPES:
+        raise ValueError(f"config.head.dtype={section.dtype!r}; it is one of {', '.join(DTYPES)}")
     if section.init and (section.method == "full" or len(section.init.split(",")) != num_heads):
         raise ValueError(f"config.head.init={section.init!r}; it names {num_heads} LoRA adapters, separated by commas")
     known = LORA_TARGETS if section.kv == "shared" else TARGETS
@@ -212,12 +218,15 @@ def check_record(folder: Path, config: ConfigDict, trunk_identity: str, data: Da
     file = folder / RECORD
     if file.exists():
         had = json.loads(file.read_text())
-        if differ := [key for key in wanted if had.get(key) != wanted[key]]:
+        # What one of them lacks is newer than the run, or a setting of a trunk that is tuned.
+        keys = [key for key in {**wanted, **had} if key not in FREE_SETTINGS]
+        if differ := [key for key in keys if (had.get(key) or "") != (wanted.get(key) or "")]:
             key = differ[0]
             raise ValueError(
-                f"{folder} holds a run with {key}={had.get(key)!r}, not {wanted[key]!r}: give that value to go on with "
-                f"it, or another --config.output, or remove the folder"
+                f"{folder} holds a run with {key}={had.get(key)!r}, not {wanted.get(key)!r}: give that value "
+                f"to go on with it, or another --config.output, or remove the folder"
             )
+        return
     folder.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(wanted, indent=1) + "\n")
 

@@ -77,12 +77,12 @@ class Trainer:
         seeds = [section.seed * 1000 + slot for slot in range(len(names))]
         self._params = place_params(_narrowed(trunk, section.products, method), self._mesh)
         if config.head.init:
-            heads = trained_before(trunk.config, method, config.head.init.split(","))
+            heads = trained_before(trunk, method, config.head.init.split(","))
         else:
             heads = init_heads(trunk.config, method, self._params, seeds)
         lora = None
         if tuning and config.trunk.adapter:
-            lora = trained_before(trunk.config, tuning.lora, [config.trunk.adapter])
+            lora = trained_before(trunk, tuning.lora, [config.trunk.adapter])
         elif tuning:
             lora = init_tuning(trunk.config, tuning.lora, section.seed * 1000 + len(names))
         self._state = jax.device_put(init_state(heads, optimiser, lora, tuning), replicated)
@@ -99,15 +99,15 @@ class Trainer:
             raise ValueError("config.train.kv_store keeps the trunk's K/V: kv='isolated' has no use for them")
         if self._tuning:
             raise ValueError("config.train.kv_store keeps the trunk's K/V: a trunk that is tuned changes them")
-        examples = [*data.training, *data.validation]
+        examples = list(dict.fromkeys([*data.training, *data.validation]))  # those that are repeated once
         folder = Path(self._settings.kv_store).expanduser()
-        products = self._settings.products
-        identity = trunk.identity if products == "float32" else f"{trunk.identity} {products}"
+        shards, dtypes = self._mesh.shape["data"], {self._settings.dtype, self._settings.products} - {"float32"}
+        identity = " ".join([trunk.identity, *sorted(dtypes), *([f"{shards} shards"] if shards > 1 else [])])
         store = KvStore(folder, trunk.config, identity, examples, data.prefix)
         sharding = batch_sharding(self._mesh, stacked=False)
         made = jax.jit(functools.partial(trunk_kv, trunk.config))
         compute = lambda batch: np.asarray(made(self._params, self._prefix, jax.device_put(batch, sharding)))  # noqa: E731
-        store.fill(trunk_batches(examples, data.prefix, self._mesh.shape["data"]), compute)
+        store.fill(trunk_batches(examples, data.prefix, shards), compute)
         self._held_out = [store.attach(batch) for batch in self._held_out]
         return store
 

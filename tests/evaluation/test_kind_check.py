@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +21,8 @@ from icarus_jax.weights.peft import load_adapter
 from tests import tiny
 from tests.engine.test_agents import CONFIG, INVOCATION, KV
 from tests.models import oracle
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def examples(num: int = 3) -> list[Example]:
@@ -55,6 +62,23 @@ def test_losses_are_peft_s_and_the_oracle_s(tmp_path):
     want = sum(nats(oracle.logits(trunk, row.tokens, head), row) for row in rows) / num
     assert found["shared"].loss == pytest.approx(want, abs=1e-4)
     assert len({round(r.loss, 3) for r in found.values()}) == 3 and found["shared"].agreement < 1
+
+
+def test_the_program_prints_a_table_and_its_figures(tmp_path):
+    folder = tiny.tiny_model("llama", tmp_path)
+    head, rows = tiny.tiny_adapter(folder, tmp_path), [{"prompt": f"{i} plus", "completion": f" {i}"} for i in range(3)]
+    rows.insert(1, {"prompt": "x" * 500, "completion": "too long"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {"trunk.source": folder, "data.path": tmp_path / "rows.jsonl", "engine.max_model_len": 128}
+    config |= {"engine.num_pages": 64, "engine.max_num_seqs": 4, "engine.warmup": "off"}
+    flags = [f"--config.{key}={value}" for key, value in config.items()]
+    command = [sys.executable, str(ROOT / "launch" / "check.py"), f"--head={head}", *flags]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    *table, last = done.stdout.splitlines()
+    figures = json.loads(last)
+    assert figures["rows"] == 3 and list(figures["kinds"]) == list(kind_check.KINDS)
+    assert table[-1].startswith(f"recommended: {figures['recommended']} (")
 
 
 def test_prompts_without_a_common_end_are_refused():

@@ -103,6 +103,7 @@ def called(*calls):
         ("I do not know.", False, False, [0, 0, 2]),
         ('[{"name": "f", "arguments": "{"}]', False, False, [0, 0, 2]),  # cut off
         ("5", False, False, [0, 0, 2]),
+        ('[{"name": 1, "arguments": "{}"}, {"name": "a", "arguments": "{}"}]', False, False, [0, 2, 2]),  # of any type
     ],
 )
 def test_tools(text, functions, exact, counts):

@@ -207,6 +207,7 @@ def test_examples_are_repeated_and_those_held_out_are_not(trunk, data, tmp_path)
     examples = load_data(config, ["words", "more"], load_trunk(trunk))
     assert [sum(e.slot == slot for e in examples.training) for slot in (1, 2)] == [114, 342]
     assert [sum(e.slot == slot for e in examples.validation) for slot in (1, 2)] == [6, 6]
+    assert len({e.start for e in examples.training}) == 228  # the K/V of a repeated one are stored once
 
 
 @pytest.mark.full
@@ -255,6 +256,13 @@ def test_full_fine_tuning_is_saved(trunk, data, tmp_path):
         ({"data__length": 10}, "words.jsonl:1: has"),
         ({"data__path": "/nowhere/x.jsonl"}, "no such file"),
         ({"data__path": ""}, "0 files for 1 heads"),
+        ({"data__rows": 0}, "config.data.rows=0"),
+        ({"head__dropout": 10}, "config.head.dropout=10"),
+        ({"head__dtype": "bf16"}, "config.head.dtype='bf16'; it is one of"),
+        ({"head__dtype": "int8"}, "config.head.dtype='int8'"),
+        ({"head__names": "words,words", "data__path": "a,b"}, "every head has a name of its own"),
+        ({"trunk__tune": True, "trunk__text": "/nowhere/t.jsonl"}, "config.trunk.text=/nowhere/t.jsonl: no such file"),
+        ({"trunk__tune": True, "trunk__text_rows": -1}, "config.trunk.text_rows=-1"),
         ({"data__repeat": "1,1"}, "config.data.repeat='1,1'"),
         ({"data__repeat": "0"}, "a number of 1 or more for each of words"),
         ({"head__init": "a,b"}, "names 1 LoRA adapter"),
@@ -271,6 +279,22 @@ def test_a_folder_of_another_run_is_refused(trunk, data, tmp_path):
     train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1)
     with pytest.raises(ValueError, match=r"config\.head\.rank=8, not 4"):
         train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1, head__rank=4)
+    with pytest.raises(ValueError, match=r"config\.trunk\.tune=None, not True"):
+        train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1, trunk__tune=True)
+
+
+def test_a_run_that_is_older_than_a_setting_goes_on(trunk, data, tmp_path):
+    train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1)
+    record = tmp_path / "run" / "config.json"
+    had = json.loads(record.read_text())
+    assert (had.pop("config.head.init"), had.pop("config.data.repeat")) == ("", "")
+    record.write_text(json.dumps(had))
+    train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1)
+    for key in ("config.trunk.tune", "config.head.rank"):  # of a trunk that was tuned; of any run
+        record.write_text(json.dumps(had | {key: 5}))
+        with pytest.raises(ValueError, match=f"{key}=5, not"):
+            train_here("words", trunk, data, tmp_path / "run", optimiser__steps=1)
+        assert json.loads(record.read_text()) == had | {key: 5}
 
 
 def test_a_run_over_other_data_is_refused(trunk, data, tmp_path):

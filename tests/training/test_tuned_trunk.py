@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import jax
@@ -11,11 +12,11 @@ import pytest
 import torch
 
 from icarus_jax.config import LORA_TARGETS, TARGETS
-from icarus_jax.training.heads import Method, TrunkLora, init_heads, init_tuning, stacked
+from icarus_jax.training.heads import Method, TrunkLora, init_heads, init_tuning, joined, stacked, trained_before
 from icarus_jax.training.step import Optimiser, Tuning, init_state, train_step, validate
 from icarus_jax.training.two_stream import drift, token_logprobs
 from icarus_jax.weights.checkpoint import load_trunk, open_trunk
-from icarus_jax.weights.peft import Adapter, save_adapter
+from icarus_jax.weights.peft import Adapter, load_adapter, save_adapter
 from tests import tiny
 from tests.models import oracle
 from tests.training.test_step import PREFIX, make_examples, packed, params_of, random_heads
@@ -128,6 +129,36 @@ def test_the_trunks_gradient_is_the_finite_difference(trunk):
             ]
             want = float(loss(moved[0]) - loss(moved[1])) / 2e-2
             np.testing.assert_allclose(float((grads[target][part] * direction).sum()), want, rtol=3e-2, atol=3e-2)
+
+
+@pytest.mark.parametrize("targets", [("k_proj", "v_proj"), ("q_proj",)])
+def test_heads_keep_targets_that_the_trunks_lora_does_not_have(trunk, targets):
+    heads = stacked(random_heads(trunk, METHOD, count=2), METHOD.scale, jnp.float32)
+    tuning = stacked({t: random_tuning(trunk)[t] for t in targets}, LORA.scale, jnp.float32)
+    both = joined(heads, tuning)
+    assert both.keys() == heads.keys()
+    for target, (a, b) in both.items():
+        more = LORA.rank if target in targets else 0
+        assert (a.shape[2], b.shape[2]) == (METHOD.rank + more,) * 2
+        np.testing.assert_array_equal(a[:, :, : METHOD.rank], heads[target][0])
+        np.testing.assert_array_equal(b[:, :, : METHOD.rank], heads[target][1])
+
+
+def test_a_lora_of_another_trunk_is_not_gone_on_with(trunk, tmp_path, caplog):
+    other = load_trunk(tiny.tiny_model("qwen3", tmp_path / "other", seed=9, qkv_bias=True))
+    path = save(trunk, random_tuning(trunk), tmp_path / "trunk")
+    again = trained_before(trunk, LORA, [path])
+    for target, factors in random_tuning(trunk).items():
+        for x, y in zip(factors, again[target], strict=True):
+            np.testing.assert_allclose(x, y, rtol=1e-6)
+    with pytest.raises(ValueError, match="was trained on the trunk"):
+        trained_before(other, LORA, [path])
+    head = tiny.tiny_adapter(tiny.tiny_model("qwen3", tmp_path / "same", qkv_bias=True), tmp_path, LORA_TARGETS)
+    rank = load_adapter(head, trunk.config).rank
+    with pytest.raises(ValueError, match=r"trained with kv='isolated'.*trains with kv='shared'"):
+        trained_before(other, dataclasses.replace(METHOD, rank=rank), [head])
+    trained_before(other, dataclasses.replace(METHOD, kv="isolated", rank=rank), [head])
+    assert "was trained on another trunk" in caplog.text
 
 
 def test_drift_is_the_kl_of_the_logits_and_zero_without_an_adapter(trunk, folder, tmp_path):
