@@ -19,13 +19,21 @@ RNG = np.random.default_rng(7)
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory):
+def model(tmp_path_factory, request):
     """(folder, checkpoint, adapters): a tiny trunk, two q/o/MLP adapters and one that also changes k and v."""
     path = tmp_path_factory.mktemp("model")
     folder = tiny.tiny_model("llama", path)
     full = (*tiny.ALL_TARGETS, "k_proj", "v_proj")
     adapters = [tiny.tiny_adapter(folder, path, seed=s) for s in (1, 2)]
-    return folder, load_trunk(folder), [*adapters, tiny.tiny_adapter(folder, path, targets=full, seed=3)]
+    tuning = tiny.tiny_adapter(folder, path, targets=full, seed=4) if getattr(request, "param", "") == "tuned" else ""
+    trunk = load_trunk(folder, adapter=tuning)
+    return folder, trunk, [*adapters, tiny.tiny_adapter(folder, path, targets=full, seed=3)]
+
+
+# A trunk with an adapter of its own is a trunk as any other.
+also_tuned = pytest.mark.parametrize(
+    "model", [pytest.param("plain"), pytest.param("tuned", marks=pytest.mark.full)], indirect=True
+)
 
 
 def tokens(n: int) -> list[int]:
@@ -48,6 +56,7 @@ def pages_of(engine, prompt):
     return flat[:, :, : len(found.pages) * size + found.tail_len]
 
 
+@also_tuned
 def test_1_a_zero_adapter_is_the_trunk(model, tmp_path):
     folder, trunk, _ = model
     zero = tiny.tiny_adapter(folder, tmp_path)
@@ -64,6 +73,7 @@ def test_1_a_zero_adapter_is_the_trunk(model, tmp_path):
     np.testing.assert_array_equal(score(engine, "zero", prompt), score(engine, "trunk", prompt))
 
 
+@also_tuned
 def test_2_two_heads_leave_bit_identical_pages(model):
     prompt = tokens(45)
     kept = []
@@ -76,6 +86,7 @@ def test_2_two_heads_leave_bit_identical_pages(model):
     np.testing.assert_array_equal(kept[0], kept[2])
 
 
+@also_tuned
 @pytest.mark.parametrize("length", [8, 11, 16, 33])
 def test_3_one_heads_prefix_is_anothers_hit(model, length):
     """Generated tokens included; all but the last generated token, whose K/V nobody has computed yet."""
@@ -97,6 +108,7 @@ def test_3_one_heads_prefix_is_anothers_hit(model, length):
     )
 
 
+@also_tuned
 def test_4_isolated_never_shares(model):
     engine = engine_for(model, a=(0, "shared"), x=(2, "isolated"), y=(0, "isolated"))
     prompt = tokens(40)
@@ -112,6 +124,7 @@ def rows_of(engine, batch):
     return rows_in(batch.step, batch.bucket, engine.runner.num_active(batch.bucket))
 
 
+@also_tuned
 def test_5_no_shared_page_is_written(model, monkeypatch):
     """Also where a page is half filled: siblings copy it. Every write is checked against the reference counts."""
     engine = engine_for(model, a=(0, "shared"), b=(1, "shared"), x=(2, "isolated"))
@@ -135,6 +148,7 @@ def test_5_no_shared_page_is_written(model, monkeypatch):
     assert len(written) > 100 and engine.scheduler.pool.num_used == 0
 
 
+@also_tuned
 def test_6_batch_mates_chunks_hits_and_preemption_change_nothing(model):
     """Each request alone in a roomy engine, against all of them at once in a cramped one."""
     names = {"trunk": None, "a": (0, "shared"), "b": (1, "shared"), "x": (2, "isolated")}
