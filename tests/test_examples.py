@@ -131,7 +131,7 @@ def test_every_example_is_tested():
     assert {file.stem for file in EXAMPLES.glob("*.py")} <= tested
 
 
-def test_own_chats_are_text_to_train_on(files, tmp_path, capsys):
+def test_own_chats(files, tmp_path, capsys):
     trunk, _ = files
     words = ["hi", "what", "x" * 500, "the blue house"]
     (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps({"question": word}) + "\n" for word in words))

@@ -191,20 +191,26 @@ def test_errors_about_the_copy_name_the_source(bucket, cache):
 
 def test_two_at_once_keep_the_limit(tmp_path, monkeypatch):
     """Each of them saw that there was room for its own copy."""
-    cache, both = AdapterCache(1500, tmp_path / "cache"), threading.Barrier(2)
+    cache, both, ended = AdapterCache(1500, tmp_path / "cache"), threading.Barrier(2), threading.Event()
     make_room = AdapterCache._make_room
 
     def slowly(*args):
+        if any((tmp_path / "cache").glob("[!.]*")):
+            assert ended.wait(60)  # a copy that is being read is not removed
         make_room(*args)
         with contextlib.suppress(threading.BrokenBarrierError):
             both.wait(0.5)  # for the other, if it can be here too
+
+    def read(i: int) -> None:
+        weights(cache, f"file://{tmp_path}/head{i}")
+        ended.set()
 
     monkeypatch.setattr(AdapterCache, "_make_room", slowly)
     for i in range(2):
         (tmp_path / f"head{i}").mkdir()
         (tmp_path / f"head{i}" / CONFIG_FILE).write_bytes(b"{}")
         (tmp_path / f"head{i}" / WEIGHTS_FILE).write_bytes(bytes(1000))
-    threads = [threading.Thread(target=weights, args=(cache, f"file://{tmp_path}/head{i}")) for i in range(2)]
+    threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
