@@ -19,7 +19,7 @@ def main(out: str, *tasks: str, rows: int = 200, length: int = 144, folder: Path
     """Writes at most `rows` chats of each task to `out`, each of at most `length` tokens."""
     asked = []
     for name in tasks:
-        lines = (folder / TASKS[name].train_file).read_text().splitlines()
+        lines = (folder / TASKS[name].train_file).read_bytes().splitlines()
         asked += [TASKS[name].prompt(json.loads(line)) for line in lines[:: max(1, len(lines) // rows)][:rows]]
     with LLM(**engine) as llm:
         # Half of the length is for the prompt, so that no answer is cut to fit a packed row.

@@ -63,7 +63,8 @@ def _read(files: Sequence[str]) -> dict[str, Scores]:
     for file in files:
         found: dict[str, Scores] = {}
         try:
-            first, *lines = (json.loads(line) for line in Path(file).expanduser().read_text().splitlines())
+            # Not of str: its lines also end at characters that JSON need not escape, such as U+2028.
+            first, *lines = map(json.loads, Path(file).expanduser().read_bytes().splitlines())
             tasks.add((first["task"], first["data"]))
             for line in lines:
                 found.setdefault(line["model"], {})[line["row"]] = line["score"]

@@ -36,7 +36,7 @@ def _of_path(path: Path) -> Iterator[dict[str, Any]]:
     files: Sequence[Path] = sorted(path.rglob("*.json")) if path.is_dir() else [path]
     for file in files:
         try:
-            text = file.read_text()
+            text = file.read_bytes()
             values = map(json.loads, text.splitlines()) if file.suffix == ".jsonl" else [json.loads(text)]
             for value in values:
                 yield from _of_value(value)

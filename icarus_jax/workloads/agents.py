@@ -246,7 +246,7 @@ def replay(path: str | Path, encode: Callable[[str], list[int]], common_len: int
         OSError: The file cannot be read.
         ValueError: A line is not such a trajectory.
     """
-    rows = [json.loads(line) for line in Path(path).read_text().splitlines() if line.strip()]
+    rows = [json.loads(line) for line in Path(path).read_bytes().splitlines() if line.strip()]
     try:
         pieces = [_pieces(row) for row in rows]
     except (KeyError, TypeError) as error:

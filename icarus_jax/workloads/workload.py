@@ -260,7 +260,7 @@ def load(path: str | Path) -> list[Session]:
         ValueError: A line is wrong, or a session lacks a turn or has one twice. The message says where.
     """
     sessions: dict[int, Session] = {}
-    for number, line in enumerate(Path(path).read_text().splitlines(), 1):
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
             ids = row.pop("prompt_ids", None)

@@ -53,6 +53,16 @@ def test_f1_is_of_the_rows_together(tmp_path):
     assert report["slot_f1"]["heads"] == round(2 / 6, 4) and report["slot_f1"]["baseline"] == 1
 
 
+def test_answers_with_unicode_ends_of_lines_are_one_line(tmp_path):
+    file = tmp_path / "a"
+    write(file, {"a": exact([1]), "b": exact([0])})
+    head, *lines = (json.loads(line) for line in file.read_bytes().splitlines())
+    for line in lines:
+        line["text"] = "one\u2028two\x85three"
+    file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in [head, *lines]))
+    assert compare_heads.run([str(file)], ["a"], ["b"])["exact_match"]["difference"] == 1
+
+
 @pytest.mark.parametrize(
     "heads, match",
     [(["nobody"], "has no model 'nobody'; it has a, b"), (["b"], "same rows")],

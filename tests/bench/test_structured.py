@@ -20,7 +20,8 @@ NAMED = {"properties": {"a": {"type": "integer"}}}
 
 def test_schemas_are_found_in_files_of_all_kinds(tmp_path):
     tool = {"type": "function", "function": {"name": "f", "parameters": NAMED}}
-    (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps({"tools": [tool, tool]}) for _ in range(3)))
+    row = json.dumps({"query": "one\u2028two", "tools": [tool, tool]}, ensure_ascii=False)
+    (tmp_path / "rows.jsonl").write_text("\n".join([row] * 3))
     folder = tmp_path / "folder" / "deep"
     folder.mkdir(parents=True)
     (folder / "one.json").write_text(json.dumps({"$schema": "https://json-schema.org/draft/2020-12/schema"}))

@@ -87,6 +87,14 @@ def test_replay_is_the_text_as_it_is():
         assert session[1].output_len == len(encode(f" {first['action']}"))
 
 
+def test_replay_takes_a_row_with_unicode_ends_of_lines_as_one(tmp_path):
+    step = {"thought": "one\u2028two", "action": "Search[x\x85]", "observation": "three"}
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"question": "why?", "steps": [step, step]}, ensure_ascii=False) + "\n")
+    (session,) = agents.replay(path, lambda text: list(text.encode()), common_len=5)
+    assert len(session) == 4 and "one\u2028two" in bytes(session[-1].prompt_ids).decode()
+
+
 @pytest.mark.parametrize("name", agents.GENERATORS)
 def test_a_generators_sessions_can_be_held(name):
     """Prompts have the lengths that they say, continue what was said (or what is kept), and repeat with the seed."""

@@ -1,0 +1,146 @@
+"""The study of docs/heads.md (tests/gpu_heads), which is for a GPU: its commands, how they are run, and its table."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from absl import flags
+from ml_collections import config_flags
+
+from tests import tiny
+from tests.gpu_heads import report, runs, study
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def data(tmp_path):
+    """A few rows of each task, as the real files have them."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    with sqlite3.connect(folder / "geography.sqlite") as database:
+        database.execute("create table STATE (NAME text)")
+    rows = {
+        "banking77": lambda i: {"text": f"card {i}?", "category": f"card_{i % 3}"},
+        "snips": lambda i: {"intent": "Play", "data": [{"text": "play "}, {"text": f"song {i}", "entity": "track"}]},
+        "geography": lambda i: {"question": f"how many {i}?", "sql": f"SELECT {i} FROM STATE ;"},
+        "gsm8k": lambda i: {"question": f"{i} + 1?", "answer": f"{i + 1}\n#### {i + 1}"},
+    }
+    for name, row in rows.items():
+        for part, numbers in (("train", range(40)), ("dev", range(40, 43))):
+            lines = "".join(json.dumps(row(i)) + "\n" for i in numbers)
+            (folder / f"{name}_{part}.jsonl").write_text(lines)
+    (folder / "HumanEval.jsonl.gz").write_bytes(b"")
+    chats = [
+        {"messages": [{"role": "user", "content": f"hi {i}"}, {"role": "assistant", "content": "ho"}]} for i in range(9)
+    ]
+    (folder / runs.CHATS).write_text("".join(json.dumps(chat) + "\n" for chat in chats))
+    return folder
+
+
+def test_every_command_is_one_of_ours(data, tmp_path, monkeypatch):
+    jobs = [job for group in runs.GROUPS for job in runs.Study(data, tmp_path, texts=("README.md",)).jobs(group)]
+    assert len({job.name for job in jobs}) == len({job.output for job in jobs}) == len(jobs) == 88
+    made = {job.output for job in jobs} | {job.output.parents[1] / "trunk" for job in jobs if job.program == "train"}
+    heads = {job.output.with_name(task) for job in jobs if job.program == "train" for task in runs.FILES}
+    for job in jobs:
+        assert set(job.needs) <= made | heads, job.name
+        values = flags.FlagValues()
+        config_flags.DEFINE_config_file("config", flag_values=values)
+        mine = [flag for flag in job.flags if flag.startswith("--config")]
+        mine[0] = mine[0].replace("--config=", f"--config={ROOT}/configs/")
+        monkeypatch.setattr(sys, "argv", ["prog", *mine])  # ml_collections looks there for the settings
+        values(sys.argv)
+        assert values.config  # raises for a setting that does not exist
+
+
+def test_folds_hold_out_every_row_once(data, tmp_path):
+    some = runs.Study(data, tmp_path)
+    rows = [json.loads(line) for line in (data / "geography_train.jsonl").read_text().splitlines()]
+    held = []
+    for fold in range(runs.FOLDS):
+        train, dev = ([json.loads(line) for line in file.read_text().splitlines()] for file in some._fold(fold))
+        assert len(train) + len(dev) == len(rows) and not [row for row in dev if row in train]
+        held += dev
+    assert sorted(map(json.dumps, held)) == sorted(map(json.dumps, rows))
+
+
+def _script(job):
+    return [sys.executable, "-c", job.flags[0], str(job.output)]
+
+
+@pytest.fixture
+def scripts(monkeypatch):
+    """The first flag of a job is a program in Python, which gets its output's path."""
+    monkeypatch.setattr(runs.Job, "command", _script)
+
+
+WRITE = "import sys, pathlib; pathlib.Path(sys.argv[1]).write_text('there')"
+
+
+def test_jobs_wait_for_what_they_need_and_are_run_once(tmp_path, scripts, capsys):
+    a, b, c, d = (tmp_path / name for name in "abcd")
+    jobs = [
+        runs.Job("b", "", (f"{WRITE}; assert pathlib.Path({str(a)!r}).exists()",), b, (a,)),
+        runs.Job("a", "", (f"import time; time.sleep(0.3); {WRITE}",), a),
+        runs.Job("c", "", ("raise SystemExit('no c')",), c),
+        runs.Job("d", "", (WRITE,), d, (c,)),
+        runs.Job("said", "", ("print('first'); print('{\"x\": 1}')",), tmp_path / "answers" / "said.json"),
+    ]
+    assert study.run(jobs, tmp_path / "logs", 2, time.monotonic() + 60) == 1
+    said = capsys.readouterr().out
+    assert a.read_text() == b.read_text() == "there" and not d.exists()
+    assert json.loads((tmp_path / "answers" / "said.json").read_text()) == {"x": 1}
+    assert "no c" in said and said.endswith("3 of 5 are there, 1 failed; left: d\n")
+    for file in (a, b):
+        file.write_text("kept")
+    assert study.run(jobs[:2], tmp_path / "logs", 2, time.monotonic() + 60) == 0
+    assert a.read_text() == b.read_text() == "kept"
+
+
+def test_what_runs_when_the_time_is_over_is_stopped_and_has_not_failed(tmp_path, scripts, capsys):
+    told = f"signal.signal(15, lambda *_: sys.exit({WRITE.split('; ')[1]} and 143))"
+    job = runs.Job(
+        "long", "", (f"import pathlib, signal, sys, time; {told}; time.sleep(600)",), tmp_path / "checkpoint"
+    )
+    began = time.monotonic()
+    assert study.run([job], tmp_path / "logs", 1, began + 3) == 0
+    assert time.monotonic() - began < 100
+    assert (tmp_path / "checkpoint").read_text() == "there"  # it was told, and had time to save
+    assert "0 failed; left: long" in capsys.readouterr().out
+
+
+@pytest.mark.full
+def test_a_tiny_study(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "")  # one device
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+    for module in (runs, report):
+        monkeypatch.setattr(module, "SEEDS", (0,))
+        monkeypatch.setattr(module, "FOLDS", 2)
+        monkeypatch.setattr(module, "FILES", {"sql": "geography", "math": "gsm8k"})
+    monkeypatch.setattr(runs, "TUNED_FOR", {"sql": 2})
+    trunk, out = tiny.tiny_model("llama", tmp_path, max_position_embeddings=2048), tmp_path / "out"
+    engine = {"num_pages": 128, "max_num_seqs": 4, "max_num_batched_tokens": 64, "max_model_len": 1024}
+    common = [
+        f"--flag=--config.trunk.source={trunk}",
+        *(f"--answering=--config.engine.{k}={engine[k]}" for k in engine),
+    ]
+    sizes = {"optimiser.steps": 2, "data.rows": 2, "data.length": 512, "train.validate_every": 2}
+    training = [f"--training=--config.{name}={value}" for name, value in sizes.items()]
+    where = [f"--data={data}", f"--out={out}", "--seconds=1500", "--workers=2"]
+    assert study.main([*where, *common, *training, "tuned", "original", "folds"]) == 0, _logs(out)
+    found = json.loads((out / "report.json").read_text())
+    for task in runs.FILES:
+        assert sorted(found[task]) == ["frozen", "tuned"]
+        assert all(pair["rows"] == 3 and len(pair) > 3 for pair in found[task].values())
+    assert found["folds"]["tuned"]["rows"] == 40 and "execution_accuracy" in found["folds"]["frozen"]
+    assert found["trained"]["tuned-s0/trunk"] > found["trained"]["sql-frozen-s0/heads/sql"] > 0
+
+
+def _logs(out: Path) -> str:
+    return "\n".join(file.read_text()[-1500:] for file in (out / "logs").glob("*.log"))
