@@ -1,56 +1,63 @@
-"""The table of a study: each method beside conventional LoRA, with 95% ranges over the rows."""
+"""The table of a study: each method beside conventional LoRA, with 95% ranges over the rows.
+
+python -m tests.gpu_heads.report OUT       OUT: the study's folder; a minute
+"""
 
 from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
 from icarus_jax.bench import compare_heads
-from tests.gpu_heads.runs import FILES, FOLDS, SEEDS, Study
+from tests.gpu_heads.runs import CONTROL, FILES, FOLDS, SEEDS
 
-ANSWERS = {"frozen": "original", "tuned": "tuned-s{}", "left_out": "left_out"}  # where each one's answers are
+ANSWERS = {"frozen": "original", "tuned": "tuned", "left_out": "left_out"}  # where each one's answers are
 
 
-def write(study: Study) -> dict[str, Any]:
+def write(out: Path) -> dict[str, Any]:
     """Writes report.json: what the answers that are there say, and what each method costs.
 
     Returns:
         For each task and method the rows, the figures of the mean of the seeds beside conventional LoRA of the same
         seeds, and the range of their difference (bench.py heads); `folds`, the same over the five folds of sql;
-        `general`, each trunk's loss, perplexity and HumanEval; `trained`, each adapter's number of weights.
+        `general`, each trunk's loss, perplexity and HumanEval; `control`, the scores of shipped heads; `trained`, each
+        adapter's number of weights.
     """
-    answers = study.out / "answers"
+    answers = out / "answers"
     found: dict[str, Any] = {
         task: {method: pair for method in ANSWERS if (pair := _pair(answers, task, method))} for task in FILES
     }
-    found["folds"] = {method: pair for method in ("frozen", "tuned") if (pair := _folds(study.out, method))}
+    found["folds"] = {method: pair for method in ("frozen", "tuned") if (pair := _folds(out, method))}
     general = [file for name in ("loss-*.json", "humaneval-*.json") for file in sorted(answers.glob(name))]
     found["general"] = {file.stem: json.loads(file.read_text()) for file in general}
+    control = [file for task in CONTROL if (file := answers / f"{task}-control.json").exists()]
+    found["control"] = {file.stem: json.loads(file.read_text()) for file in control}
     found["trained"] = {
-        str(file.parent.relative_to(study.out / "runs")): _weights(file)
-        for file in sorted((study.out / "runs").rglob("adapter_model.safetensors"))
+        str(file.parent.relative_to(out / "runs")): _weights(file)
+        for file in sorted((out / "runs").rglob("adapter_model.safetensors"))
     }
-    (study.out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
+    (out / "report.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 
 
 def _pair(answers: Path, task: str, method: str) -> dict[str, Any] | None:
     """Compares the seeds of a method that are there with conventional LoRA of the same seeds."""
-    seeds = SEEDS[:1] if method == "left_out" else SEEDS
-    original = answers / f"{task}-original.jsonl"
-    files = {seed: answers / f"{task}-{ANSWERS[method].format(seed)}.jsonl" for seed in seeds}
-    there = [seed for seed in seeds if _ended(files[seed])]
-    if not there or not _ended(original):
+    where = {
+        seed: [answers / f"{task}-{kind}-s{seed}.jsonl" for kind in {"original", ANSWERS[method]}] for seed in SEEDS
+    }
+    there = [seed for seed, files in where.items() if all(map(_ended, files))]
+    if not there:
         return None
     names = [[f"{side}-s{seed}" for seed in there] for side in (method, "conventional")]
-    return compare_heads.run(sorted({str(original), *(str(files[seed]) for seed in there)}), *names)
+    return compare_heads.run([str(file) for seed in there for file in where[seed]], *names)
 
 
 def _folds(out: Path, method: str) -> dict[str, Any] | None:
     """Compares the folds of sql as one set of rows."""
-    joined = out / "folds" / "answers.jsonl"
+    joined = out / "answers" / f"sql-{method}-folds.jsonl"
     sides = {method: "tuned" if method == "tuned" else "original", "conventional": "original"}
     lines: list[dict[str, Any]] = []
     for side, where in sides.items():
@@ -79,3 +86,7 @@ def _weights(file: Path) -> int:
     with file.open("rb") as stream:
         header = json.loads(stream.read(int.from_bytes(stream.read(8), "little")))
     return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+
+
+if __name__ == "__main__":
+    print(json.dumps(write(Path(sys.argv[1])), indent=1))

@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import urllib.parse
+from concurrent.futures import ThreadPoolExecutor
 from typing import ClassVar
 
 import fsspec
@@ -210,11 +211,8 @@ def test_two_at_once_keep_the_limit(tmp_path, monkeypatch):
         (tmp_path / f"head{i}").mkdir()
         (tmp_path / f"head{i}" / CONFIG_FILE).write_bytes(b"{}")
         (tmp_path / f"head{i}" / WEIGHTS_FILE).write_bytes(bytes(1000))
-    threads = [threading.Thread(target=read, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(read, range(2)))
     assert len(copies(cache)) == 1
 
 
