@@ -51,6 +51,7 @@ class LLM:
         heads: Mapping[str, str] | None = None,
         *,
         trunk_name: str | None = None,
+        trunk_adapter: str = "",
         **engine: Any,
     ):
         """Loads the models, and compiles the engine's programs as `warmup` says (EngineConfig).
@@ -60,6 +61,7 @@ class LLM:
             heads: Name -> adapter folder. The folder may be followed by ':shared' (the default), ':activated' or
                 ':isolated'.
             trunk_name: The trunk's name as a model. By default the last part of `trunk`.
+            trunk_adapter: The folder of a LoRA that is merged into the trunk: of a trunk tuned for its heads.
             **engine: Fields of EngineConfig, for example num_pages=4096 or dtype="bfloat16".
 
         Raises:
@@ -70,6 +72,7 @@ class LLM:
             config.trunk.update(source=trunk, name=Path(trunk).name)
         if trunk_name:
             config.trunk.name = trunk_name
+        config.trunk.adapter = trunk_adapter
         with usage_errors("engine options"):
             config.engine.update(engine)
         cli.add_heads(config, [f"{name}={path}" for name, path in (heads or {}).items()])

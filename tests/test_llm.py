@@ -8,6 +8,7 @@ import sys
 
 import httpx
 import pytest
+import torch
 
 import icarus_jax
 from icarus_jax import LLM, SamplingParams, StructuredOutputsParams
@@ -62,6 +63,16 @@ def test_every_model_says_what_the_engine_says(llm, wanted):
         assert output.text == llm.tokenizer.decode(output.token_ids).rstrip("\ufffd")  # without an unfinished character
         assert output.finish_reason == "length" and output.logprobs is None
     assert [o.cached_tokens > 0 for o in answer.outputs[1:]] == [True, True]
+
+
+def test_a_trunk_with_an_adapter_of_its_own_is_pefts(llm, files, wanted, monkeypatch):
+    monkeypatch.setattr(sys.modules["icarus_jax.cli.composition"], "enable_compilation_cache", lambda: None)
+    trunk, heads = files
+    ids = torch.tensor([llm.tokenizer(TEXT)["input_ids"]])
+    merged = tiny.hf_model(trunk, heads["a"]).generate(ids, max_new_tokens=8, do_sample=False)
+    with LLM(trunk, trunk_adapter=heads["a"], **ENGINE) as tuned:
+        (answer,) = tuned.generate(TEXT, sampling_params=GREEDY)
+    assert answer.outputs[0].token_ids == merged[0, ids.shape[1] :].tolist() != wanted["trunk"]
 
 
 def test_all_forms_of_prompts(llm, wanted):
